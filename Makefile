@@ -1,0 +1,63 @@
+# Every target sets up what it needs: `make test` works on a machine where nothing was done before.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+SANITIZE := build/sanitize
+
+.DEFAULT_GOAL := help
+.PHONY: help dev demo test test-fast test-native lint format bench lines
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+dev: $(VENV)/.package  ## Create the environment and install the package in place
+
+$(VENV)/.requirements: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.package: $(VENV)/.requirements pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e .
+	@ls specens_kernels/_C.*.so >/dev/null 2>&1 || echo "No native kernels were built; the reference will run. Why: touch setup.py && SPECENS_NATIVE=1 make dev"
+	touch $@
+
+demo: dev  ## Decode with the shipped models
+	$(BIN)/specens demo
+
+test: dev test-native  ## Run every test this machine can run
+	$(BIN)/python -m pytest
+
+test-fast: dev  ## Run the tests that take less than a second
+	$(BIN)/python -m pytest -m "not slow"
+
+test-native: $(VENV)/.requirements  ## Run the native kernels under ASan and UBSan
+	@if [ "$(SPECENS_NATIVE)" != 1 ] && ! command -v $(CXX) >/dev/null; then \
+	  echo "No C++ compiler: the native tests are skipped."; exit 0; fi; \
+	set -ex; \
+	$(BIN)/cmake -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DSPECENS_SANITIZE=address,undefined -DSPECENS_WERROR=ON --log-level=WARNING; \
+	$(BIN)/cmake --build $(SANITIZE); \
+	$(BIN)/ctest --test-dir $(SANITIZE) --output-on-failure
+
+lint: dev  ## Check style and types; change nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: dev  ## Rewrite the sources in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: dev  ## Run the three benchmarks
+	$(BIN)/python benchmarks/bench_verify.py
+	$(BIN)/python benchmarks/bench_loop.py
+	$(BIN)/python benchmarks/bench_generate.py
+
+lines:  ## Count the lines of each part
+	@for part in specens_kernels python csrc tests benchmarks; do \
+	  [ ! -d $$part ] || printf '%-16s%6d\n' $$part $$(find $$part -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' | xargs cat | wc -l); done
