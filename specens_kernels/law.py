@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Law`: how the logits of M members become one distribution, as data.
+
+A law is built once and used for many calls: its numbers are checked when it is built, and what it
+knows by then (everything but the batch size) is not looked at again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .ensembles import ENSEMBLES
+
+SCOPES = ("member", "ensemble")
+
+
+@dataclass(frozen=True, eq=False)
+class Law:
+    """How the logits of M members become one distribution.
+
+    Scope "member" warps each member by its temperature and the filters and then folds (what
+    Speculative Ensemble does); scope "ensemble" folds first and warps once. A proposal is warped the
+    same way. Filters apply in the order top-k, top-p, min-p, and keep or drop tied tokens together.
+    Tensors are taken as they are: their values are not checked, for that would need the host.
+
+    weights: M numbers, or (M,), (B, M) or (B, T, M) float tensor. Mixture: >= 0, summing to 1.
+    ensemble: "mixture" or "product"; an entry of `ENSEMBLES`.
+    temperature: a number, M numbers, or a (), (B,), (1, M) or (B, M) float tensor. >= 0; rows where
+        all are 0 are greedy. Scope "ensemble" takes one per row: a number, (), (B,) or (B, 1).
+    top_k: a count or (B,) integer tensor. 0 is off.
+    top_p: a mass in (0, 1] or (B,) float tensor. 1 is off.
+    min_p: a ratio in [0, 1) or (B,) float tensor, of the largest probability. 0 is off.
+    scope: "member" or "ensemble".
+    plausibility: [0, 1]. Drops tokens that the first member (the expert) finds less than this times
+        its most probable token; 0 is off. For `product`.
+    vocab_size: columns that count; None is the narrowest member's width.
+    """
+
+    weights: Sequence[float] | Tensor = (1.0,)
+    ensemble: str = "mixture"
+    temperature: float | Sequence[float] | Tensor = 1.0
+    top_k: int | Tensor = 0
+    top_p: float | Tensor = 1.0
+    min_p: float | Tensor = 0.0
+    scope: str = "member"
+    plausibility: float = 0.0
+    vocab_size: int | None = None
+    _tensors: dict[torch.device, tuple[Tensor | None, ...]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        """Check every number that is known now."""
+        if self.ensemble not in ENSEMBLES:
+            raise _unknown("ensemble", self.ensemble, sorted(ENSEMBLES))
+        if self.scope not in SCOPES:
+            raise _unknown("scope", self.scope, SCOPES)
+        if not 0.0 <= self.plausibility <= 1.0:
+            raise _out_of_range("plausibility", "a number in [0, 1]", self.plausibility)
+        if self.plausibility > 0 and ENSEMBLES[self.ensemble].space != "logits":
+            raise _out_of_range("plausibility", f"0 for {self.ensemble!r}", self.plausibility)
+        if not isinstance(self.weights, Tensor):
+            self._check_weights([float(weight) for weight in self.weights])
+        self._check_temperature()
+        if not isinstance(self.top_k, Tensor) and self.top_k < 0:
+            raise _out_of_range("top_k", "a count >= 0", self.top_k)
+        if not isinstance(self.top_p, Tensor) and not 0.0 < self.top_p <= 1.0:
+            raise _out_of_range("top_p", "a mass in (0, 1]", self.top_p)
+        if not isinstance(self.min_p, Tensor) and not 0.0 <= self.min_p < 1.0:
+            raise _out_of_range("min_p", "a ratio in [0, 1)", self.min_p)
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise _out_of_range("vocab_size", "a count >= 1", self.vocab_size)
+
+    def _check_weights(self, weights: list[float]) -> None:
+        if not weights or any(weight != weight or abs(weight) == float("inf") for weight in weights):
+            raise _out_of_range("weights", "M >= 1 finite numbers", weights)
+        if ENSEMBLES[self.ensemble].space == "probs" and (
+            min(weights) < 0 or abs(sum(weights) - 1) > 1e-6
+        ):
+            expected = f"numbers >= 0 that sum to 1 for {self.ensemble!r}"
+            raise _out_of_range("weights", expected, weights)
+
+    def _check_temperature(self) -> None:
+        if isinstance(self.temperature, Tensor):
+            return
+        single = isinstance(self.temperature, (int, float))
+        values = [self.temperature] if single else list(self.temperature)  # type: ignore[arg-type]
+        if any(not 0.0 <= value < float("inf") for value in values):
+            raise _out_of_range("temperature", "finite numbers >= 0", self.temperature)
+        if self.scope == "ensemble" and len(values) != 1:
+            expected = "one number for scope 'ensemble'"
+            raise _out_of_range("temperature", expected, self.temperature)
+
+    def tensors(
+        self, op: str, batch: int, rows: int, members: int, device: torch.device
+    ) -> tuple[Tensor | None, ...]:
+        """weights, temperature (B or 1, M or 1), top_k, top_p, min_p as the ops take them.
+
+        Raises:
+            ValueError: a shape does not fit B, T and M; the message names `op`.
+        """
+        known = self._tensors.get(device)
+        if known is None:
+            known = self._tensors[device] = self._make_tensors(device)
+        weights, temperature, *filters = known
+        assert weights is not None
+        assert temperature is not None
+        shape = weights.shape
+        if shape[-1] != members or len(shape) > 3 or (len(shape) > 1 and shape[0] != batch) or (
+            len(shape) == 3 and shape[1] != rows
+        ):
+            expected = f"(M={members},), (B={batch}, M) or (B, T={rows}, M)"
+            raise ValueError(f"{op}: weights: expected {expected}, got {tuple(shape)}")
+        shape = temperature.shape
+        most = members if self.scope == "member" else 1
+        if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (1, most):
+            expected = f"(), (B={batch},) or (B or 1, {most})"
+            raise ValueError(f"{op}: temperature: expected {expected}, got {tuple(shape)}")
+        for name, value in zip(("top_k", "top_p", "min_p"), filters, strict=True):
+            if value is not None and (value.dim() != 1 or value.shape[0] not in (1, batch)):
+                raise ValueError(
+                    f"{op}: {name}: expected (B={batch},), got {tuple(value.shape)}"
+                )
+        return known
+
+    def _make_tensors(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        def floats(value: object) -> Tensor:
+            return torch.as_tensor(value, dtype=torch.float32, device=device)
+
+        temperature = floats(self.temperature)
+        if isinstance(self.temperature, Tensor):
+            if temperature.dim() < 2:
+                temperature = temperature.reshape(-1, 1)
+        else:
+            temperature = temperature.reshape(1, -1)
+        top_k = None
+        if isinstance(self.top_k, Tensor) or self.top_k > 0:
+            top_k = torch.as_tensor(self.top_k, dtype=torch.int32, device=device).reshape(-1)
+        top_p = None
+        if isinstance(self.top_p, Tensor) or self.top_p < 1:
+            top_p = floats(self.top_p).reshape(-1)
+        min_p = None
+        if isinstance(self.min_p, Tensor) or self.min_p > 0:
+            min_p = floats(self.min_p).reshape(-1)
+        return floats(self.weights), temperature, top_k, top_p, min_p
+
+
+def _unknown(argument: str, got: str, known: Sequence[str]) -> ValueError:
+    return ValueError(f"law: {argument}: unknown name {got!r}; known names: {', '.join(known)}")
+
+
+def _out_of_range(argument: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"law: {argument}: expected {expected}, got {got}")

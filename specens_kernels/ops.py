@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public ops: docstring, check, schema, fake and registration of each.
+
+The PyTorch dispatcher picks the backend: the reference is registered for every device, the native
+kernels for the CPU where `specens_kernels._C` was built. Arguments are checked here, once; kernels
+assume checked input. To add an op: write it in `reference.py`, then its schema, fake and public
+function here, and a test file and a benchmark of the same name.
+"""
+
+import enum
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .acceptance import ACCEPTANCE_RULES
+from .law import Law
+from .reference import PADDING, LawTensors
+
+POINT_MASS = PADDING
+BACKENDS = ("auto", "native", "reference")
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+
+_logger = logging.getLogger("specens_kernels")
+
+
+class Stream(enum.IntEnum):
+    """What a random number is for; numbers of different streams are independent.
+
+    VERIFY: acceptance coins (word 0 of a block) and residual or bonus draws (words 1 to 3).
+    DRAFT: a proposer's draws; the index is the member.
+    COMPONENT: which member of a mixture a token is drawn from (word 0).
+    """
+
+    VERIFY = 0
+    DRAFT = 1
+    COMPONENT = 2
+
+
+class Status(enum.IntFlag):
+    """What a degenerate input did to a row; 0 for a healthy one. Only what was consulted counts."""
+
+    NAN_LOGITS = reference.NAN_LOGITS
+    INFINITE_LOGITS = reference.INFINITE_LOGITS
+    EMPTY_LAW = reference.EMPTY_LAW
+    INVALID_DRAFT = reference.INVALID_DRAFT
+    EMPTY_RESIDUAL = reference.EMPTY_RESIDUAL
+
+
+class Sample(NamedTuple):
+    """What `sample` returns.
+
+    tokens: (B, T) int64.
+    log_probs: (B, T) float32. Log-probability of each token under the law it was drawn from.
+    lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for a mixture of scope "member".
+    status: (B, T) int32. `Status` bits.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    lse: Tensor
+    status: Tensor
+
+
+class Verdict(NamedTuple):
+    """What `verify` returns.
+
+    tokens: (B, N+1) int64. Accepted tokens, then the residual or bonus token; padded with -1.
+    log_probs: (B, N+1) float32. Of each emitted token under the ensemble (before a greedy collapse).
+    num_accepted: (B,) int32. Draft tokens kept; the residual or bonus token is not counted.
+    path: (B, N) int32. Nodes kept, from the root down; padded with -1.
+    status: (B,) int32. `Status` bits.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    num_accepted: Tensor
+    path: Tensor
+    status: Tensor
+
+
+# --- public functions -----------------------------------------------------------------------------
+
+
+def uniforms(
+    seeds: Tensor, positions: Tensor, stream: Stream | int, *, index: int = 0
+) -> Tensor:
+    """Random numbers that depend on nothing but their coordinates.
+
+    Philox-4x32-10 with key `seeds` and counter (position, stream, index), so a token's randomness is
+    the same in any batch slot, for any batch size, on every backend.
+
+    Args:
+        seeds: (B,) int64. One per sequence.
+        positions: (B, T) or (1, T) int64. Absolute position of the token that each block is for.
+        stream: a `Stream`, or any integer in [0, 2^32).
+        index: an integer in [0, 2^32) that separates blocks of one stream, such as the member.
+    Returns:
+        (B, T, 4) float32 in [0, 1), multiples of 2^-24.
+    Raises:
+        ValueError: a shape or dtype disagrees.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    if seeds.dim() != 1 or seeds.dtype != torch.int64:
+        raise _wrong("uniforms", "seeds", "(B,) int64", seeds)
+    if positions.dim() != 2 or positions.dtype != torch.int64:
+        raise _wrong("uniforms", "positions", "(B, T) int64", positions)
+    if positions.shape[0] not in (1, seeds.shape[0]):
+        raise _wrong("uniforms", "positions", f"(B={seeds.shape[0]}, T) or (1, T)", positions)
+    if seeds.device != positions.device:
+        raise _wrong("uniforms", "positions", f"device {seeds.device}", positions)
+    return _op_uniforms(seeds, positions, int(stream), index)
+
+
+def mix(logits: Sequence[Tensor], law: Law) -> tuple[Tensor, Tensor]:
+    """The ensemble's law itself, for log-probabilities and debugging. It has no gradient.
+
+    Args:
+        logits: M tensors (B, T, V_m) bfloat16, float16, float32 or float64, any strides with
+            contiguous rows. Each member's bare logits; columns from `vocab_size` on are ignored.
+        law: how they become one distribution.
+    Returns:
+        log_probs: (B, T, V) float32 (float64 if a member is). Normalised, -inf where no mass is.
+        status: (B, T) int32. `Status` bits.
+    Raises:
+        ValueError: a shape, dtype or device disagrees.
+
+    Source: Fu et al. 2025, arXiv:2502.01662.
+    """
+    log_probs, status = _op_mix(*_members("mix", logits, law))
+    return log_probs, status
+
+
+def sample(
+    logits: Sequence[Tensor], uniforms: Tensor, law: Law, *, member: int | None = None
+) -> Sample:
+    """Draw one token per row from the ensemble, or from one member's own warped law.
+
+    The draw is a hierarchical inverse CDF over 8,192-token tiles and 1,024-token sub-tiles. A row
+    whose temperatures are all 0 takes the law's most probable token, the lowest id on ties.
+
+    Args:
+        logits: M tensors (B, T, V_m), as for `mix`.
+        uniforms: (B, T, 4) float32 in [0, 1). Words 1 to 3 of each block are used.
+        law: how the members become one distribution.
+        member: draw from this member alone, warped as `law` says; None draws from the ensemble.
+    Returns:
+        Sample: tokens, log_probs, lse and status, each (B, T).
+    Raises:
+        ValueError: a shape, dtype or device disagrees, or there is no such member.
+
+    Source: Fu et al. 2025, arXiv:2502.01662.
+    """
+    tensors, *rest = _members("sample", logits, law)
+    batch, rows = logits[0].shape[0], logits[0].shape[1]
+    _check_uniforms("sample", uniforms, batch, rows, logits[0].device)
+    if member is not None and not 0 <= member < len(logits):
+        raise ValueError(
+            f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}"
+        )
+    return Sample(*_op_sample(tensors, uniforms, *rest, -1 if member is None else member))
+
+
+def verify(
+    logits: Sequence[Tensor],
+    draft_tokens: Tensor,
+    uniforms: Tensor,
+    law: Law,
+    *,
+    parents: Tensor | None = None,
+    proposers: Tensor | None = None,
+    draft_logits: Tensor | None = None,
+    draft_temperature: Tensor | None = None,
+    acceptance: str = "rejection",
+    lenience: float = 1.0,
+    bonus: bool = True,
+) -> Verdict:
+    """Keep the longest path of drafted tokens that the ensemble accepts, and emit one token more.
+
+    From the root down, the children of a node are tried in order: a child is kept iff
+    `coin * draft < kept`, and the residual max(target - kept, 0) is the next child's target. Where no
+    child is kept the last residual is drawn from; where there is none to try, the target (the bonus
+    token). No (V,) probability tensor is written. The emitted law is the ensemble's, at every
+    position, if the rule is lossless and each draft was drawn from the law that it is said to be.
+
+    Args:
+        logits: M tensors (B, N+1, V_m), as for `mix`. Row 0 is the law after the last committed
+            token, row i the law after node i. (B, N, V_m) if not `bonus`.
+        draft_tokens: (B, N) int32 or int64. Token of node i at i - 1; -1 where there is none.
+        uniforms: (B, N+1, 4) float32 in [0, 1). Word 0 of row i is node i's coin; words 1 to 3 of
+            row i draw the token after node i. The same uniforms give the same tokens on every backend.
+        law: how the members become one distribution. The proposal is warped the same way.
+        parents: (N+1,), (1, N+1) or (B, N+1) int32 or int64. Parent of each node, lower than the
+            node; -1 for the root, node 0. None is a chain.
+        proposers: (N,), (1, N) or (B, N) int32 or int64. The member whose law each node was drawn
+            from; -1 for a point mass. None is a point mass everywhere, unless `draft_logits`.
+        draft_logits: (B, N, V_d) or (B, N+1, V_d). Bare logits of a separate draft; row i is the law
+            that the children of node i were drawn from.
+        draft_temperature: () or (B,) float. The draft's; None is the law's for the first member.
+        acceptance: an entry of `ACCEPTANCE_RULES`. Rows of temperature 0 use "greedy".
+        lenience: (0, 1], for the rule "lenient".
+        bonus: whether a path that ends without a rejection emits a bonus token.
+    Returns:
+        Verdict: tokens, log_probs, num_accepted, path and status.
+    Raises:
+        ValueError: a shape, dtype or device disagrees, or the rule is unknown.
+
+    Source: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318; Fu et al.
+    2025, arXiv:2502.01662.
+    """
+    if draft_tokens.dim() != 2 or draft_tokens.dtype not in _INTEGERS:
+        raise _wrong("verify", "draft_tokens", "(B, N) int32 or int64", draft_tokens)
+    tensors, *rest = _members("verify", logits, law)
+    batch, nodes = draft_tokens.shape
+    device = draft_tokens.device
+    rows = nodes + 1 if bonus else nodes
+    if logits[0].shape[0] != batch or logits[0].shape[1] != rows or logits[0].device != device:
+        raise _wrong("verify", "logits[0]", f"(B={batch}, {rows}, V) on {device}", logits[0])
+    _check_uniforms("verify", uniforms, batch, nodes + 1, device)
+    if acceptance not in ACCEPTANCE_RULES:
+        raise ValueError(
+            f"verify: acceptance: unknown rule {acceptance!r}; known rules: "
+            + ", ".join(sorted(ACCEPTANCE_RULES))
+        )
+    if not 0.0 < lenience <= 1.0:
+        raise ValueError(f"verify: lenience: expected a number in (0, 1], got {lenience}")
+    parents = _broadcast("parents", parents, batch, nodes + 1, device)
+    proposers = _broadcast("proposers", proposers, batch, nodes, device)
+    if draft_logits is not None:
+        if proposers is not None:
+            raise ValueError("verify: proposers: expected None beside draft_logits, got a tensor")
+        shape = draft_logits.shape
+        if (
+            draft_logits.dim() != 3
+            or shape[0] != batch
+            or shape[1] not in (nodes, nodes + 1)
+            or shape[2] < rest[-1]
+            or draft_logits.dtype not in _FLOATS
+            or draft_logits.device != device
+        ):
+            expected = f"(B={batch}, N={nodes} or N+1, V >= {rest[-1]}) float on {device}"
+            raise _wrong("verify", "draft_logits", expected, draft_logits)
+        if draft_logits.stride(-1) != 1 and shape[2] > 1:
+            raise _wrong("verify", "draft_logits", "contiguous rows", draft_logits)
+    if draft_temperature is not None:
+        shape = draft_temperature.shape
+        if len(shape) > 1 or (len(shape) == 1 and shape[0] not in (1, batch)):
+            raise _wrong("verify", "draft_temperature", f"() or (B={batch},)", draft_temperature)
+        draft_temperature = draft_temperature.reshape(-1)
+    return Verdict(
+        *_op_verify(
+            tensors,
+            draft_tokens,
+            uniforms,
+            parents,
+            proposers,
+            draft_logits,
+            draft_temperature,
+            *rest,
+            acceptance,
+            lenience,
+            bonus,
+        )
+    )
+
+
+# --- backends -------------------------------------------------------------------------------------
+
+
+def _backend_from_environment() -> str:
+    name = os.environ.get("SPECENS_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"SPECENS_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_backend = _backend_from_environment()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the implementation of every op inside the block, for CPU tensors.
+
+    Args:
+        name: "auto" (native where it can, else the reference), "native" (raises
+            NotImplementedError where it cannot) or "reference".
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def _native_or_reference(
+    name: str, native_op: Callable[..., Any], reference_op: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The CPU implementation of one op; says once, in the log, why it left the native kernels."""
+    logged: set[str] = set()
+
+    def run(*arguments: Any) -> Any:
+        if _backend == "reference":
+            return reference_op(*arguments)
+        try:
+            return native_op(*arguments)
+        except native.Unsupported as reason:
+            if _backend == "native":
+                raise
+            if str(reason) not in logged:
+                logged.add(str(reason))
+                _logger.info("%s: %s; the reference runs instead", name, reason)
+            return reference_op(*arguments)
+
+    return run
+
+
+# --- schemas, fakes, registration -----------------------------------------------------------------
+
+_LAW = (
+    "Tensor weights, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
+    "str ensemble, str scope, float plausibility, int vocab_size"
+)
+_lib = torch.library.Library("specens", "DEF")
+_lib.define("uniforms(Tensor seeds, Tensor positions, int stream, int index) -> Tensor")
+_lib.define(f"mix(Tensor[] logits, {_LAW}) -> (Tensor, Tensor)")
+_lib.define(
+    f"sample(Tensor[] logits, Tensor uniforms, {_LAW}, int member) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "verify(Tensor[] logits, Tensor draft_tokens, Tensor uniforms, Tensor? parents, "
+    "Tensor? proposers, Tensor? draft_logits, Tensor? draft_temperature, "
+    f"{_LAW}, str acceptance, float lenience, bool bonus) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _reference_mix(logits: list[Tensor], *law: Any) -> tuple[Tensor, Tensor]:
+    return reference.mix(logits, LawTensors(*law))
+
+
+def _reference_sample(logits: list[Tensor], numbers: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return reference.sample(logits, numbers, LawTensors(*rest[:-1]), rest[-1])
+
+
+def _reference_verify(logits: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    return reference.verify(logits, *rest[:6], LawTensors(*rest[6:15]), *rest[15:])
+
+
+def _fake_uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
+    shape = (seeds.shape[0], positions.shape[1], 4)
+    return torch.empty(shape, dtype=torch.float32, device=positions.device)
+
+
+def _fake_mix(logits: list[Tensor], *law: Any) -> tuple[Tensor, Tensor]:
+    batch, rows = logits[0].shape[0], logits[0].shape[1]
+    wide = any(tensor.dtype == torch.float64 for tensor in logits)
+    dtype = torch.float64 if wide else torch.float32
+    log_probs = logits[0].new_empty((batch, rows, law[-1]), dtype=dtype)
+    return log_probs, logits[0].new_empty((batch, rows), dtype=torch.int32)
+
+
+def _fake_sample(logits: list[Tensor], numbers: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtypes = (torch.int64, torch.float32, torch.float32, torch.int32)
+    return tuple(numbers.new_empty(numbers.shape[:2], dtype=dtype) for dtype in dtypes)
+
+
+def _fake_verify(logits: list[Tensor], draft_tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    batch, nodes = draft_tokens.shape
+    return (
+        draft_tokens.new_empty((batch, nodes + 1), dtype=torch.int64),
+        draft_tokens.new_empty((batch, nodes + 1), dtype=torch.float32),
+        draft_tokens.new_empty((batch,), dtype=torch.int32),
+        draft_tokens.new_empty((batch, nodes), dtype=torch.int32),
+        draft_tokens.new_empty((batch,), dtype=torch.int32),
+    )
+
+
+def _register(
+    name: str, reference_op: Callable[..., Any], native_op: Callable[..., Any], fake: Any
+) -> Any:
+    _lib.impl(name, reference_op, "CompositeExplicitAutograd")
+    if native.AVAILABLE:
+        _lib.impl(name, _native_or_reference(name, native_op, reference_op), "CPU")
+    torch.library.register_fake(f"specens::{name}", fake, lib=_lib)
+    return getattr(torch.ops.specens, name).default
+
+
+_op_uniforms = _register("uniforms", reference.uniforms, native.uniforms, _fake_uniforms)
+_op_mix = _register("mix", _reference_mix, native.mix, _fake_mix)
+_op_sample = _register("sample", _reference_sample, native.sample, _fake_sample)
+_op_verify = _register("verify", _reference_verify, native.verify, _fake_verify)
+
+if not native.AVAILABLE:
+    _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _wrong(op: str, argument: str, expected: str, got: Tensor) -> ValueError:
+    found = f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')} on {got.device}"
+    return ValueError(f"{op}: {argument}: expected {expected}, got {found}")
+
+
+def _members(op: str, logits: Sequence[Tensor], law: Law) -> tuple[Any, ...]:
+    """The checked logits and the law's parameters, in the order of the schemas."""
+    if isinstance(logits, Tensor) or len(logits) == 0:
+        raise ValueError(f"{op}: logits: expected a list of M >= 1 tensors, got {type(logits)}")
+    first = logits[0]
+    vocab_size = law.vocab_size or min(tensor.shape[-1] for tensor in logits)
+    for m, tensor in enumerate(logits):
+        if (
+            tensor.dim() != 3
+            or tensor.shape[:2] != first.shape[:2]
+            or tensor.shape[2] < vocab_size
+            or tensor.dtype not in _FLOATS
+            or tensor.device != first.device
+        ):
+            expected = (
+                f"(B, T, V >= {vocab_size}) float, like logits[0] "
+                f"{tuple(first.shape)} on {first.device}"
+            )
+            raise _wrong(op, f"logits[{m}]", expected, tensor)
+        if tensor.stride(2) != 1 and tensor.shape[2] > 1:
+            raise _wrong(op, f"logits[{m}]", "contiguous rows", tensor)
+    return list(logits), *law.tensors(op, first.shape[0], first.shape[1], len(logits), first.device), (
+        law.ensemble
+    ), law.scope, law.plausibility, vocab_size
+
+
+def _check_uniforms(op: str, numbers: Tensor, batch: int, rows: int, device: torch.device) -> None:
+    if (
+        numbers.shape != (batch, rows, 4)
+        or numbers.dtype != torch.float32
+        or numbers.device != device
+    ):
+        raise _wrong(op, "uniforms", f"(B={batch}, {rows}, 4) float32 on {device}", numbers)
+
+
+def _broadcast(
+    argument: str, value: Tensor | None, batch: int, columns: int, device: torch.device
+) -> Tensor | None:
+    if value is None:
+        return None
+    if value.dim() == 1:
+        value = value[None]
+    if (
+        value.dim() != 2
+        or value.shape[0] not in (1, batch)
+        or value.shape[1] != columns
+        or value.dtype not in _INTEGERS
+        or value.device != device
+    ):
+        expected = f"(B={batch} or 1, {columns}) int32 or int64 on {device}"
+        raise _wrong("verify", argument, expected, value)
+    return value

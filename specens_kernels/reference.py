@@ -1,0 +1,532 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification: every op in plain torch, computed in float64, written to be read.
+
+Other backends return the same tokens for the same uniforms. What an op means is what stands here;
+speed is somebody else's business, but nothing here depends on a device. To add an op, write it here
+first, then its schema in `ops.py`. Three ideas carry everything:
+
+* `target_law` turns M members' logits into one law: clean, warp, fold, normalise.
+* `draw` walks a hierarchical inverse CDF: tile, sub-tile, token, one uniform each. The geometry is
+  part of the definition, so that every backend walks to the same token.
+* `verify` walks from the root: a child is kept iff `coin * draft < kept`; otherwise the residual is
+  the next child's target, and in the end the law of the emitted token.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from .ensembles import ENSEMBLES
+
+TILE = 8192
+SUB_TILE = 1024
+PADDING = -1
+
+# Status bits, one word a row: what a degenerate input did. Only what was consulted is reported.
+NAN_LOGITS = 1  # a NaN logit; it counted as -inf
+INFINITE_LOGITS = 2  # a +inf logit; it took all the mass
+EMPTY_LAW = 4  # no token has mass; token 0 is emitted
+INVALID_DRAFT = 8  # a draft id outside [0, vocab_size); it was rejected
+EMPTY_RESIDUAL = 16  # rejected, yet target <= kept everywhere; the target stays the law
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+class LawTensors(NamedTuple):
+    """The law's parameters as they cross the op boundary; see `ops.Law` for what they mean.
+
+    weights: (M,), (B, M) or (B, T, M) float. temperature: (B or 1, M or 1) float.
+    top_k: (B or 1,) int32 or None. top_p, min_p: (B or 1,) float or None.
+    """
+
+    weights: Tensor
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+    ensemble: str
+    scope: str
+    plausibility: float
+    vocab_size: int
+
+
+# --- uniforms -------------------------------------------------------------------------------------
+
+
+def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
+    """Philox-4x32-10: key = seed, counter = (position, stream, index); see `ops.uniforms`."""
+    positions = positions.expand(len(seeds), -1)
+    seeds = seeds[:, None].expand_as(positions)
+    counter = [
+        positions & _WORD,
+        (positions >> 32) & _WORD,
+        torch.full_like(positions, stream & _WORD),
+        torch.full_like(positions, index & _WORD),
+    ]
+    key = [seeds & _WORD, (seeds >> 32) & _WORD]
+    for _ in range(10):
+        high0, low0 = _multiply_32(counter[0], _PHILOX_MULTIPLIERS[0])
+        high1, low1 = _multiply_32(counter[2], _PHILOX_MULTIPLIERS[1])
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(word + weyl) & _WORD for word, weyl in zip(key, _PHILOX_WEYL, strict=True)]
+    words = torch.stack(counter, -1)
+    return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+def _multiply_32(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low halves of a 32 x 32-bit product, in int64 that would overflow at 2^63."""
+    low_part = (words & 0xFFFF) * factor
+    high_part = (words >> 16) * factor
+    high = (high_part + (low_part >> 16)) >> 16
+    low = (low_part + ((high_part & 0xFFFF) << 16)) & _WORD
+    return high, low
+
+
+# --- laws -----------------------------------------------------------------------------------------
+
+
+class Normalised(NamedTuple):
+    """A law: log_probs (..., V) float64, -inf without mass; lse (...,); empty (...,) bool."""
+
+    log_probs: Tensor
+    lse: Tensor
+    empty: Tensor
+
+
+class TargetLaw(NamedTuple):
+    """The ensemble's law for (B, T) rows: log_probs (B, T, V), lse, status (B, T); greedy (B,)."""
+
+    log_probs: Tensor
+    lse: Tensor
+    status: Tensor
+    greedy: Tensor
+
+
+def normalise(scores: Tensor) -> Normalised:
+    """Softmax in which +inf takes all the mass and a row of -inf has none."""
+    top = scores.amax(-1, keepdim=True)
+    shifted = torch.where(scores == top, torch.zeros_like(scores), scores - top)
+    empty = torch.isneginf(top)
+    shifted = shifted.masked_fill(empty, -torch.inf)
+    lse = shifted.exp().sum(-1, keepdim=True).log()
+    log_probs = torch.where(empty, shifted, shifted - lse)
+    return Normalised(log_probs, (top + lse).squeeze(-1), empty.squeeze(-1))
+
+
+def clean(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(..., V) float64 with NaN as -inf, and the status bits (...,) that the row sets."""
+    values = logits[..., :vocab_size].to(torch.float64)
+    nan = torch.isnan(values)
+    status = nan.any(-1).int() * NAN_LOGITS + torch.isposinf(values).any(-1).int() * INFINITE_LOGITS
+    return values.masked_fill(nan, -torch.inf), status
+
+
+def cutoff(
+    values: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+) -> Tensor:
+    """The smallest value that survives temperature 0, top-k, then top-p, then min-p: (B, T, 1).
+
+    Filters are thresholds on the value, so tokens that tie stay or go together: top-k keeps values
+    >= the k-th largest; top-p keeps a token iff the mass strictly above it is < top_p; min-p keeps
+    values >= max + T log(min_p). The largest value always survives.
+
+    Args:
+        values: (B, T, V) float64. Logits or log-probabilities, before the temperature.
+        temperature: (B, 1, 1) float64. 0 keeps the largest values only.
+        top_k, top_p, min_p: (B or 1,). Off where top_k <= 0, top_p >= 1, min_p <= 0.
+    """
+    top = values.amax(-1, keepdim=True)
+    lowest = torch.full_like(top, -torch.inf)
+    vocab_size = values.shape[-1]
+    ordered = values.sort(-1, descending=True).values
+    if top_k is not None:
+        k = top_k.view(-1, 1, 1).expand(*top.shape).long()
+        kth = ordered.gather(-1, k.clamp(1, vocab_size) - 1)
+        lowest = torch.where(k > 0, torch.maximum(lowest, kth), lowest)
+    if top_p is not None:
+        p = top_p.view(-1, 1, 1).double()
+        survivors = ordered.masked_fill(ordered < lowest, -torch.inf)
+        mass = normalise(survivors / _or_one(temperature)).log_probs.exp()
+        above = mass.cumsum(-1) - mass
+        inside = (above < p).sum(-1, keepdim=True).clamp(min=1)
+        nucleus = ordered.gather(-1, inside - 1)
+        lowest = torch.where(p < 1, torch.maximum(lowest, nucleus), lowest)
+    if min_p is not None:
+        p = min_p.view(-1, 1, 1).double()
+        floor = top + _or_one(temperature) * p.clamp(min=0, max=1).log()
+        lowest = torch.where(p > 0, torch.maximum(lowest, floor), lowest)
+    lowest = torch.where(temperature > 0, lowest, top)
+    return torch.where(torch.isposinf(top), top, lowest)
+
+
+def _or_one(temperature: Tensor) -> Tensor:
+    return torch.where(temperature > 0, temperature, torch.ones_like(temperature))
+
+
+def warp(
+    values: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+) -> Tensor:
+    """values / temperature, -inf where a filter removed the token; arguments as in `cutoff`."""
+    lowest = cutoff(values, temperature, top_k, top_p, min_p)
+    return (values / _or_one(temperature)).masked_fill(values < lowest, -torch.inf)
+
+
+def expand_weights(weights: Tensor, batch: int, rows: int) -> Tensor:
+    """(M,), (B, M) or (B, T, M) -> (B, T, M) float64."""
+    if weights.dim() == 2:
+        weights = weights[:, None]
+    return weights.double().expand(batch, rows, weights.shape[-1])
+
+
+def greedy_rows(law: LawTensors, batch: int) -> Tensor:
+    """(B,) bool: rows whose temperatures are all 0."""
+    return ~(law.temperature > 0).any(-1).expand(batch)
+
+
+def _filters(law: LawTensors, greedy: Tensor) -> list[Tensor | None]:
+    """top_k, top_p and min_p, each (B,), off in greedy rows."""
+    off = (0, 1.0, 0.0)
+    return [
+        None if value is None else value.expand(len(greedy)).masked_fill(greedy, neutral)
+        for value, neutral in zip((law.top_k, law.top_p, law.min_p), off, strict=True)
+    ]
+
+
+def _fold(values: Sequence[Tensor], weights: Tensor, ensemble: str) -> Tensor:
+    """Scores of the folded members: log of the mixture, or the weighted sum of logits.
+
+    A member of weight 0 is skipped. In a product, a token that any other member gives -inf has no
+    mass, whatever the sign of that member's weight.
+    """
+    entry = ENSEMBLES[ensemble]
+    folded = torch.zeros_like(values[0])
+    vetoed = torch.zeros_like(folded, dtype=torch.bool)
+    for member, value in enumerate(values):
+        weight = weights[..., member, None]
+        used = weight != 0
+        if entry.space == "probs":
+            value = normalise(value).log_probs.exp()
+        else:
+            vetoed |= used & torch.isneginf(value)
+        folded = torch.where(used, entry.fold(folded, value, weight), folded)
+    if entry.space == "probs":
+        return normalise(folded.log()).log_probs
+    return folded.masked_fill(vetoed | torch.isnan(folded), -torch.inf)
+
+
+def target_law(logits: Sequence[Tensor], law: LawTensors) -> TargetLaw:
+    """The ensemble's law, not yet collapsed where it is greedy.
+
+    Scope "member": each member is warped by its own temperature and by the filters, then folded.
+    Scope "ensemble": the members are folded bare, then warped by the row's first temperature.
+    A row is greedy iff all its temperatures are 0; its law is then the ensemble's at temperature 1
+    without filters, and its token the law's argmax. Where only some members have temperature 0,
+    those members' laws are uniform over their largest logits.
+    """
+    batch, rows = logits[0].shape[:2]
+    weights = expand_weights(law.weights, batch, rows)
+    greedy = greedy_rows(law, batch)
+    filters = _filters(law, greedy)
+    temperatures = law.temperature.double().expand(batch, len(logits))
+    temperatures = temperatures.masked_fill(greedy[:, None], 1.0)
+    by_member = [temperature[:, None, None] for temperature in temperatures.unbind(-1)]
+    values = []
+    status = torch.zeros(batch, rows, dtype=torch.int32, device=logits[0].device)
+    for member, tensor in enumerate(logits):
+        value, bits = clean(tensor, law.vocab_size)
+        status |= torch.where(weights[..., member] != 0, bits, 0)
+        values.append(value)
+    implausible = _implausible(values[0], by_member[0], law)
+    if law.scope == "member":
+        warped = [warp(v, t, *filters) for v, t in zip(values, by_member, strict=True)]
+        scores = _fold(warped, weights, law.ensemble).masked_fill(implausible, -torch.inf)
+    else:
+        folded = _fold(values, weights, law.ensemble).masked_fill(implausible, -torch.inf)
+        scores = warp(folded, by_member[0], *filters)
+    log_probs, lse, empty = normalise(scores)
+    status |= empty.int() * EMPTY_LAW
+    return TargetLaw(log_probs, lse, status, greedy)
+
+
+def _implausible(expert: Tensor, temperature: Tensor, law: LawTensors) -> Tensor:
+    """Tokens that the first member (the expert) finds less than `plausibility` x its best."""
+    if law.plausibility <= 0:
+        return torch.zeros_like(expert, dtype=torch.bool)
+    scale = _or_one(temperature) if law.scope == "member" else torch.ones_like(temperature)
+    log_plausibility = torch.tensor(law.plausibility, dtype=torch.float64).log().item()
+    return expert < expert.amax(-1, keepdim=True) + scale * log_plausibility
+
+
+def proposal_law(
+    logits: Tensor, temperature: Tensor, law: LawTensors, greedy: Tensor
+) -> tuple[Normalised, Tensor]:
+    """The law of one member or draft alone, warped like the target, and the status bits.
+
+    Args:
+        logits: (B, T, V) float. temperature: (B,) float64.
+        greedy: (B,) bool. Rows whose law ignores the temperature and the filters.
+    """
+    value, status = clean(logits, law.vocab_size)
+    temperature = temperature.masked_fill(greedy, 1.0)[:, None, None]
+    scores = warp(value, temperature, *_filters(law, greedy))
+    return normalise(scores), status
+
+
+def collapse(log_probs: Tensor) -> Tensor:
+    """The one-point law on the most probable token, lowest id on ties; empty rows stay empty."""
+    token = first_argmax(log_probs)[..., None]
+    one_point = torch.full_like(log_probs, -torch.inf).scatter(-1, token, 0.0)
+    return torch.where(torch.isneginf(log_probs).all(-1, keepdim=True), log_probs, one_point)
+
+
+def first_argmax(values: Tensor) -> Tensor:
+    """Index of the largest value, the lowest on ties, which torch.argmax does not promise."""
+    ids = torch.arange(values.shape[-1], device=values.device)
+    tied = values == values.amax(-1, keepdim=True)
+    return torch.where(tied, ids, values.shape[-1]).amin(-1)
+
+
+# --- draws ----------------------------------------------------------------------------------------
+
+
+def draw(mass: Tensor, numbers: Tensor) -> Tensor:
+    """Hierarchical inverse CDF: a tile by the first number, a sub-tile, then a token.
+
+    Args:
+        mass: (..., V) float64. Non-negative, not necessarily normalised.
+        numbers: (..., 3) float in [0, 1).
+    Returns:
+        (...,) int64 token; 0 where no token has mass.
+    """
+    numbers = numbers.double()
+    vocab_size = mass.shape[-1]
+    tiles = -(-vocab_size // TILE)
+    grid = torch.nn.functional.pad(mass, (0, tiles * TILE - vocab_size))
+    grid = grid.unflatten(-1, (tiles, TILE // SUB_TILE, SUB_TILE))
+    tile = _pick(grid.sum((-1, -2)), numbers[..., 0])
+    grid = _take(grid, tile)
+    sub_tile = _pick(grid.sum(-1), numbers[..., 1])
+    token = _pick(_take(grid, sub_tile), numbers[..., 2])
+    return (tile * TILE + sub_tile * SUB_TILE + token).masked_fill(mass.sum(-1) <= 0, 0)
+
+
+def _pick(mass: Tensor, number: Tensor) -> Tensor:
+    """First index whose cumulative mass exceeds number x total; the last with mass if none does."""
+    cumulative = mass.cumsum(-1)
+    index = (cumulative <= number[..., None] * cumulative[..., -1:]).sum(-1)
+    ids = torch.arange(mass.shape[-1], device=mass.device)
+    return torch.minimum(index, torch.where(mass > 0, ids, 0).amax(-1))
+
+
+def _take(grid: Tensor, index: Tensor) -> Tensor:
+    """grid[..., index, ...] along the first dimension that `index` does not have."""
+    dim = index.dim()
+    shape = (*index.shape, 1, *grid.shape[dim + 1 :])
+    chosen = index.view(*index.shape, *([1] * (grid.dim() - dim))).expand(shape)
+    return grid.gather(dim, chosen).squeeze(dim)
+
+
+# --- ops ------------------------------------------------------------------------------------------
+
+
+def mix(logits: Sequence[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
+    """(B, T, V) log-probabilities and (B, T) status; see `ops.mix`."""
+    target = target_law(logits, law)
+    wide = any(tensor.dtype == torch.float64 for tensor in logits)
+    return target.log_probs.to(torch.float64 if wide else torch.float32), target.status
+
+
+def sample(
+    logits: Sequence[Tensor], numbers: Tensor, law: LawTensors, member: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities, log-sum-exps and status, each (B, T); see `ops.sample`."""
+    batch = len(numbers)
+    if member >= 0:
+        greedy = greedy_rows(law, batch)
+        temperature = law.temperature.double().expand(batch, len(logits))[:, member]
+        alone, status = proposal_law(logits[member], temperature, law, greedy)
+        target = TargetLaw(
+            alone.log_probs, alone.lse, status | alone.empty.int() * EMPTY_LAW, greedy
+        )
+    else:
+        target = target_law(logits, law)
+    best = first_argmax(target.log_probs)
+    drawn = draw(target.log_probs.exp(), numbers[..., 1:])
+    token = torch.where(target.greedy[:, None], best, drawn)
+    token = token.masked_fill((target.status & EMPTY_LAW) > 0, 0)
+    log_prob = target.log_probs.gather(-1, token[..., None]).squeeze(-1)
+    return token, log_prob.float(), target.lse.float(), target.status
+
+
+class _Step(NamedTuple):
+    """What happened at one row of the walk: the child kept, or the law that is drawn from."""
+
+    child: int | None
+    emits_from: Tensor | None  # (V,) float64 mass
+    log_probs: Tensor  # (V,) float64 of the target, for the log-probability of what is emitted
+    status: int
+
+
+class _Sequence(NamedTuple):
+    """One batch row of `verify`: tensors keep a leading dimension of 1."""
+
+    logits: list[Tensor]
+    tokens: list[int]  # token of node i at i - 1
+    parents: list[int]
+    proposers: list[int]  # of node i at i - 1; a member, or PADDING for a point mass
+    coins: Tensor  # (N + 1,) float64
+    draft_logits: Tensor | None
+    draft_temperature: Tensor
+    law: LawTensors
+    rule: AcceptanceRule
+    lenience: float
+
+    def step(self, row: int, bonus: bool) -> _Step | None:
+        """Try the children of `row` in order; None if there is none to try and no bonus token."""
+        children = [
+            node
+            for node, parent in enumerate(self.parents)
+            if node > 0 and parent == row and self.tokens[node - 1] != PADDING
+        ]
+        if not children and not bonus:
+            return None
+        target = target_law([t[:, row : row + 1] for t in self.logits], _at_row(self.law, row))
+        log_probs, status = target.log_probs[0, 0], int(target.status)
+        greedy = self.rule.greedy or bool(target.greedy)
+        rule = ACCEPTANCE_RULES["greedy"] if greedy else self.rule
+        mass = (collapse(log_probs) if greedy else log_probs).exp()
+        for child in children:
+            token = self.tokens[child - 1]
+            draft, bits = self.proposal(child, row, greedy)
+            status |= bits
+            if draft is None:
+                continue
+            kept = rule.kept(mass, draft, self.lenience)
+            if self.coins[child] * draft[token] < kept[token]:
+                return _Step(child, None, log_probs, status)
+            residual = (mass - kept).clamp(min=0)
+            if residual.sum() > 0:
+                mass = residual / residual.sum()
+            elif not greedy and mass.sum() > 0:
+                status |= EMPTY_RESIDUAL
+        return _Step(None, mass, log_probs, status)
+
+    def proposal(self, child: int, row: int, greedy: bool) -> tuple[Tensor | None, int]:
+        """The (V,) law that `child` was drawn from, None if it is invalid, and the status bits."""
+        token, proposer = self.tokens[child - 1], self.proposers[child - 1]
+        known_proposer = PADDING <= proposer < len(self.logits)
+        if not 0 <= token < self.law.vocab_size or not known_proposer:
+            return None, INVALID_DRAFT
+        if greedy or (proposer == PADDING and self.draft_logits is None):
+            point = torch.zeros(self.law.vocab_size, dtype=torch.float64, device=self.coins.device)
+            point[token] = 1.0
+            return point, 0
+        if self.draft_logits is not None:
+            logits, temperature = self.draft_logits, self.draft_temperature
+        else:
+            logits = self.logits[proposer]
+            temperature = self.law.temperature.double().expand(1, len(self.logits))[:, proposer]
+        not_greedy = torch.zeros(1, dtype=torch.bool, device=logits.device)
+        alone, status = proposal_law(
+            logits[:, row : row + 1], temperature.double(), self.law, not_greedy
+        )
+        return alone.log_probs[0, 0].exp(), int(status)
+
+
+def _at_batch(law: LawTensors, b: int) -> LawTensors:
+    """The law of batch row b, whose weights are (1, 1 or T, M)."""
+
+    def one(value: Tensor | None) -> Tensor | None:
+        return value if value is None or len(value) == 1 else value[b : b + 1]
+
+    weights = law.weights
+    weights = weights[None] if weights.dim() == 1 else weights[b : b + 1]
+    return law._replace(
+        weights=weights if weights.dim() == 3 else weights[:, None],
+        temperature=law.temperature if len(law.temperature) == 1 else law.temperature[b : b + 1],
+        top_k=one(law.top_k),
+        top_p=one(law.top_p),
+        min_p=one(law.min_p),
+    )
+
+
+def _at_row(law: LawTensors, row: int) -> LawTensors:
+    weights = law.weights
+    return law if weights.shape[1] == 1 else law._replace(weights=weights[:, row : row + 1])
+
+
+def verify(
+    logits: Sequence[Tensor],
+    draft_tokens: Tensor,
+    numbers: Tensor,
+    parents: Tensor | None,
+    proposers: Tensor | None,
+    draft_logits: Tensor | None,
+    draft_temperature: Tensor | None,
+    law: LawTensors,
+    acceptance: str,
+    lenience: float,
+    bonus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities, accepted counts, path and status; see `ops.verify`."""
+    batch, nodes = draft_tokens.shape
+    device = draft_tokens.device
+    tokens = torch.full((batch, nodes + 1), PADDING, dtype=torch.int64)
+    log_probs = torch.zeros(batch, nodes + 1, dtype=torch.float32)
+    num_accepted = torch.zeros(batch, dtype=torch.int32)
+    path = torch.full((batch, nodes), PADDING, dtype=torch.int32)
+    status = torch.zeros(batch, dtype=torch.int32)
+    if parents is None:  # a chain is a tree in which node i hangs off node i - 1
+        parents = torch.arange(-1, nodes)[None]
+    if proposers is None:
+        proposers = torch.full((1, nodes), PADDING)
+    if draft_temperature is None:
+        draft_temperature = law.temperature[:, 0]
+    for b in range(batch):
+        sequence = _Sequence(
+            logits=[tensor[b : b + 1] for tensor in logits],
+            tokens=draft_tokens[b].tolist(),
+            parents=parents.expand(batch, nodes + 1)[b].tolist(),
+            proposers=proposers.expand(batch, nodes)[b].tolist(),
+            coins=numbers[b, :, 0].double(),
+            draft_logits=None if draft_logits is None else draft_logits[b : b + 1],
+            draft_temperature=draft_temperature.expand(batch)[b : b + 1],
+            law=_at_batch(law, b),
+            rule=ACCEPTANCE_RULES[acceptance],
+            lenience=lenience,
+        )
+        row, accepted = 0, 0
+        while (step := sequence.step(row, bonus)) is not None:
+            status[b] |= step.status
+            if step.child is not None:
+                token = sequence.tokens[step.child - 1]
+                path[b, accepted] = row = step.child
+            else:
+                assert step.emits_from is not None
+                token = int(draw(step.emits_from, numbers[b, row, 1:]))
+            tokens[b, accepted] = token
+            log_probs[b, accepted] = step.log_probs[token]
+            if step.child is None:
+                break
+            accepted += 1
+        num_accepted[b] = accepted
+    return (
+        tokens.to(device),
+        log_probs.to(device),
+        num_accepted.to(device),
+        path.to(device),
+        status.to(device),
+    )
