@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fair comparisons of decoders: the same work, interleaved, in one process.
+
+A contestant is a function that does the work once and returns its `Statistics`, so that anything
+that counts its tokens can take part. Machines slow down for a while and recover: contestants
+therefore take turns, and a ratio is taken between neighbours of one round. `contestants` is where
+the schedules that the command line and `benchmarks/` compare are listed: add one there.
+"""
+
+import itertools
+import math
+import statistics as _numbers
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .decoder import SpeculativeDecoder
+from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `compare` found out about one contestant.
+
+    tokens_per_second: median over the rounds, the prefill not counted; low, high: 10th and 90th
+        percentile; best: the fastest round.
+    ratio: median over the rounds of the speed against the first contestant's in the same round;
+        ratio_low, ratio_high: 10th and 90th percentile.
+    acceptance_rate: accepted / tested draft tokens of all rounds; NaN where nothing is drafted.
+    calls_per_token: forwards of all members per emitted token.
+    rounds: measured rounds.
+    """
+
+    name: str
+    tokens_per_second: float
+    low: float
+    high: float
+    best: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    acceptance_rate: float
+    calls_per_token: float
+    num_tokens: int
+    rounds: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row for JSON, which has no NaN: None in its place."""
+        return finite(asdict(self))
+
+
+def compare(
+    decoders: Mapping[str, Callable[[], Statistics]],
+    repeats: int,
+    *,
+    limit_s: float | None = None,
+    progress: Callable[[], None] | None = None,
+) -> list[Row]:
+    """Run the contestants in turn, round after round; the first round only warms up.
+
+    Args:
+        decoders: name to function; the first is what the others are compared to.
+        repeats: measured rounds, >= 1.
+        limit_s: begin no further round after this many seconds; one is always measured.
+        progress: called after each contestant's turn.
+    Returns:
+        One row per contestant, in their order.
+    Raises:
+        ValueError: there are no contestants, or `repeats` is below 1.
+    """
+    if not decoders:
+        raise ValueError("compare: decoders: expected at least one, got none")
+    if repeats < 1:
+        raise ValueError(f"compare: repeats: expected a count >= 1, got {repeats}")
+    began = time.perf_counter()
+    rounds: list[dict[str, Statistics]] = []
+    for number in range(repeats + 1):
+        # Whoever runs after a slow neighbour finds other caches: the order changes every round.
+        names = list(decoders) if number % 2 else list(reversed(decoders))
+        found = {}
+        for name in names:
+            found[name] = decoders[name]()
+            if progress is not None:
+                progress()
+        if number > 0:
+            rounds.append(found)
+        late = limit_s is not None and time.perf_counter() - began > limit_s
+        if rounds and late:
+            break
+    first = next(iter(decoders))
+    return [_row(name, [(found[name], found[first]) for found in rounds]) for name in decoders]
+
+
+def _row(name: str, rounds: list[tuple[Statistics, Statistics]]) -> Row:
+    speeds = [mine.tokens_per_second for mine, _ in rounds]
+    ratios = [mine.tokens_per_second / base.tokens_per_second for mine, base in rounds]
+    whole = total([mine for mine, _ in rounds])
+    return Row(
+        name,
+        tokens_per_second=_numbers.median(speeds),
+        low=_percentile(speeds, 0.1),
+        high=_percentile(speeds, 0.9),
+        best=max(speeds),
+        ratio=_numbers.median(ratios),
+        ratio_low=_percentile(ratios, 0.1),
+        ratio_high=_percentile(ratios, 0.9),
+        acceptance_rate=whole.acceptance_rate,
+        calls_per_token=whole.calls_per_token,
+        num_tokens=whole.num_tokens,
+        rounds=len(rounds),
+    )
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of the others lie below, interpolated."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    below = int(at)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (at - below) * (ordered[above] - ordered[below])
+
+
+def total(statistics: Sequence[Statistics]) -> Statistics:
+    """The statistics of several calls with the same members, as if they were one.
+
+    Raises:
+        ValueError: there are none, or their members differ.
+    """
+    if not statistics or any(one.members != statistics[0].members for one in statistics):
+        names = [one.members for one in statistics]
+        raise ValueError(f"total: statistics: expected calls with the same members, got {names}")
+    whole = Statistics(list(statistics[0].members))
+    for one in statistics:
+        for name in ("calls", "drafted", "tested", "accepted"):
+            pairs = zip(getattr(whole, name), getattr(one, name), strict=True)
+            setattr(whole, name, [a + b for a, b in pairs])
+        positions = itertools.zip_longest(whole.by_position, one.by_position, fillvalue=[0, 0])
+        whole.by_position = [[a + c, b + d] for (a, b), (c, d) in positions]
+        whole.num_tokens += one.num_tokens
+        whole.num_replaced += one.num_replaced
+        whole.turns += one.turns
+        whole.status |= one.status
+        whole.prefill_seconds += one.prefill_seconds
+        whole.decode_seconds += one.decode_seconds
+    return whole
+
+
+def contestants(
+    members: Sequence[Any],
+    *,
+    gammas: Iterable[int],
+    draft: Any = None,
+    sampled: bool = True,
+    tokenizers: Sequence[Any] | None = None,
+    **arguments: Any,
+) -> dict[str, SpeculativeDecoder]:
+    """One decoder per schedule and number of speculative tokens, the plain ensemble first.
+
+    Component sampling takes part where it is exact: sampled mixtures of scope "member". One model
+    alone has nobody to take turns with, so "alternating" needs two.
+
+    Args:
+        members: M >= 1 causal LMs.
+        gammas: tokens per proposal of the speculative schedules.
+        draft: a separate draft for "speculative"; None lets the cheapest member draft.
+        sampled: whether the temperature is above 0.
+        tokenizers: one per model, the draft's last.
+        arguments: for `SpeculativeDecoder`: weights, ensemble, scope...
+    """
+    size = len(members)
+    mine = None if tokenizers is None else list(tokenizers)[:size]
+    decoders = {"plain": SpeculativeDecoder(members, schedule="plain", tokenizers=mine, **arguments)}
+    mixture = arguments.get("ensemble", "mixture") == "mixture"
+    if sampled and mixture and arguments.get("scope", "member") == "member":
+        decoders["component"] = SpeculativeDecoder(
+            members, schedule="component", tokenizers=mine, **arguments
+        )
+    for gamma in gammas:
+        if size > 1 or draft is not None:
+            decoders[f"speculative γ={gamma}"] = SpeculativeDecoder(
+                members,
+                schedule="speculative",
+                num_speculative_tokens=gamma,
+                draft=draft,
+                tokenizers=mine if draft is None else tokenizers,
+                **arguments,
+            )
+        if size > 1:
+            decoders[f"alternating γ={gamma}"] = SpeculativeDecoder(
+                members,
+                schedule="alternating",
+                num_speculative_tokens=gamma,
+                tokenizers=mine,
+                **arguments,
+            )
+    return decoders
+
+
+def workload(
+    decoder: SpeculativeDecoder, prompts: Sequence[Tensor], *, seed: int = 0, **arguments: Any
+) -> Callable[[], Statistics]:
+    """A contestant for `compare`: continues each prompt in turn.
+
+    Args:
+        decoder: what writes.
+        prompts: (1, S) int64 tensors. Prompt i uses `seed` + i, in every round.
+        arguments: for `SpeculativeDecoder.generate`.
+    """
+
+    def work() -> Statistics:
+        found = []
+        for i, prompt in enumerate(prompts):
+            decoder.generate(prompt, seed=seed + i, **arguments)
+            assert decoder.statistics is not None
+            found.append(decoder.statistics)
+        return total(found)
+
+    return work
+
+
+def sampling(
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> dict[str, Any]:
+    """Arguments of `generate` that say all there is to say about the law.
+
+    Transformers fills what is left out from the first model's generation config (a repetition
+    penalty, top-k 50), which no two models share: every law here is the one that was asked for.
+
+    Args:
+        max_new_tokens: most tokens to write.
+        temperature: >= 0; 0 is greedy.
+        top_k, top_p, min_p: as in `specens_kernels.Law`.
+    """
+    arguments: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+    }
+    if temperature > 0:
+        arguments |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return arguments
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every NaN or infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

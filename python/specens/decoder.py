@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SpeculativeDecoder`: any number of Hugging Face causal LMs write one text, exactly.
+
+`model.generate(**inputs, custom_generate=decoder)` or `decoder.generate(**inputs)`: transformers
+keeps generation config, processors and stopping criteria; the decoder owns the loop (`run.py`).
+What is checked about the user's arguments is checked here.
+"""
+
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, Status
+
+from .members import Member, member
+from .processors import Stopper, Warp, per_row, split
+from .run import Run
+from .schedules import SCHEDULES, Alternating, Component, Plain, Schedule, Speculative
+from .statistics import Statistics
+from .vocabulary import shared_vocabulary
+
+_logger = logging.getLogger("specens")
+_IGNORED = frozenset({"attention_mask", "position_ids", "cache_position", "logits_to_keep"})
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`.
+
+    sequences: (B, S) int64. Prompts and generated tokens, padded after a row's end.
+    log_probs: (B, S - S_prompt) float32. Log-probability of each generated token under the ensemble;
+        NaN past a row's end, and for schedule "component", which does not score with all members.
+    statistics: counts and times of the call.
+    """
+
+    log_probs: Tensor | None = None
+    statistics: Statistics | None = None
+
+
+class SpeculativeDecoder:
+    """Decodes from an ensemble of causal LMs as fast as their agreement allows.
+
+    The emitted text has exactly the ensemble's law at every position (rules that are not lossless
+    aside), and its greedy text is the plain ensemble's, whatever the schedule and the number of
+    speculative tokens. Models, configs and tokenizers are never modified.
+    """
+
+    statistics: Statistics | None = None  # of the latest call
+
+    def __init__(
+        self,
+        members: Sequence[Any],
+        *,
+        weights: Sequence[float] | None = None,
+        ensemble: str = "mixture",
+        schedule: str = "alternating",
+        num_speculative_tokens: int | Sequence[int] = 4,
+        proposer: int | None = None,
+        order: Sequence[int] | None = None,
+        draft: Any = None,
+        acceptance: str = "rejection",
+        lenience: float = 1.0,
+        scope: str = "member",
+        plausibility: float = 0.0,
+        tokenizers: Sequence[Any] | None = None,
+        seed: int | Sequence[int] | None = None,
+    ) -> None:
+        """Bind the models; a few tiny forwards find out what each can do (`probe`).
+
+        Args:
+            members: M >= 1 causal LMs whose ensemble writes the text.
+            weights: M numbers. None is 1/M each. For "mixture" they are >= 0 and sum to 1.
+            ensemble: "mixture" or "product"; see `specens_kernels.ensembles`.
+            schedule: "plain", "component", "speculative" or "alternating"; see `schedules.py`.
+            num_speculative_tokens: >= 1. Tokens per proposal; for "alternating" also one number per
+                member, in `order` (a single number is the first one's; the others propose 1).
+            proposer: "speculative": the member that drafts. None is the cheapest, or `draft`.
+            order: "alternating": the rotation, default proposer first. None is cheapest first.
+            draft: "speculative": a causal LM outside the ensemble that drafts.
+            acceptance: an entry of `specens_kernels.ACCEPTANCE_RULES`. lenience: (0, 1], for "lenient".
+            scope: "member" warps each member and then folds; "ensemble" folds first.
+            plausibility: [0, 1]. "product": drops what the first member finds implausible.
+            tokenizers: one per model (the draft's last). Needed where vocabularies are padded
+                differently, to check that ids mean the same.
+            seed: of the random numbers: row b uses seed + b, or the b-th of a sequence. None draws
+                from torch's global generator.
+        Raises:
+            ValueError: an argument is out of range, or the vocabularies disagree.
+        """
+        models = [*members] if draft is None else [*members, draft]
+        if not members:
+            raise ValueError("decoder: members: expected at least one model, got none")
+        size = len(members)
+        self.weights = tuple([1 / size] * size if weights is None else map(float, weights))
+        if len(self.weights) != size:
+            raise _wrong("weights", f"{size} numbers", f"{len(self.weights)}")
+        _check_name("schedule", schedule, SCHEDULES)
+        _check_name("acceptance", acceptance, ACCEPTANCE_RULES)
+        _check_name("ensemble", ensemble, ENSEMBLES)
+        if not 0.0 < lenience <= 1.0:
+            raise _wrong("lenience", "a number in (0, 1]", lenience)
+        if draft is not None and schedule != "speculative":
+            raise _wrong("draft", f"None for schedule {schedule!r}", type(draft).__name__)
+        if schedule == "component" and (ensemble != "mixture" or scope != "member"):
+            raise _wrong("schedule", "a mixture of scope 'member' for 'component'", ensemble)
+        self.ensemble, self.scope, self.plausibility = ensemble, scope, plausibility
+        self.acceptance, self.lenience, self.seed = acceptance, lenience, seed
+        self.vocab_size = shared_vocabulary(models, tokenizers)
+        self._law(Warp())  # checks weights, scope and plausibility before any model runs
+        self.models = models
+        self.num_ensemble = size
+        self.members = [member(model) for model in models]
+        self.schedule = self._schedule(schedule, num_speculative_tokens, proposer, order)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        stop_strings: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`members[0].generate(inputs, **kwargs)` with this decoder as the loop.
+
+        Args:
+            inputs: (B, S) int64. Prompts, left-padded; or input_ids= and attention_mask=.
+            streamer: gets the prompt, every token and `end()`; batch size 1.
+            tokenizer: needed for stop_strings.
+            stop_strings: generation ends with the token that completes one of them.
+            seed: as for the constructor, for this call.
+            kwargs: what transformers' `generate` takes.
+        Returns:
+            (B, S) int64 sequences, or a `SpeculativeOutput` with return_dict_in_generate=True.
+        """
+        if stop_strings is not None:
+            if tokenizer is None:
+                raise ValueError("generate: tokenizer: expected a tokenizer for stop_strings, got None")
+            strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+            criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+            kwargs["stopping_criteria"] = criteria
+        loop = functools.partial(self, streamer=streamer, seed=seed)
+        return self.models[0].generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        streamer: Any = None,
+        seed: int | Sequence[int] | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The loop, as transformers calls it: `model.generate(..., custom_generate=decoder)`.
+
+        `model` must be one of the members. Transformers does not hand a streamer to a callable: use
+        `decoder.generate(streamer=...)`.
+        """
+        lengths = self._check_call(model, input_ids, generation_config, streamer, model_kwargs)
+        batch, width = input_ids.shape
+        warp, processors = split(logits_processor, do_sample=bool(generation_config.do_sample))
+        if processors and self.scope == "ensemble":
+            names = ", ".join(type(p).__name__ for p in processors)
+            raise ValueError(
+                f"generate: logits_processor: expected none but temperature, top-k, top-p and min-p "
+                f"for scope 'ensemble', got {names}"
+            )
+        if isinstance(self.schedule, Component) and warp.temperature == 0:
+            raise ValueError("generate: do_sample: expected True for schedule 'component', got False")
+        statistics = Statistics([m.name for m in self.members])
+        stopper = Stopper(stopping_criteria, generation_config)
+        with torch.inference_mode():
+            run = Run(
+                self.members,
+                num_ensemble=self.num_ensemble,
+                law=self._law(warp),
+                member_laws=[self._member_law(warp)] * len(self.members),
+                schedule=self.schedule,
+                acceptance=self.acceptance,
+                lenience=self.lenience,
+                input_ids=input_ids,
+                lengths=lengths,
+                seeds=self._seeds(seed if seed is not None else self.seed, input_ids),
+                processors=per_row(processors, batch),
+                stopper=stopper,
+                statistics=statistics,
+            )
+            began = time.perf_counter()
+            while run.rows:
+                emitted = run.turn()
+                if streamer is not None:
+                    streamer.put(torch.tensor(emitted[0]))
+            statistics.decode_seconds = time.perf_counter() - began
+            if streamer is not None:
+                streamer.end()
+        if statistics.status:
+            _logger.warning("generate: degenerate logits: %s", Status(statistics.status))
+        self.statistics = statistics
+        return self._output(run, width, generation_config)
+
+    # --- what a call is made of -------------------------------------------------------------------
+
+    def _schedule(
+        self,
+        name: str,
+        num_speculative_tokens: int | Sequence[int],
+        proposer: int | None,
+        order: Sequence[int] | None,
+    ) -> Schedule:
+        single = isinstance(num_speculative_tokens, int)
+        gammas = [num_speculative_tokens] if single else list(num_speculative_tokens)  # type: ignore[arg-type]
+        if not gammas or any(not isinstance(n, int) or n < 1 for n in gammas):
+            raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
+        size = self.num_ensemble
+        by_cost = sorted(range(size), key=lambda m: _num_parameters(self.models[m]))
+        if name == "plain":
+            return Plain()
+        if name == "component":
+            return Component()
+        if name == "speculative":
+            if not single:
+                raise _wrong("num_speculative_tokens", "one integer", num_speculative_tokens)
+            has_draft = len(self.models) > size
+            if proposer is None:
+                proposer = size if has_draft else by_cost[0]
+            elif has_draft or not 0 <= proposer < size:
+                raise _wrong("proposer", f"None with a draft, else 0 to {size - 1}", proposer)
+            return Speculative(proposer, gammas[0])
+        rotation = by_cost if order is None else list(order)
+        if sorted(rotation) != list(range(size)):
+            raise _wrong("order", f"every member 0 to {size - 1} once", order)
+        if single:
+            gammas = gammas + [1] * (size - 1)
+        if len(gammas) != size:
+            raise _wrong("num_speculative_tokens", f"1 or {size} integers", num_speculative_tokens)
+        return Alternating(tuple(rotation), tuple(gammas))
+
+    def _law(self, warp: Warp) -> Law:
+        return Law(
+            self.weights,
+            self.ensemble,
+            temperature=warp.temperature,
+            top_k=warp.top_k,
+            top_p=warp.top_p,
+            min_p=warp.min_p,
+            scope=self.scope,
+            plausibility=self.plausibility,
+            vocab_size=self.vocab_size,
+        )
+
+    def _member_law(self, warp: Warp) -> Law:
+        return Law(
+            (1.0,),
+            temperature=warp.temperature,
+            top_k=warp.top_k,
+            top_p=warp.top_p,
+            min_p=warp.min_p,
+            vocab_size=self.vocab_size,
+        )
+
+    def _seeds(self, seed: int | Sequence[int] | None, input_ids: Tensor) -> Tensor:
+        batch = len(input_ids)
+        if seed is None:
+            seeds = torch.randint(2**63 - 1, (batch,))
+        elif isinstance(seed, int):
+            seeds = torch.arange(batch) + seed
+        else:
+            if len(seed) != batch:
+                raise ValueError(f"generate: seed: expected {batch} seeds, one a row, got {len(seed)}")
+            seeds = torch.tensor(seed, dtype=torch.int64)
+        return seeds.to(input_ids.device)
+
+    def _check_call(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        generation_config: Any,
+        streamer: Any,
+        model_kwargs: Mapping[str, Any],
+    ) -> list[int]:
+        """The prompts' lengths; refuses what the loop cannot honour."""
+        if not any(model is mine for mine in self.models[: self.num_ensemble]):
+            raise ValueError(
+                f"generate: model: expected one of the decoder's members, got another "
+                f"{type(model).__name__}"
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("generate: past_key_values: expected an empty cache, got a filled one")
+        known = _IGNORED | {"past_key_values", "use_cache", "logits_processor", "synced_gpus"}
+        for name, value in model_kwargs.items():
+            if value is not None and name not in known and not isinstance(value, bool):
+                raise ValueError(f"generate: {name}: expected None, got {type(value).__name__}")
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name, False):
+                raise NotImplementedError(
+                    f"generate: {name}: expected False, got True; log_probs and statistics are returned"
+                )
+        if (generation_config.num_beams or 1) > 1:
+            raise NotImplementedError(
+                f"generate: num_beams: expected 1, got {generation_config.num_beams}"
+            )
+        if streamer is not None and len(input_ids) != 1:
+            raise ValueError(f"generate: streamer: expected batch size 1, got {len(input_ids)}")
+        mask = model_kwargs.get("attention_mask")
+        width = input_ids.shape[1]
+        if mask is None:
+            lengths = [width] * len(input_ids)
+        else:
+            if mask.dim() != 2 or bool((mask.bool() != mask.bool().cummax(1).values).any()):
+                raise ValueError(
+                    "generate: attention_mask: expected left padding only, got zeros after ones"
+                )
+            lengths = mask.sum(1).tolist()
+        if min(lengths, default=0) < 1:
+            raise ValueError("generate: input_ids: expected at least one token a row, got none")
+        return lengths
+
+    def _output(self, run: Run, width: int, generation_config: Any) -> Any:
+        rows = sorted(run.finished, key=lambda row: row.index)
+        columns = max(row.pad + row.length for row in rows)
+        pad = getattr(generation_config, "_pad_token_tensor", None)
+        sequences = run.text[:, :columns].clone()
+        for row in rows:
+            if row.pad + row.length < columns:
+                # Transformers fills in the end-of-sequence token where no padding token is set.
+                sequences[row.index, row.pad + row.length :] = 0 if pad is None else int(pad)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        log_probs = torch.full((len(rows), columns - width), torch.nan)
+        for row in rows:
+            mine = torch.cat(run.log_probs[row.index]).cpu()
+            log_probs[row.index, : len(mine)] = mine
+        return SpeculativeOutput(
+            sequences=sequences, log_probs=log_probs, statistics=run.statistics
+        )
+
+
+def _num_parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_name(argument: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise ValueError(
+            f"decoder: {argument}: unknown name {name!r}; known names: {', '.join(sorted(known))}"
+        )
+
+
+def _wrong(argument: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"decoder: {argument}: expected {expected}, got {got}")

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do the members mean the same by a token id? Padding may differ; anything else is refused."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def shared_vocabulary(models: Sequence[Any], tokenizers: Sequence[Any] | None) -> int:
+    """Columns of the logits that count: the ids that every model has.
+
+    Args:
+        models: causal LMs. Their logits may be padded to different widths.
+        tokenizers: one per model, or None if all models have logits of one width.
+    Returns:
+        The number of shared ids.
+    Raises:
+        ValueError: widths differ and there are no tokenizers to compare, or two tokenizers disagree
+            about an id.
+    """
+    widths = [int(model.config.get_text_config().vocab_size) for model in models]
+    if tokenizers is None:
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"decoder: tokenizers: expected one per model, since their vocabulary sizes differ "
+                f"({', '.join(map(str, widths))}), got None"
+            )
+        return widths[0]
+    if len(tokenizers) != len(models):
+        raise ValueError(
+            f"decoder: tokenizers: expected {len(models)}, one per model, got {len(tokenizers)}"
+        )
+    by_id = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
+    first = by_id[0]
+    for place, other in enumerate(by_id[1:], start=1):
+        differing = sorted(i for i in first.keys() | other.keys() if first.get(i) != other.get(i))
+        if differing:
+            shown = ", ".join(f"{i}: {first.get(i)!r} / {other.get(i)!r}" for i in differing[:5])
+            raise ValueError(
+                f"decoder: tokenizers: expected the same token for every id, got {len(differing)} "
+                f"that differ between models 0 and {place} ({shown})"
+            )
+    return min(*widths, max(first) + 1) if len(widths) > 1 else min(widths[0], max(first) + 1)
