@@ -121,9 +121,9 @@ def probe(model: PreTrainedModel, *, mode: str = "auto") -> Probe:
 
 def _examine(model: PreTrainedModel, mode: str) -> Probe:
     name = model_name(model)
-    # In low precision a token may be sent to other experts, which is no fault of the mode and
-    # happens with some inputs; a wrong mask is wrong for all.
-    seeds = range(3 if torch.finfo(model.dtype).eps > torch.finfo(torch.float32).eps else 1)
+    # A rounding that sends a token to other experts is no fault of the mode and happens with
+    # some inputs; a wrong mask is wrong for all.
+    seeds = range(3 if _is_coarse(model) else 1)
     games = cache(partial(_Game, model))
     kept = games(0).logits_to_keep()
     refused: list[str] = []
@@ -190,7 +190,7 @@ class _Game:
         )
         self.expected = torch.cat([self._plain(row[None]) for row in self.sequences])
         prefix = self._plain(self.sequences[:, : self.prompt])
-        noise = _typical(self.errors(prefix, self.expected[:, : self.prompt]))
+        noise = self.typical(self.errors(prefix, self.expected[:, : self.prompt]))
         if not noise < 0.2:
             raise ValueError(
                 f"member: model: expected a causal LM, got {type(model).__name__}, whose logits "
@@ -210,6 +210,13 @@ class _Game:
         expected = expected.to(torch.float64).flatten(0, -2)
         error = logits.to(expected).flatten(0, -2) - expected
         return error.square().mean(-1).sqrt() / expected.std(-1).clamp_min(1e-30)
+
+    def typical(self, errors: Tensor) -> float:
+        """The largest of (n,) errors; in low precision the upper quartile."""
+        # There one token in many may be sent to other experts; a wrong mask spoils half of the
+        # positions, or all.
+        level = 0.75 if _is_coarse(self.model) else 1.0
+        return float(errors.nan_to_num(float("inf")).quantile(level))
 
     def play(self, member: Member) -> float:
         """The error of a member in the kind of move it does worst."""
@@ -251,7 +258,7 @@ class _Game:
         feed("selected", [1], [3])
         reject([n + 5])
         feed("selected", [1], [1])
-        return max(_typical(torch.cat(found)) for found in errors.values())
+        return max(self.typical(torch.cat(found)) for found in errors.values())
 
     def tree(self, member: SlotMember) -> bool:
         """Whether a tree's logits are those of its paths, in rows of two lengths."""
@@ -297,15 +304,13 @@ class _Game:
                 continue
             if logits.shape != expected.shape:
                 continue
-            if _typical(self.errors(logits, expected)) < 0.25:
+            if self.typical(self.errors(logits, expected)) < 0.25:
                 return form
         return "all"
 
 
-def _typical(errors: Tensor) -> float:
-    """The upper quartile: a wrong mask spoils half of the positions, or all."""
-    # The worst would not do: in low precision one token in many may be sent to other experts.
-    return float(errors.nan_to_num(float("inf")).quantile(0.75))
+def _is_coarse(model: PreTrainedModel) -> bool:
+    return torch.finfo(model.dtype).eps > torch.finfo(torch.float32).eps
 
 
 def _window(config: Any) -> int | None:
