@@ -2,11 +2,11 @@
 """Acceptance rules: how much of a draft law is kept, and so what replaces the rest.
 
 A rule is one elementwise function, `kept(target, draft, lenience)`: the probability mass of each
-draft token that is kept. A draft token is kept iff `uniform * draft < kept`, and replaced by a token
-drawn from the residual, max(target - kept, 0), when it is not. If kept <= min(target, draft)
+draft token that is kept. A draft token is kept iff `uniform * draft < kept`, and replaced by a
+token drawn from the residual, max(target - kept, 0), when it is not. If kept <= min(target, draft)
 everywhere, the emitted token has exactly the target law, whatever the draft; `lossless` claims that
-and tests/test_acceptance.py proves it. To add a rule, add an entry to `ACCEPTANCE_RULES`; for native
-speed, name it in `csrc/rules.h` too.
+and tests/test_acceptance.py proves it. To add a rule, add an entry to `ACCEPTANCE_RULES`; for
+native speed, name it in `csrc/rules.h` too.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,8 @@ ACCEPTANCE_RULES = {
         AcceptanceRule(
             "rejection", _rejection, True, False, "Leviathan et al. 2023, arXiv:2211.17192"
         ),
-        # `lenience` in (0, 1]: 1 is `rejection`; smaller keeps drafts up to 1/lenience too probable.
+        # `lenience` in (0, 1]: 1 is `rejection`; smaller keeps drafts up to 1/lenience too
+        # probable.
         AcceptanceRule(
             "lenient", _lenient, False, False, "Leviathan et al. 2023, arXiv:2211.17192, A.5"
         ),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ensembles: how the next-token laws of M members become one.
 
-An ensemble folds the members in one at a time, so a kernel keeps one accumulator per token and never
-the stacked (M, V) tensor. Two spaces cover the field:
+An ensemble folds the members in one at a time, so a kernel keeps one accumulator per token and
+never the stacked (M, V) tensor. Two spaces cover the field:
 
 * `mixture` folds probabilities; weights are >= 0 and sum to 1.
 * `product` folds logits and takes one softmax afterwards; weights are any real numbers:
@@ -10,14 +10,14 @@ the stacked (M, V) tensor. Two spaces cover the field:
   | method | members | weights |
   |---|---|---|
   | geometric mean | M models | 1/M each |
-  | contrastive decoding (Li et al. 2023, arXiv:2210.15097) | expert, amateur | 1 + b, -b, and `plausibility` |
-  | Speculative Ensemble's form of it (arXiv:2502.01662) | expert, amateur | 1, -mu |
-  | DExperts (Liu et al. 2021, arXiv:2105.03023) | base, expert, anti-expert | 1, a, -a |
-  | proxy tuning (Liu et al. 2024, arXiv:2401.08565) | large, tuned, untuned | 1, 1, -1 |
-  | classifier-free guidance (Sanchez et al. 2023, arXiv:2306.17806) | prompted, bare | s, 1 - s |
+  | contrastive decoding (arXiv:2210.15097) | expert, amateur | 1 + b, -b; `plausibility` |
+  | the same in Fu et al. 2025 (arXiv:2502.01662) | expert, amateur | 1, -mu |
+  | DExperts (arXiv:2105.03023) | base, expert, anti-expert | 1, a, -a |
+  | proxy tuning (arXiv:2401.08565) | large, tuned, untuned | 1, 1, -1 |
+  | classifier-free guidance (arXiv:2306.17806) | prompted, bare | s, 1 - s |
 
-To add an ensemble, add an entry to `ENSEMBLES`; the tests and benchmarks iterate over it. For native
-speed, name it in `csrc/rules.h` too.
+To add an ensemble, add an entry to `ENSEMBLES`; the tests and benchmarks iterate over it. For
+native speed, name it in `csrc/rules.h` too.
 """
 
 from collections.abc import Callable

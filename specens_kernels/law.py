@@ -21,9 +21,10 @@ class Law:
     """How the logits of M members become one distribution.
 
     Scope "member" warps each member by its temperature and the filters and then folds (what
-    Speculative Ensemble does); scope "ensemble" folds first and warps once. A proposal is warped the
-    same way. Filters apply in the order top-k, top-p, min-p, and keep or drop tied tokens together.
-    Tensors are taken as they are: their values are not checked, for that would need the host.
+    Speculative Ensemble does); scope "ensemble" folds first and warps once. A proposal is warped
+    the same way. Filters apply in the order top-k, top-p, min-p, and keep or drop tied tokens
+    together. Tensors are taken as they are: their values are not checked, for that would need the
+    host.
 
     weights: M numbers, or (M,), (B, M) or (B, T, M) float tensor. Mixture: >= 0, summing to 1.
     ensemble: "mixture" or "product"; an entry of `ENSEMBLES`.
@@ -74,7 +75,9 @@ class Law:
             raise _out_of_range("vocab_size", "a count >= 1", self.vocab_size)
 
     def _check_weights(self, weights: list[float]) -> None:
-        if not weights or any(weight != weight or abs(weight) == float("inf") for weight in weights):
+        if not weights or any(
+            weight != weight or abs(weight) == float("inf") for weight in weights
+        ):
             raise _out_of_range("weights", "M >= 1 finite numbers", weights)
         if ENSEMBLES[self.ensemble].space == "probs" and (
             min(weights) < 0 or abs(sum(weights) - 1) > 1e-6
@@ -85,8 +88,11 @@ class Law:
     def _check_temperature(self) -> None:
         if isinstance(self.temperature, Tensor):
             return
-        single = isinstance(self.temperature, (int, float))
-        values = [self.temperature] if single else list(self.temperature)  # type: ignore[arg-type]
+        values = (
+            [self.temperature]
+            if isinstance(self.temperature, (int, float))
+            else list(self.temperature)
+        )
         if any(not 0.0 <= value < float("inf") for value in values):
             raise _out_of_range("temperature", "finite numbers >= 0", self.temperature)
         if self.scope == "ensemble" and len(values) != 1:
@@ -103,13 +109,18 @@ class Law:
         """
         known = self._tensors.get(device)
         if known is None:
-            known = self._tensors[device] = self._make_tensors(device)
+            known = self._make_tensors(device)
+            if type(known[1]) is Tensor:  # a fake one must not outlive its mode
+                self._tensors[device] = known
         weights, temperature, *filters = known
         assert weights is not None
         assert temperature is not None
         shape = weights.shape
-        if shape[-1] != members or len(shape) > 3 or (len(shape) > 1 and shape[0] != batch) or (
-            len(shape) == 3 and shape[1] != rows
+        if (
+            shape[-1] != members
+            or len(shape) > 3
+            or (len(shape) > 1 and shape[0] != batch)
+            or (len(shape) == 3 and shape[1] != rows)
         ):
             expected = f"(M={members},), (B={batch}, M) or (B, T={rows}, M)"
             raise ValueError(f"{op}: weights: expected {expected}, got {tuple(shape)}")
@@ -120,9 +131,7 @@ class Law:
             raise ValueError(f"{op}: temperature: expected {expected}, got {tuple(shape)}")
         for name, value in zip(("top_k", "top_p", "min_p"), filters, strict=True):
             if value is not None and (value.dim() != 1 or value.shape[0] not in (1, batch)):
-                raise ValueError(
-                    f"{op}: {name}: expected (B={batch},), got {tuple(value.shape)}"
-                )
+                raise ValueError(f"{op}: {name}: expected (B={batch},), got {tuple(value.shape)}")
         return known
 
     def _make_tensors(self, device: torch.device) -> tuple[Tensor | None, ...]:

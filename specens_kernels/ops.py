@@ -72,7 +72,8 @@ class Verdict(NamedTuple):
     """What `verify` returns.
 
     tokens: (B, N+1) int64. Accepted tokens, then the residual or bonus token; padded with -1.
-    log_probs: (B, N+1) float32. Of each emitted token under the ensemble (before a greedy collapse).
+    log_probs: (B, N+1) float32. Of each emitted token under the ensemble (before a greedy
+        collapse).
     num_accepted: (B,) int32. Draft tokens kept; the residual or bonus token is not counted.
     path: (B, N) int32. Nodes kept, from the root down; padded with -1.
     status: (B,) int32. `Status` bits.
@@ -88,13 +89,11 @@ class Verdict(NamedTuple):
 # --- public functions -----------------------------------------------------------------------------
 
 
-def uniforms(
-    seeds: Tensor, positions: Tensor, stream: Stream | int, *, index: int = 0
-) -> Tensor:
+def uniforms(seeds: Tensor, positions: Tensor, stream: Stream | int, *, index: int = 0) -> Tensor:
     """Random numbers that depend on nothing but their coordinates.
 
-    Philox-4x32-10 with key `seeds` and counter (position, stream, index), so a token's randomness is
-    the same in any batch slot, for any batch size, on every backend.
+    Philox-4x32-10 with key `seeds` and counter (position, stream, index), so a token's randomness
+    is the same in any batch slot, for any batch size, on every backend.
 
     Args:
         seeds: (B,) int64. One per sequence.
@@ -116,7 +115,8 @@ def uniforms(
         raise _wrong("uniforms", "positions", f"(B={seeds.shape[0]}, T) or (1, T)", positions)
     if seeds.device != positions.device:
         raise _wrong("uniforms", "positions", f"device {seeds.device}", positions)
-    return _op_uniforms(seeds, positions, int(stream), index)
+    numbers: Tensor = _op_uniforms(seeds, positions, int(stream), index)
+    return numbers
 
 
 def mix(logits: Sequence[Tensor], law: Law) -> tuple[Tensor, Tensor]:
@@ -162,9 +162,7 @@ def sample(
     batch, rows = logits[0].shape[0], logits[0].shape[1]
     _check_uniforms("sample", uniforms, batch, rows, logits[0].device)
     if member is not None and not 0 <= member < len(logits):
-        raise ValueError(
-            f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}"
-        )
+        raise ValueError(f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}")
     return Sample(*_op_sample(tensors, uniforms, *rest, -1 if member is None else member))
 
 
@@ -185,24 +183,24 @@ def verify(
     """Keep the longest path of drafted tokens that the ensemble accepts, and emit one token more.
 
     From the root down, the children of a node are tried in order: a child is kept iff
-    `coin * draft < kept`, and the residual max(target - kept, 0) is the next child's target. Where no
-    child is kept the last residual is drawn from; where there is none to try, the target (the bonus
-    token). No (V,) probability tensor is written. The emitted law is the ensemble's, at every
-    position, if the rule is lossless and each draft was drawn from the law that it is said to be.
+    `coin * draft < kept`, and the residual max(target - kept, 0) is the next child's target. Where
+    no child is kept the last residual is drawn from; where there is none to try, the target (the
+    bonus token). No (V,) probability tensor is written. The emitted law is the ensemble's, at every
+    position, if the rule is lossless and each draft was drawn from the law it is said to be from.
 
     Args:
         logits: M tensors (B, N+1, V_m), as for `mix`. Row 0 is the law after the last committed
             token, row i the law after node i. (B, N, V_m) if not `bonus`.
         draft_tokens: (B, N) int32 or int64. Token of node i at i - 1; -1 where there is none.
         uniforms: (B, N+1, 4) float32 in [0, 1). Word 0 of row i is node i's coin; words 1 to 3 of
-            row i draw the token after node i. The same uniforms give the same tokens on every backend.
+            row i draw the token after node i. The same uniforms give the same tokens everywhere.
         law: how the members become one distribution. The proposal is warped the same way.
         parents: (N+1,), (1, N+1) or (B, N+1) int32 or int64. Parent of each node, lower than the
             node; -1 for the root, node 0. None is a chain.
         proposers: (N,), (1, N) or (B, N) int32 or int64. The member whose law each node was drawn
             from; -1 for a point mass. None is a point mass everywhere, unless `draft_logits`.
-        draft_logits: (B, N, V_d) or (B, N+1, V_d). Bare logits of a separate draft; row i is the law
-            that the children of node i were drawn from.
+        draft_logits: (B, N, V_d) or (B, N+1, V_d). Bare logits of a separate draft; row i is the
+            law that the children of node i were drawn from.
         draft_temperature: () or (B,) float. The draft's; None is the law's for the first member.
         acceptance: an entry of `ACCEPTANCE_RULES`. Rows of temperature 0 use "greedy".
         lenience: (0, 1], for the rule "lenient".
@@ -295,6 +293,8 @@ def backend(name: str) -> Iterator[None]:
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "native" and not native.AVAILABLE:
+        raise NotImplementedError(f"backend: {native.REASON}")
     before, _backend = _backend, name
     try:
         yield
@@ -330,7 +330,8 @@ _LAW = (
     "Tensor weights, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
     "str ensemble, str scope, float plausibility, int vocab_size"
 )
-_lib = torch.library.Library("specens", "DEF")
+_library: Any = torch.library.Library  # untyped
+_lib = _library("specens", "DEF")
 _lib.define("uniforms(Tensor seeds, Tensor positions, int stream, int index) -> Tensor")
 _lib.define(f"mix(Tensor[] logits, {_LAW}) -> (Tensor, Tensor)")
 _lib.define(
@@ -354,7 +355,9 @@ def _reference_sample(logits: list[Tensor], numbers: Tensor, *rest: Any) -> tupl
 
 
 def _reference_verify(logits: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    return reference.verify(logits, *rest[:6], LawTensors(*rest[6:15]), *rest[15:])
+    drafts, law, how = rest[:6], LawTensors(*rest[6:15]), rest[15:]
+    run: Callable[..., tuple[Tensor, ...]] = reference.verify
+    return run(logits, *drafts, law, *how)
 
 
 def _fake_uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
@@ -389,6 +392,8 @@ def _fake_verify(logits: list[Tensor], draft_tokens: Tensor, *rest: Any) -> tupl
 def _register(
     name: str, reference_op: Callable[..., Any], native_op: Callable[..., Any], fake: Any
 ) -> Any:
+    reference_op = torch.no_grad()(reference_op)
+    _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _lib.impl(name, reference_op, "CompositeExplicitAutograd")
     if native.AVAILABLE:
         _lib.impl(name, _native_or_reference(name, native_op, reference_op), "CPU")
@@ -413,7 +418,7 @@ def _wrong(op: str, argument: str, expected: str, got: Tensor) -> ValueError:
     return ValueError(f"{op}: {argument}: expected {expected}, got {found}")
 
 
-def _members(op: str, logits: Sequence[Tensor], law: Law) -> tuple[Any, ...]:
+def _members(op: str, logits: Any, law: Law) -> tuple[Any, ...]:
     """The checked logits and the law's parameters, in the order of the schemas."""
     if isinstance(logits, Tensor) or len(logits) == 0:
         raise ValueError(f"{op}: logits: expected a list of M >= 1 tensors, got {type(logits)}")
@@ -434,9 +439,9 @@ def _members(op: str, logits: Sequence[Tensor], law: Law) -> tuple[Any, ...]:
             raise _wrong(op, f"logits[{m}]", expected, tensor)
         if tensor.stride(2) != 1 and tensor.shape[2] > 1:
             raise _wrong(op, f"logits[{m}]", "contiguous rows", tensor)
-    return list(logits), *law.tensors(op, first.shape[0], first.shape[1], len(logits), first.device), (
-        law.ensemble
-    ), law.scope, law.plausibility, vocab_size
+    batch, rows = first.shape[:2]
+    numbers = law.tensors(op, batch, rows, len(logits), first.device)
+    return list(logits), *numbers, law.ensemble, law.scope, law.plausibility, vocab_size
 
 
 def _check_uniforms(op: str, numbers: Tensor, batch: int, rows: int, device: torch.device) -> None:

@@ -315,7 +315,7 @@ def draw(mass: Tensor, numbers: Tensor) -> Tensor:
     vocab_size = mass.shape[-1]
     tiles = -(-vocab_size // TILE)
     grid = torch.nn.functional.pad(mass, (0, tiles * TILE - vocab_size))
-    grid = grid.unflatten(-1, (tiles, TILE // SUB_TILE, SUB_TILE))
+    grid = grid.reshape(*mass.shape[:-1], tiles, TILE // SUB_TILE, SUB_TILE)
     tile = _pick(grid.sum((-1, -2)), numbers[..., 0])
     grid = _take(grid, tile)
     sub_tile = _pick(grid.sum(-1), numbers[..., 1])

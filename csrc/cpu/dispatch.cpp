@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Builds kernels.inc for each instruction set and chooses among the builds, once. To add a set: its
+// target options and vector width here, its few intrinsics in kernels.inc, its line in kBuilds.
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+// GCC 12 reports the deliberately undefined operands of its own intrinsics.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#define SPECENS_INLINE inline __attribute__((always_inline))
+#define SPECENS_INLINE_LAMBDA __attribute__((always_inline))
+
+#define SPECENS_ISA baseline
+#define SPECENS_NAME "baseline"
+#define SPECENS_WIDTH 4
+#include "kernels.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#undef SPECENS_WIDTH
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define SPECENS_ISA avx2
+#define SPECENS_NAME "avx2"
+#define SPECENS_WIDTH 8
+#include "kernels.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#undef SPECENS_WIDTH
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#endif
+#define SPECENS_ISA avx512
+#define SPECENS_NAME "avx512"
+#define SPECENS_WIDTH 16
+#include "kernels.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#undef SPECENS_WIDTH
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
+
+namespace specens {
+namespace {
+
+struct Build {
+  const Kernels* kernels;
+  bool supported;
+};
+
+const Kernels& choose(const Build* begin, const Build* end) {
+  const char* name = std::getenv("SPECENS_CPU_ISA");
+  std::string known;
+  for (const Build* build = begin; build != end; ++build) {
+    if (!build->supported) continue;
+    if (name == nullptr || *name == 0 || build->kernels->name == std::string(name)) {
+      return *build->kernels;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(build->kernels->name);
+  }
+  throw std::runtime_error("SPECENS_CPU_ISA: expected one of " + known + " on this machine, got '" +
+                           name + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = [] () -> const Kernels& {
+    const Build builds[] = {
+#if defined(__x86_64__)
+        {&avx512::kKernels,
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+        {&avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                              __builtin_cpu_supports("f16c")},
+#endif
+        {&baseline::kKernels, true},
+    };
+    return choose(std::begin(builds), std::end(builds));
+  }();
+  return chosen;
+}
+
+const char* cpu_isa() { return kernels().name; }
+
+double exponential(double x) { return baseline::exp_f64<double, int64_t>(x); }
+double logarithm(double x) { return baseline::log_f64<double, int64_t>(x); }
+
+float load_value(const void* row, DType dtype, int64_t index) {
+  using baseline::bits;
+  if (dtype == DType::kFloat32) return static_cast<const float*>(row)[index];
+  const uint32_t half = static_cast<const uint16_t*>(row)[index];
+  if (dtype == DType::kBFloat16) return bits<float>(half << 16);
+  const uint32_t magnitude = half & 0x7FFF;
+  const uint32_t normal = (magnitude << 13) + ((magnitude >= 0x7C00 ? 224u : 112u) << 23);
+  const uint32_t subnormal = bits<uint32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+  return bits<float>((magnitude < 0x0400 ? subnormal : normal) | ((half & 0x8000) << 16));
+}
+
+}  // namespace specens

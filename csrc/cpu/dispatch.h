@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// The leaf kernels, each over one sub-tile of one row, and the choice among their builds. What stands
+// above this line is scalar C++; what stands below it, kernels.inc, is built once per instruction set,
+// with the same lanes and the same roundings in each, so that every set gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "../specens.h"
+
+namespace specens {
+
+// Elements that a kernel handles as one block; buffers are padded to a multiple of it.
+constexpr int kLanes = 64;
+
+constexpr int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// Where one member's sub-tile lies.
+struct Span {
+  const void* data;
+  DType dtype;
+  int count;  // 1 to kSubTile
+};
+
+// Largest value of a sub-tile, and the sum of exp((value - max) / temperature). The sum is NaN if the
+// sub-tile holds a NaN or +inf; an empty sub-tile is {-inf, 0}.
+struct Peak {
+  double max;
+  double sum;
+};
+
+// value -> log-probability.
+struct Affine {
+  double top;
+  double inverse_temperature;
+  double log_sum;
+
+  double operator()(double value) const { return (value - top) * inverse_temperature - log_sum; }
+};
+
+// How a member's values are rewritten before they are read.
+enum class Cleaning {
+  kNone,
+  kNan,       // NaN becomes -inf
+  kInfinite,  // +inf becomes 0, the rest -inf
+  kMask,      // values below the threshold become -inf, the rest 0
+};
+
+// Values below `cutoff` have no mass. Buffers hold kSubTile elements or more; what lies between `count`
+// and the next multiple of kLanes is written, and has no mass. The f32 kernels are for sweeps: sums of
+// theirs are good to about 1e-8. The others are good to a few units of the last place of a double.
+struct Kernels {
+  const char* name;
+  Peak (*statistics)(const Span& span, float cutoff, double inverse_temperature);
+  // `statistics` without the sum, which is 1 or 0, or NaN.
+  Peak (*maximum)(const Span& span);
+  void (*clean)(const Span& span, Cleaning cleaning, float threshold, float* out);
+  // out += weight * value: -inf below the cutoff and for -inf, NaN for NaN. True if a NaN or +inf was seen.
+  bool (*add_logits)(const Span& span, float cutoff, double weight, double* out);
+  // out += weight * exp(law(value)).
+  void (*add_masses)(const Span& span, float cutoff, const Affine& law, double weight, double* out);
+  // The same, good to single precision; exactly 0 below 2^-125 x weight.
+  void (*add_masses_f32)(const Span& span, float cutoff, const Affine& law, double weight,
+                         float* out);
+  // NaN becomes -inf; if `infinite`, +inf becomes 0 and the rest -inf.
+  void (*settle)(double* values, int count, bool infinite);
+  Peak (*score_statistics)(const double* values, int count, double cutoff,
+                           double inverse_temperature);
+  // values = exp(law(value)).
+  void (*score_masses)(double* values, int count, double cutoff, const Affine& law);
+  // out = weight * exp(law(value)), good to single precision.
+  void (*score_masses_f32)(const double* values, int count, double cutoff, const Affine& law,
+                           double weight, float* out);
+  // values = log(value), -inf for 0.
+  void (*logarithms)(double* values, int count);
+  // Sum of max(target - kept(target, draft), 0).
+  double (*residual_f32)(const float* target, const float* draft, int count, RuleId rule,
+                         double lenience);
+};
+
+// The kernels in use: SPECENS_CPU_ISA's, or the best that this machine can run. Throws
+// std::runtime_error where that variable names none.
+const Kernels& kernels();
+
+// Scalar builds of the same functions.
+double exponential(double x);
+double logarithm(double x);
+float load_value(const void* row, DType dtype, int64_t index);
+
+constexpr int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+}  // namespace specens

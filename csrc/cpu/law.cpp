@@ -1,0 +1,674 @@
+// SPDX-License-Identifier: Apache-2.0
+// Laws: sweeps, normalisers, single tokens and single sub-tiles. A sweep of healthy rows runs without
+// branches; a NaN or +inf shows in its sums and sends the law through `repair` and a second sweep.
+#include "law.h"
+
+#include <cmath>
+
+namespace specens {
+namespace {
+
+constexpr float kInfinityF = std::numeric_limits<float>::infinity();
+
+// Fetching a finished sub-tile costs too little to be worth less than this many at a time.
+constexpr int kSubTilesPerPiece = 8;
+
+// The order of rounding in bounds of mixtures differs from that of the masses they bound.
+constexpr double kBoundSlack = 1e-12;
+
+float cleaned(float value, Cleaning cleaning, float threshold) {
+  if (cleaning == Cleaning::kNone) return value;
+  if (std::isnan(value)) value = -kInfinityF;
+  if (cleaning == Cleaning::kInfinite) return value == kInfinityF ? 0.0f : -kInfinityF;
+  if (cleaning == Cleaning::kMask) return value < threshold ? -kInfinityF : 0.0f;
+  return value;
+}
+
+}  // namespace
+
+float Source::value(int64_t token) const {
+  const float raw = cleaned(load_value(row, dtype, token), cleaning, threshold);
+  return raw < cutoff ? -kInfinityF : raw;
+}
+
+float round_up(double x) {
+  const auto nearest = static_cast<float>(x);
+  return nearest < x ? std::nextafterf(nearest, kInfinityF) : nearest;
+}
+
+// --- what a law is --------------------------------------------------------------------------------
+
+void Law::attach(int64_t vocab_size, Peak* peaks, double* masses) {
+  vocab_size_ = vocab_size;
+  sub_tiles_ = static_cast<int>((vocab_size + kSubTile - 1) / kSubTile);
+  peaks_ = peaks;
+  masses_ = masses;
+}
+
+void Law::warp(double temperature, const Filter& filter) {
+  hard_ = !(temperature > 0.0);
+  temperature_ = hard_ ? 1.0 : temperature;
+  inverse_temperature_ = 1.0 / temperature_;
+  filter_ = filter;
+  cut_ = false;
+  cutoff_ = -kInfinity;
+}
+
+void Law::set_logits(double temperature, const Filter& filter) {
+  is_mixture_ = false;
+  warped_ = true;
+  num_sources_ = 0;
+  infinite_wins_ = false;
+  repaired_ = false;
+  infinite_ = false;
+  status_ = 0;
+  warp(temperature, filter);
+}
+
+Source& Law::add_source(const void* row, DType dtype, double weight) {
+  Source& source = sources_[num_sources_++];
+  source = Source{static_cast<const char*>(row), dtype, weight};
+  return source;
+}
+
+void Law::set_mixture() {
+  is_mixture_ = true;
+  warped_ = false;
+  num_parts_ = 0;
+  infinite_ = false;
+  repaired_ = false;
+  status_ = 0;
+  warp(1.0, Filter{});
+}
+
+void Law::add_part(const Law& part, double weight) {
+  status_ |= part.status_;
+  if (part.empty_) return;
+  parts_[num_parts_] = &part;
+  shares_[num_parts_++] = weight;
+}
+
+void Law::finish() {
+  double total = 0.0;
+  for (int k = 0; k < num_parts_; ++k) total += shares_[k];
+  empty_ = !(total > 0.0);
+  if (empty_) num_parts_ = 0;
+  for (int k = 0; k < num_parts_; ++k) shares_[k] /= total;
+  for (int s = 0; s < sub_tiles_; ++s) {
+    double mass = 0.0;
+    for (int k = 0; k < num_parts_; ++k) mass += shares_[k] * parts_[k]->masses_[s];
+    masses_[s] = mass;
+  }
+}
+
+void Law::finish_warped(double temperature, const Filter& filter, const Team& team) {
+  finish();
+  if (empty_) return;
+  double best;
+  mixture_argmax(&best);
+  warped_ = true;
+  warp(temperature, filter);
+  top_ = logarithm(best);
+  for (int s = 0; s < sub_tiles_; ++s) {
+    double attained = 0.0;
+    for (int k = 0; k < num_parts_; ++k) {
+      const Law& part = *parts_[k];
+      const double mass = exponential(part.affine()(part.peaks_[s].max));
+      attained = std::max(attained, shares_[k] * mass);
+    }
+    peaks_[s] = {logarithm(bound(s)) + kBoundSlack, 1.0};
+    masses_[s] = logarithm(attained) - kBoundSlack;
+  }
+  find_cutoff(team);
+  scan_all(team);
+  normalise();
+}
+
+double Law::value_top() const { return infinite_ ? kInfinity : top_; }
+
+double Law::lse() const {
+  if (empty_) return -kInfinity;
+  if (!warped_) return 0.0;
+  return infinite_ ? kInfinity : top_ * inverse_temperature_ + log_sum_;
+}
+
+// --- sweeps ---------------------------------------------------------------------------------------
+
+Span Law::span(const Source& source, int sub_tile, float* scratch) const {
+  const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
+  const Span raw = {source.row + begin * element_size(source.dtype), source.dtype,
+                    count(sub_tile)};
+  if (source.cleaning == Cleaning::kNone) return raw;
+  kernels().clean(raw, source.cleaning, source.threshold, scratch);
+  return {scratch, DType::kFloat32, raw.count};
+}
+
+float Law::member_cutoff() const { return std::max(sources_[0].cutoff, round_up(cutoff_)); }
+
+bool Law::fold(int sub_tile, double* out) const {
+  bool odd = false;
+  const int size = count(sub_tile);
+  std::fill_n(out, size, 0.0);
+  std::fill(out + size, out + padded(size), -kInfinity);
+  for (int k = 0; k < num_sources_; ++k) {
+    const Source& source = sources_[k];
+    float scratch[kSubTile];
+    odd |= kernels().add_logits(span(source, sub_tile, scratch), source.cutoff, source.weight, out);
+  }
+  if (repaired_) kernels().settle(out, size, infinite_ && !one_member());
+  return odd && !repaired_;
+}
+
+void Law::values(int sub_tile, double* out) const {
+  if (!is_mixture_) {
+    fold(sub_tile, out);
+    return;
+  }
+  std::fill_n(out, padded(count(sub_tile)), 0.0);
+  for (int k = 0; k < num_parts_; ++k) parts_[k]->add_masses(sub_tile, shares_[k], out);
+  kernels().logarithms(out, count(sub_tile));
+}
+
+void Law::scan(int sub_tile) {
+  Peak& peak = peaks_[sub_tile];
+  if (cut_ && peak.max < cutoff_) {
+    peak = {-kInfinity, 0.0};
+  } else if (!is_mixture_ && one_member()) {
+    float scratch[kSubTile];
+    const Span here = span(sources_[0], sub_tile, scratch);
+    peak = has_cutoff() && !cut_
+               ? kernels().maximum(here)
+               : kernels().statistics(here, member_cutoff(), inverse_temperature_);
+  } else {
+    double scores[kSubTile];
+    bool odd = false;
+    if (is_mixture_) {
+      values(sub_tile, scores);
+    } else {
+      odd = fold(sub_tile, scores);
+    }
+    peak = kernels().score_statistics(scores, count(sub_tile), cutoff_, inverse_temperature_);
+    if (odd) peak.sum = std::nan("");
+  }
+}
+
+void Law::scan_all(const Team& team) {
+  team.for_each(sub_tiles_, vocab_size_, kSubTilesPerPiece,
+                [&](int, int64_t s) { scan(static_cast<int>(s)); });
+}
+
+bool Law::odd() const {
+  for (int s = 0; s < sub_tiles_; ++s) {
+    if (std::isnan(peaks_[s].sum)) return true;
+  }
+  return false;
+}
+
+void Law::repair(const Team& team) {
+  for (int k = 0; k < num_sources_; ++k) {
+    Source& source = sources_[k];
+    bool nan = false, infinite = false;
+    for (int64_t token = 0; token < vocab_size_; ++token) {
+      const float value = load_value(source.row, source.dtype, token);
+      nan |= std::isnan(value);
+      infinite |= value == kInfinityF;
+    }
+    if (source.cleaning == Cleaning::kMask) continue;
+    status_ |= (nan ? kNanLogits : 0) | (infinite ? kInfiniteLogits : 0);
+    if (nan) source.cleaning = Cleaning::kNan;
+    if (infinite && one_member()) {
+      source.cleaning = Cleaning::kInfinite;
+      source.cutoff = -kInfinityF;
+      infinite_ = true;
+    } else if (infinite && infinite_wins_) {
+      source.cutoff = kInfinityF;
+    }
+  }
+  repaired_ = true;
+  scan_all(team);
+  if (!odd()) return;
+  infinite_ = true;
+  scan_all(team);
+}
+
+void Law::find_top() {
+  top_ = -kInfinity;
+  for (int s = 0; s < sub_tiles_; ++s) top_ = std::max(top_, peaks_[s].max);
+}
+
+void Law::find_cutoff(const Team& team) {
+  cut_ = has_cutoff();
+  if (!cut_) return;
+  if (infinite_) {
+    top_ = 0.0;
+    return;
+  }
+  cutoff_ = hard_ ? top_ : filter_cutoff(*this, team);
+}
+
+void Law::normalise() {
+  find_top();
+  empty_ = top_ == -kInfinity;
+  if (empty_) {
+    std::fill_n(masses_, sub_tiles_, 0.0);
+    return;
+  }
+  for (int s = 0; s < padded(sub_tiles_); ++s) {
+    masses_[s] = s < sub_tiles_ ? peaks_[s].max : -kInfinity;
+  }
+  kernels().score_masses(masses_, sub_tiles_, -kInfinity, {top_, inverse_temperature_, 0.0});
+  double sum = 0.0;
+  for (int s = 0; s < sub_tiles_; ++s) sum += masses_[s] *= peaks_[s].sum;
+  for (int s = 0; s < sub_tiles_; ++s) masses_[s] /= sum;
+  log_sum_ = logarithm(sum);
+}
+
+void measure(Law* const* laws, int count, const Team& team, bool tops_only) {
+  if (count == 0) return;
+  const int sub_tiles = laws[0]->sub_tiles_;
+  const auto sweep = [&](bool cut) {
+    int64_t elements = 0;
+    for (int k = 0; k < count; ++k) {
+      if (laws[k]->cut_ == cut) elements += laws[k]->vocab_size_ * (1 + laws[k]->num_sources_);
+    }
+    if (elements == 0) return;
+    const int64_t units = static_cast<int64_t>(count) * sub_tiles;
+    team.for_each(units, elements, kSubTilesPerPiece, [&](int, int64_t unit) {
+      Law& law = *laws[unit / sub_tiles];
+      if (law.cut_ == cut) law.scan(static_cast<int>(unit % sub_tiles));
+    });
+  };
+  sweep(false);
+  for (int k = 0; k < count; ++k) {
+    if (laws[k]->odd()) laws[k]->repair(team);
+    laws[k]->find_top();
+    laws[k]->find_cutoff(team);
+  }
+  if (tops_only) return;
+  sweep(true);
+  for (int k = 0; k < count; ++k) laws[k]->normalise();
+}
+
+// --- tokens ---------------------------------------------------------------------------------------
+
+double Law::value(int64_t token) const {
+  if (is_mixture_) {
+    double mass = 0.0;
+    for (int k = 0; k < num_parts_; ++k) mass += shares_[k] * parts_[k]->probability(token);
+    return logarithm(mass);
+  }
+  double folded = 0.0;
+  bool vetoed = false;
+  for (int k = 0; k < num_sources_; ++k) {
+    const double value = sources_[k].value(token);
+    vetoed |= value == -kInfinity;
+    folded = WeightedSum::fold(folded, value, sources_[k].weight);
+  }
+  if (vetoed || std::isnan(folded)) return -kInfinity;
+  if (infinite_ && !one_member()) return folded == kInfinity ? 0.0 : -kInfinity;
+  return folded;
+}
+
+double Law::log_probability(int64_t token) const {
+  if (empty_) return -kInfinity;
+  const double here = value(token);
+  if (!warped_) return here;
+  return here < cutoff_ ? -kInfinity : affine()(here);
+}
+
+double Law::probability(int64_t token) const {
+  if (!is_mixture_ || warped_) return exponential(log_probability(token));
+  double mass = 0.0;
+  for (int k = 0; k < num_parts_; ++k) mass += shares_[k] * parts_[k]->probability(token);
+  return mass;
+}
+
+int64_t Law::argmax() const {
+  if (empty_) return 0;
+  if (is_mixture_) {
+    double best;
+    return mixture_argmax(&best);
+  }
+  // Values that the normalisation rounds to one log-probability are tied.
+  const Affine law = affine();
+  const double best = law(top_);
+  for (int s = 0; s < sub_tiles_; ++s) {
+    if (law(peaks_[s].max) < best) continue;
+    double scores[kSubTile];
+    values(s, scores);
+    for (int i = 0; i < count(s); ++i) {
+      if (law(scores[i]) >= best) return static_cast<int64_t>(s) * kSubTile + i;
+    }
+  }
+  return 0;
+}
+
+// No token of the sub-tile has more mass than this in a mixture.
+double Law::bound(int sub_tile) const {
+  double bound = 0.0;
+  for (int k = 0; k < num_parts_; ++k) {
+    const Law& part = *parts_[k];
+    bound += shares_[k] * exponential(part.affine()(part.peaks_[sub_tile].max));
+  }
+  return bound;
+}
+
+// Looks into sub-tiles from the highest bound down, until no bound is left that exceeds the best.
+int64_t Law::mixture_argmax(double* best) const {
+  // The peaks of a mixture are free before it is warped, and all that is needed of them is unpacked.
+  std::unique_ptr<double[]> bounds(new double[sub_tiles_]);
+  for (int s = 0; s < sub_tiles_; ++s) bounds[s] = bound(s);
+  *best = -1.0;
+  int64_t token = 0;
+  for (;;) {
+    const int s = static_cast<int>(std::max_element(bounds.get(), bounds.get() + sub_tiles_) -
+                                   bounds.get());
+    if (!(bounds[s] >= *best * (1.0 - kBoundSlack)) || bounds[s] < 0.0) return token;
+    bounds[s] = -1.0;
+    double masses[kSubTile] = {};
+    for (int k = 0; k < num_parts_; ++k) parts_[k]->add_masses(s, shares_[k], masses);
+    const double* first = std::max_element(masses, masses + count(s));
+    const int64_t id = static_cast<int64_t>(s) * kSubTile + (first - masses);
+    if (*first > *best || (*first == *best && id < token)) {
+      *best = *first;
+      token = id;
+    }
+  }
+}
+
+// --- sub-tiles ------------------------------------------------------------------------------------
+
+double Law::lower_bound(int sub_tile) const {
+  return is_mixture_ ? masses_[sub_tile] : peaks_[sub_tile].max;
+}
+
+void Law::add_masses(int sub_tile, double weight, double* out) const {
+  if (empty_) return;
+  if (is_mixture_ && !warped_) {
+    for (int k = 0; k < num_parts_; ++k) parts_[k]->add_masses(sub_tile, weight * shares_[k], out);
+  } else if (!is_mixture_ && one_member()) {
+    float scratch[kSubTile];
+    kernels().add_masses(span(sources_[0], sub_tile, scratch), member_cutoff(), affine(), weight,
+                         out);
+  } else {
+    double scores[kSubTile];
+    values(sub_tile, scores);
+    kernels().score_masses(scores, count(sub_tile), cutoff_, affine());
+    for (int i = 0; i < count(sub_tile); ++i) out[i] += weight * scores[i];
+  }
+}
+
+void Law::log_probabilities(int sub_tile, double* out) const {
+  const int size = count(sub_tile);
+  if (empty_) {
+    std::fill_n(out, size, -kInfinity);
+    return;
+  }
+  values(sub_tile, out);
+  if (!warped_) return;
+  const Affine law = affine();
+  for (int i = 0; i < size; ++i) out[i] = out[i] < cutoff_ ? -kInfinity : law(out[i]);
+}
+
+void Law::add_masses_f32(int sub_tile, double weight, float* out) const {
+  if (empty_) return;
+  const double scale = weight * exponential(-log_sum_);
+  if (one_member()) {
+    float scratch[kSubTile];
+    kernels().add_masses_f32(span(sources_[0], sub_tile, scratch), member_cutoff(), affine(), scale,
+                             out);
+    return;
+  }
+  double scores[kSubTile];
+  values(sub_tile, scores);
+  kernels().score_masses_f32(scores, count(sub_tile), cutoff_, affine(), scale, out);
+}
+
+void Law::masses_f32(int sub_tile, const Law& draft, float* out, float* drafted) const {
+  const int size = padded(count(sub_tile));
+  std::fill_n(out, size, 0.0f);
+  std::fill_n(drafted, size, 0.0f);
+  draft.add_masses_f32(sub_tile, 1.0, drafted);
+  if (!is_mixture_) {
+    add_masses_f32(sub_tile, 1.0, out);
+    return;
+  }
+  for (int k = 0; k < num_parts_; ++k) {
+    if (parts_[k] != &draft) {
+      parts_[k]->add_masses_f32(sub_tile, shares_[k], out);
+      continue;
+    }
+    const auto share = static_cast<float>(shares_[k]);
+    for (int i = 0; i < size; ++i) out[i] += share * drafted[i];
+  }
+}
+
+// --- rows -----------------------------------------------------------------------------------------
+
+bool greedy_row(const Ensemble& ensemble, int64_t batch) {
+  for (int k = 0; k < ensemble.num_members; ++k) {
+    if (ensemble.temperature.at(batch, 0, k) > 0.0f) return false;
+  }
+  return true;
+}
+
+RowLaws::RowLaws(const Ensemble& ensemble, const Team& team) : ensemble_(ensemble), team_(team) {
+  const int count = ensemble.num_members + 2;
+  const int sub_tiles = static_cast<int>((ensemble.vocab_size + kSubTile - 1) / kSubTile);
+  laws_.reset(new Law[count]);
+  peaks_.reset(new Peak[static_cast<size_t>(count) * sub_tiles]);
+  masses_.reset(new double[static_cast<size_t>(count) * padded(sub_tiles)]);
+  for (int i = 0; i < count; ++i) {
+    laws_[i].attach(ensemble.vocab_size, &peaks_[static_cast<size_t>(i) * sub_tiles],
+                    &masses_[static_cast<size_t>(i) * padded(sub_tiles)]);
+  }
+}
+
+RowLaws::Warp RowLaws::warp_of(int64_t batch) const {
+  Warp warp{greedy_row(ensemble_, batch), Filter{}};
+  if (warp.greedy) return warp;
+  if (ensemble_.top_k.data != nullptr) warp.filter.top_k = ensemble_.top_k.at(batch);
+  if (ensemble_.top_p.data != nullptr) warp.filter.top_p = ensemble_.top_p.at(batch);
+  if (ensemble_.min_p.data != nullptr) warp.filter.min_p = ensemble_.min_p.at(batch);
+  return warp;
+}
+
+double RowLaws::Warp::temperature(const Ensemble& ensemble, int64_t batch, int member) const {
+  return greedy ? 1.0 : ensemble.temperature.at(batch, 0, member);
+}
+
+const void* row_of(const Logits& logits, int64_t batch, int64_t row) {
+  const int64_t offset = batch * logits.batch_stride + row * logits.row_stride;
+  return static_cast<const char*>(logits.data) + offset * element_size(logits.dtype);
+}
+
+void RowLaws::set_member(Law& law, int64_t batch, int64_t row, int member, double temperature,
+                         const Filter& filter) const {
+  const Logits& logits = ensemble_.members[member];
+  law.set_logits(temperature, filter);
+  law.add_source(row_of(logits, batch, row), logits.dtype, 1.0);
+}
+
+void RowLaws::measure_member(int64_t batch, int64_t row, int member) {
+  const Warp warp = warp_of(batch);
+  Law* law = &laws_[member];
+  set_member(*law, batch, row, member, warp.temperature(ensemble_, batch, member), warp.filter);
+  measure(&law, 1, team_);
+  target_ = law;
+  draft_ = nullptr;
+  status_ = law->status();
+}
+
+void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposal) {
+  const Warp warp = warp_of(batch);
+  Law* pending[kMaxMembers + 2];
+  int count = 0;
+  draft_ = nullptr;
+  if (proposal.dense()) {
+    Law& draft = laws_[ensemble_.num_members + 1];
+    draft_ = &draft;
+    const int member = proposal.member;
+    if (member == kPadding) {
+      draft.set_logits(proposal.temperature, warp.filter);
+      draft.add_source(proposal.row, proposal.dtype, 1.0);
+      pending[count++] = &draft;
+    } else {
+      const double temperature = warp.temperature(ensemble_, batch, member);
+      // A member of a mixture is measured there, unless the mixture is what is warped.
+      const bool bare = temperature == 1.0 && !warp.filter.active();
+      if (space_of(ensemble_.id) == Space::kProbs && (ensemble_.warp_members || bare) &&
+          ensemble_.weights.at(batch, row, member) != 0.0f) {
+        draft_ = &laws_[member];
+      } else {
+        set_member(draft, batch, row, member, temperature, warp.filter);
+        pending[count++] = &draft;
+      }
+    }
+  }
+  if (space_of(ensemble_.id) == Space::kProbs) {
+    measure_mixture(batch, row, warp, pending, count);
+  } else {
+    measure_product(batch, row, warp, pending, count);
+  }
+}
+
+void RowLaws::measure_mixture(int64_t batch, int64_t row, const Warp& warp, Law** pending,
+                              int count) {
+  const bool by_member = ensemble_.warp_members;
+  Law& mixture = laws_[ensemble_.num_members];
+  for (int k = 0; k < ensemble_.num_members; ++k) {
+    if (ensemble_.weights.at(batch, row, k) == 0.0f) continue;
+    set_member(laws_[k], batch, row, k, by_member ? warp.temperature(ensemble_, batch, k) : 1.0,
+               by_member ? warp.filter : Filter{});
+    pending[count++] = &laws_[k];
+  }
+  measure(pending, count, team_);
+  mixture.set_mixture();
+  for (int k = 0; k < ensemble_.num_members; ++k) {
+    const double weight = ensemble_.weights.at(batch, row, k);
+    if (weight != 0.0) mixture.add_part(laws_[k], weight);
+  }
+  const double temperature = warp.temperature(ensemble_, batch, 0);
+  if (by_member || (temperature == 1.0 && !warp.filter.active())) {
+    mixture.finish();
+  } else {
+    mixture.finish_warped(temperature, warp.filter, team_);
+  }
+  target_ = &mixture;
+  status_ = mixture.status();
+}
+
+// The member whose law the product is, if it is one's: weights 1 and 0, and no mask.
+int RowLaws::only_member(int64_t batch, int64_t row) const {
+  int only = -1;
+  if (ensemble_.plausibility > 0.0) return -1;
+  for (int k = 0; k < ensemble_.num_members; ++k) {
+    const float weight = ensemble_.weights.at(batch, row, k);
+    if (weight == 0.0f) continue;
+    if (weight != 1.0f || only >= 0) return -1;
+    only = k;
+  }
+  return only;
+}
+
+void RowLaws::measure_product(int64_t batch, int64_t row, const Warp& warp, Law** pending,
+                              int count) {
+  Law& product = laws_[ensemble_.num_members];
+  const int alone = only_member(batch, row);
+  if (alone >= 0) {
+    set_member(product, batch, row, alone, warp.temperature(ensemble_, batch, alone), warp.filter);
+  } else if (ensemble_.warp_members) {
+    product.set_logits(1.0, Filter{});
+    product.set_infinite_wins();
+    add_fold_sources(product, batch, row, warp);
+  } else {
+    product.set_logits(warp.temperature(ensemble_, batch, 0), warp.filter);
+    add_fold_sources(product, batch, row, warp);
+  }
+  pending[count++] = &product;
+  measure(pending, count, team_);
+  target_ = &product;
+  status_ = product.status();
+}
+
+void RowLaws::add_fold_sources(Law& law, int64_t batch, int64_t row, const Warp& warp) {
+  const Ensemble& e = ensemble_;
+  const bool by_member = e.warp_members;
+  // Members whose values are cut before they are folded are looked at on their own first.
+  Law* alone[kMaxMembers];
+  int count = 0;
+  for (int k = 0; k < e.num_members; ++k) {
+    const double temperature = by_member ? warp.temperature(e, batch, k) : 1.0;
+    const bool used = e.weights.at(batch, row, k) != 0.0f;
+    const bool cut = by_member && used && (warp.filter.active() || !(temperature > 0.0));
+    if (!cut && !(k == 0 && e.plausibility > 0.0)) continue;
+    set_member(laws_[k], batch, row, k, temperature, by_member ? warp.filter : Filter{});
+    alone[count++] = &laws_[k];
+  }
+  measure(alone, count, team_, /*tops_only=*/true);
+  for (int k = 0; k < e.num_members; ++k) {
+    const double weight = e.weights.at(batch, row, k);
+    const double temperature = by_member ? warp.temperature(e, batch, k) : 1.0;
+    const bool hard = !(temperature > 0.0);
+    const bool plausible_only = k == 0 && e.plausibility > 0.0;
+    const void* data = row_of(e.members[k], batch, row);
+    double least = -kInfinity;
+    if (plausible_only) {
+      const double scale = hard ? 1.0 : temperature;
+      least = laws_[k].value_top() + scale * logarithm(e.plausibility);
+    }
+    if (weight == 0.0) {
+      if (least == -kInfinity) continue;
+      Source& mask = law.add_source(data, e.members[k].dtype, 1.0);
+      mask.cleaning = Cleaning::kMask;
+      mask.threshold = round_up(least);
+      continue;
+    }
+    Source& source = law.add_source(data, e.members[k].dtype, hard ? weight : weight / temperature);
+    if (by_member && (warp.filter.active() || hard)) least = std::max(least, laws_[k].cutoff());
+    source.cutoff = round_up(least);
+  }
+}
+
+int64_t draw_from(const Law& law, const Values<float>& uniforms, int64_t batch, int64_t row) {
+  if (law.empty()) return 0;
+  return draw(law.masses(), law.vocab_size(), draw_numbers(uniforms, batch, row).value,
+              [&](int sub_tile, double* out) {
+                std::fill_n(out, kSubTile, 0.0);
+                law.add_masses(sub_tile, 1.0, out);
+              });
+}
+
+double floor_sweep(const Logits* members, int num_members, int64_t batch, int64_t rows,
+                   int64_t vocab_size, int threads) {
+  const int64_t sub_tiles = (vocab_size + kSubTile - 1) / kSubTile;
+  std::unique_ptr<Peak[]> peaks(new Peak[num_members * sub_tiles]);
+  const Team team(threads);
+  double total = 0.0;
+  for (int64_t row = 0; row < batch * rows; ++row) {
+    team.for_each(num_members * sub_tiles, num_members * vocab_size, kSubTilesPerPiece,
+                  [&](int, int64_t unit) {
+                    const Logits& member = members[unit / sub_tiles];
+                    const int64_t begin = unit % sub_tiles * kSubTile;
+                    const int64_t count = std::min<int64_t>(kSubTile, vocab_size - begin);
+                    const auto* data =
+                        static_cast<const char*>(row_of(member, row / rows, row % rows));
+                    peaks[unit] = kernels().statistics({data + begin * element_size(member.dtype),
+                                                        member.dtype, static_cast<int>(count)},
+                                                       -kInfinityF, 1.0);
+                  });
+    for (int k = 0; k < num_members; ++k) {
+      double top = -kInfinity;
+      for (int64_t s = 0; s < sub_tiles; ++s) top = std::max(top, peaks[k * sub_tiles + s].max);
+      double sum = 0.0;
+      for (int64_t s = 0; s < sub_tiles; ++s) {
+        const Peak& peak = peaks[k * sub_tiles + s];
+        sum += peak.sum * exponential(peak.max - top);
+      }
+      total += top + logarithm(sum);
+    }
+  }
+  return total;
+}
+
+}  // namespace specens

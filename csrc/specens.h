@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// The native entry points and their parameters: plain structs over addresses, shapes and strides.
+// What an op means is specens_kernels/reference.py; nothing here knows torch. Strides count elements.
+// To add an op: its parameters and entry here, its file in csrc/cpu, its binding in bindings.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "rules.h"
+
+namespace specens {
+
+constexpr int kTile = 8192;
+constexpr int kSubTile = 1024;
+constexpr int kSubTilesPerTile = kTile / kSubTile;
+constexpr int kPadding = -1;
+constexpr int kMaxMembers = 16;
+
+// Status bits; see the reference.
+constexpr int32_t kNanLogits = 1;
+constexpr int32_t kInfiniteLogits = 2;
+constexpr int32_t kEmptyLaw = 4;
+constexpr int32_t kInvalidDraft = 8;
+constexpr int32_t kEmptyResidual = 16;
+
+enum class DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+// Logits (B, T, V) with contiguous rows.
+struct Logits {
+  const void* data;
+  DType dtype;
+  int64_t batch_stride;
+  int64_t row_stride;
+};
+
+// A parameter of up to three dimensions; a stride is 0 where it is shared. Null data means "off".
+template <typename T>
+struct Values {
+  const T* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+  int64_t member_stride;
+
+  T at(int64_t batch, int64_t row = 0, int64_t member = 0) const {
+    return data[batch * batch_stride + row * row_stride + member * member_stride];
+  }
+};
+
+// Token ids and indices, int32 or int64.
+struct Integers {
+  const void* data;
+  bool wide;
+  int64_t batch_stride;
+  int64_t row_stride;
+
+  int64_t at(int64_t batch, int64_t row) const {
+    const int64_t offset = batch * batch_stride + row * row_stride;
+    return wide ? static_cast<const int64_t*>(data)[offset]
+                : static_cast<const int32_t*>(data)[offset];
+  }
+};
+
+// M members' logits and how they become one law; reference.LawTensors.
+struct Ensemble {
+  Logits members[kMaxMembers];
+  int num_members;
+  EnsembleId id;
+  bool warp_members;  // scope "member"; else scope "ensemble"
+  double plausibility;
+  int64_t vocab_size;
+  Values<float> weights;
+  Values<float> temperature;
+  Values<int32_t> top_k;
+  Values<float> top_p;
+  Values<float> min_p;
+};
+
+struct UniformsParams {
+  Values<int64_t> seeds;
+  Values<int64_t> positions;
+  uint32_t stream;
+  uint32_t index;
+  int64_t batch;
+  int64_t rows;
+  float* out;  // (B, T, 4)
+};
+
+struct MixParams {
+  Ensemble ensemble;
+  int64_t batch;
+  int64_t rows;
+  float* log_probs;  // (B, T, V)
+  int32_t* status;   // (B, T)
+};
+
+struct SampleParams {
+  Ensemble ensemble;
+  int member;  // -1 draws from the ensemble
+  int64_t batch;
+  int64_t rows;
+  Values<float> uniforms;  // (B, T, 4)
+  int64_t* tokens;         // (B, T), and so are the others
+  float* log_probs;
+  float* lse;
+  int32_t* status;
+};
+
+struct VerifyParams {
+  Ensemble ensemble;
+  RuleId rule;
+  double lenience;
+  bool bonus;
+  int64_t batch;
+  int64_t nodes;
+  Integers draft_tokens;     // (B, N)
+  Integers proposers;        // (B, N); null data: a point mass everywhere
+  Values<float> uniforms;    // (B, N + 1, 4)
+  Logits draft_logits;       // (B, N or N + 1, V); null data: none
+  Values<float> draft_temperature;
+  int64_t* tokens;           // (B, N + 1)
+  float* log_probs;          // (B, N + 1)
+  int32_t* num_accepted;     // (B,)
+  int32_t* path;             // (B, N)
+  int32_t* status;           // (B,)
+};
+
+// `threads` bounds the team; results do not depend on it.
+void uniforms(const UniformsParams& params);
+void mix(const MixParams& params, int threads);
+void sample(const SampleParams& params, int threads);
+void verify(const VerifyParams& params, int threads);
+
+// One sweep for maximum and sum of exponentials over every row, which no verification can do
+// without; the benchmark's floor. Returns the sum of the rows' log-sum-exps.
+double floor_sweep(const Logits* members, int num_members, int64_t batch, int64_t rows,
+                   int64_t vocab_size, int threads);
+
+// The instruction set in use, and the names that SPECENS_CPU_ISA may have.
+const char* cpu_isa();
+}  // namespace specens

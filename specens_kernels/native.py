@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native CPU kernels, under the signatures of the ops in `ops.py`.
+
+A call flattens its tensors into one tuple of addresses and strides, in the order that
+csrc/bindings.cpp reads, and allocates the results. What the kernels cannot do raises `Unsupported`
+with the reason, and `ops.py` runs the reference instead.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, empty, float32, get_num_threads, int32, int64
+
+# torch has loaded the OpenMP runtime that `_C` needs, so `_C` comes after it.
+try:
+    from . import _C
+except ImportError as error:
+    AVAILABLE = False
+    REASON = f"the native kernels are not built ({error})"
+    _RULES: dict[str, int] = {}
+    _ENSEMBLES: dict[str, int] = {}
+    _MAX_MEMBERS = 0
+else:
+    AVAILABLE = True
+    REASON = ""
+    _RULES = _C.rules()
+    _ENSEMBLES = _C.ensembles()
+    _MAX_MEMBERS = _C.MAX_MEMBERS
+    # A wrong SPECENS_CPU_ISA is reported here, not at the first call.
+    _C.cpu_isa()
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_NO_VALUES = (0, 0, 0, 0)
+
+
+class Unsupported(NotImplementedError):
+    """Valid arguments that no native kernel takes; the message is the reason."""
+
+
+def cpu_isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "baseline"; SPECENS_CPU_ISA chooses it."""
+    return str(_C.cpu_isa())
+
+
+def floor_sweep(logits: Sequence[Tensor], vocab_size: int) -> float:
+    """One sweep for maximum and sum of exponentials over every row; the benchmark's floor."""
+    batch, rows = logits[0].shape[:2]
+    arguments = (*_members(logits), batch, rows, vocab_size, get_num_threads())
+    return float(_C.floor_sweep(arguments))
+
+
+def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
+    """See `reference.uniforms`."""
+    batch, rows = len(seeds), positions.shape[1]
+    out = empty((batch, rows, 4), dtype=float32)
+    batch_stride, row_stride = positions.stride()
+    if len(positions) == 1:
+        batch_stride = 0
+    arguments = (seeds.data_ptr(), seeds.stride(0), 0, 0)
+    arguments += (positions.data_ptr(), batch_stride, row_stride, 0)
+    _C.uniforms((*arguments, stream, index, batch, rows, out.data_ptr()))
+    return out
+
+
+def mix(logits: list[Tensor], *law: Any) -> tuple[Tensor, Tensor]:
+    """See `reference.mix`."""
+    batch, rows = logits[0].shape[:2]
+    ensemble = _ensemble(logits, *law)
+    log_probs = empty((batch, rows, law[-1]), dtype=float32)
+    status = empty((batch, rows), dtype=int32)
+    _C.mix(
+        (*ensemble, batch, rows, log_probs.data_ptr(), status.data_ptr(), get_num_threads())
+    )
+    return log_probs, status
+
+
+def sample(
+    logits: list[Tensor], numbers: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.sample`."""
+    *law, member = rest
+    batch, rows, _ = numbers.shape
+    ensemble = _ensemble(logits, *law)
+    tokens = empty((batch, rows), dtype=int64)
+    log_probs = empty((batch, rows), dtype=float32)
+    lse = empty((batch, rows), dtype=float32)
+    status = empty((batch, rows), dtype=int32)
+    _C.sample(
+        (
+            *ensemble,
+            member,
+            batch,
+            rows,
+            numbers.data_ptr(),
+            *numbers.stride(),
+            tokens.data_ptr(),
+            log_probs.data_ptr(),
+            lse.data_ptr(),
+            status.data_ptr(),
+            get_num_threads(),
+        )
+    )
+    return tokens, log_probs, lse, status
+
+
+def verify(
+    logits: list[Tensor],
+    draft_tokens: Tensor,
+    numbers: Tensor,
+    parents: Tensor | None,
+    proposers: Tensor | None,
+    draft_logits: Tensor | None,
+    draft_temperature: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.verify`."""
+    *law, acceptance, lenience, bonus = rest
+    if parents is not None:
+        raise Unsupported("trees have no native kernel")
+    if acceptance not in _RULES:
+        raise Unsupported(f"rule {acceptance!r} has no native kernel")
+    batch, nodes = draft_tokens.shape
+    ensemble = _ensemble(logits, *law)
+    draft = _NO_VALUES if draft_logits is None else _logits(draft_logits)
+    if draft_temperature is None:
+        draft_temperature = law[1]
+    elif draft_temperature.dtype != float32:
+        raise Unsupported(f"draft_temperature of {draft_temperature.dtype}")
+    tokens = empty((batch, nodes + 1), dtype=int64)
+    log_probs = empty((batch, nodes + 1), dtype=float32)
+    num_accepted = empty(batch, dtype=int32)
+    path = empty((batch, nodes), dtype=int32)
+    status = empty(batch, dtype=int32)
+    _C.verify(
+        (
+            *ensemble,
+            _RULES[acceptance],
+            lenience,
+            bonus,
+            batch,
+            nodes,
+            *_integers(draft_tokens),
+            *(_NO_VALUES if proposers is None else _integers(proposers)),
+            numbers.data_ptr(),
+            *numbers.stride(),
+            *draft,
+            *_per_row(draft_temperature),
+            tokens.data_ptr(),
+            log_probs.data_ptr(),
+            num_accepted.data_ptr(),
+            path.data_ptr(),
+            status.data_ptr(),
+            get_num_threads(),
+        )
+    )
+    return tokens, log_probs, num_accepted, path, status
+
+
+def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise Unsupported(f"logits of {tensor.dtype} have no native kernel")
+    batch_stride, row_stride, _ = tensor.stride()
+    return tensor.data_ptr(), dtype, batch_stride, row_stride
+
+
+def _members(logits: Sequence[Tensor]) -> tuple[int, ...]:
+    if len(logits) > _MAX_MEMBERS:
+        raise Unsupported(f"{len(logits)} members; native kernels take {_MAX_MEMBERS}")
+    flat: tuple[int, ...] = (len(logits),)
+    for tensor in logits:
+        flat += _logits(tensor)
+    return flat
+
+
+def _ensemble(
+    logits: list[Tensor],
+    weights: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    ensemble: str,
+    scope: str,
+    plausibility: float,
+    vocab_size: int,
+) -> tuple[Any, ...]:
+    if ensemble not in _ENSEMBLES:
+        raise Unsupported(f"ensemble {ensemble!r} has no native kernel")
+    return (
+        *_members(logits),
+        *_weights(weights),
+        *_per_row(temperature),
+        *(_NO_VALUES if top_k is None else _per_row(top_k)),
+        *(_NO_VALUES if top_p is None else _per_row(top_p)),
+        *(_NO_VALUES if min_p is None else _per_row(min_p)),
+        _ENSEMBLES[ensemble],
+        scope == "member",
+        plausibility,
+        vocab_size,
+    )
+
+
+def _weights(weights: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides over batch, row and member of (M,), (B, M) or (B, T, M)."""
+    if weights.dtype != float32:
+        raise Unsupported(f"weights of {weights.dtype}")
+    strides = weights.stride()
+    if len(strides) == 1:
+        return weights.data_ptr(), 0, 0, strides[0]
+    if len(strides) == 2:
+        return weights.data_ptr(), strides[0], 0, strides[1]
+    return weights.data_ptr(), *strides
+
+
+def _per_row(value: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides over batch and member of (B or 1,) or (B or 1, M or 1)."""
+    strides = [0 if size == 1 else stride for size, stride in zip(value.shape, value.stride())]
+    return value.data_ptr(), strides[0], 0, strides[1] if len(strides) == 2 else 0
+
+
+def _integers(value: Tensor) -> tuple[int, bool, int, int]:
+    """Address, width and strides of (B or 1, columns)."""
+    batch_stride, column_stride = value.stride()
+    if len(value) == 1:
+        batch_stride = 0
+    return value.data_ptr(), value.dtype == int64, batch_stride, column_stride
