@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .decoder import SpeculativeDecoder
@@ -49,7 +50,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """The row for JSON, which has no NaN: None in its place."""
-        return finite(asdict(self))
+        return {name: finite(value) for name, value in asdict(self).items()}
 
 
 def compare(
@@ -79,7 +80,7 @@ def compare(
     rounds: list[dict[str, Statistics]] = []
     for number in range(repeats + 1):
         # Whoever runs after a slow neighbour finds other caches: the order changes every round.
-        names = list(decoders) if number % 2 else list(reversed(decoders))
+        names = list(decoders) if number % 2 else list(decoders)[::-1]
         found = {}
         for name in names:
             found[name] = decoders[name]()
@@ -172,7 +173,9 @@ def contestants(
     """
     size = len(members)
     mine = None if tokenizers is None else list(tokenizers)[:size]
-    decoders = {"plain": SpeculativeDecoder(members, schedule="plain", tokenizers=mine, **arguments)}
+    decoders = {
+        "plain": SpeculativeDecoder(members, schedule="plain", tokenizers=mine, **arguments)
+    }
     mixture = arguments.get("ensemble", "mixture") == "mixture"
     if sampled and mixture and arguments.get("scope", "member") == "member":
         decoders["component"] = SpeculativeDecoder(
@@ -180,7 +183,7 @@ def contestants(
         )
     for gamma in gammas:
         if size > 1 or draft is not None:
-            decoders[f"speculative γ={gamma}"] = SpeculativeDecoder(
+            decoders[f"speculative {gamma}"] = SpeculativeDecoder(
                 members,
                 schedule="speculative",
                 num_speculative_tokens=gamma,
@@ -189,7 +192,7 @@ def contestants(
                 **arguments,
             )
         if size > 1:
-            decoders[f"alternating γ={gamma}"] = SpeculativeDecoder(
+            decoders[f"alternating {gamma}"] = SpeculativeDecoder(
                 members,
                 schedule="alternating",
                 num_speculative_tokens=gamma,
@@ -213,7 +216,8 @@ def workload(
     def work() -> Statistics:
         found = []
         for i, prompt in enumerate(prompts):
-            decoder.generate(prompt, seed=seed + i, **arguments)
+            mask = torch.ones_like(prompt)
+            decoder.generate(prompt, attention_mask=mask, seed=seed + i, **arguments)
             assert decoder.statistics is not None
             found.append(decoder.statistics)
         return total(found)

@@ -12,12 +12,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, Status
@@ -38,8 +38,9 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate=True`.
 
     sequences: (B, S) int64. Prompts and generated tokens, padded after a row's end.
-    log_probs: (B, S - S_prompt) float32. Log-probability of each generated token under the ensemble;
-        NaN past a row's end, and for schedule "component", which does not score with all members.
+    log_probs: (B, S - S_prompt) float32. Log-probability of each generated token under the
+        ensemble; NaN past a row's end, and for schedule "component", which does not score with all
+        members.
     statistics: counts and times of the call.
     """
 
@@ -87,7 +88,8 @@ class SpeculativeDecoder:
             proposer: "speculative": the member that drafts. None is the cheapest, or `draft`.
             order: "alternating": the rotation, default proposer first. None is cheapest first.
             draft: "speculative": a causal LM outside the ensemble that drafts.
-            acceptance: an entry of `specens_kernels.ACCEPTANCE_RULES`. lenience: (0, 1], for "lenient".
+            acceptance: an entry of `specens_kernels.ACCEPTANCE_RULES`. lenience: (0, 1], for
+                "lenient".
             scope: "member" warps each member and then folds; "ensemble" folds first.
             plausibility: [0, 1]. "product": drops what the first member finds implausible.
             tokenizers: one per model (the draft's last). Needed where vocabularies are padded
@@ -146,7 +148,9 @@ class SpeculativeDecoder:
         """
         if stop_strings is not None:
             if tokenizer is None:
-                raise ValueError("generate: tokenizer: expected a tokenizer for stop_strings, got None")
+                raise ValueError(
+                    "generate: tokenizer: expected a tokenizer for stop_strings, got None"
+                )
             strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
             criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
@@ -178,11 +182,13 @@ class SpeculativeDecoder:
         if processors and self.scope == "ensemble":
             names = ", ".join(type(p).__name__ for p in processors)
             raise ValueError(
-                f"generate: logits_processor: expected none but temperature, top-k, top-p and min-p "
-                f"for scope 'ensemble', got {names}"
+                f"generate: logits_processor: expected none but temperature, top-k, top-p and "
+                f"min-p for scope 'ensemble', got {names}"
             )
         if isinstance(self.schedule, Component) and warp.temperature == 0:
-            raise ValueError("generate: do_sample: expected True for schedule 'component', got False")
+            raise ValueError(
+                "generate: do_sample: expected True for schedule 'component', got False"
+            )
         statistics = Statistics([m.name for m in self.members])
         stopper = Stopper(stopping_criteria, generation_config)
         with torch.inference_mode():
@@ -223,8 +229,12 @@ class SpeculativeDecoder:
         proposer: int | None,
         order: Sequence[int] | None,
     ) -> Schedule:
+        gammas = (
+            [num_speculative_tokens]
+            if isinstance(num_speculative_tokens, int)
+            else list(num_speculative_tokens)
+        )
         single = isinstance(num_speculative_tokens, int)
-        gammas = [num_speculative_tokens] if single else list(num_speculative_tokens)  # type: ignore[arg-type]
         if not gammas or any(not isinstance(n, int) or n < 1 for n in gammas):
             raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
         size = self.num_ensemble
@@ -282,7 +292,9 @@ class SpeculativeDecoder:
             seeds = torch.arange(batch) + seed
         else:
             if len(seed) != batch:
-                raise ValueError(f"generate: seed: expected {batch} seeds, one a row, got {len(seed)}")
+                raise ValueError(
+                    f"generate: seed: expected {batch} seeds, one a row, got {len(seed)}"
+                )
             seeds = torch.tensor(seed, dtype=torch.int64)
         return seeds.to(input_ids.device)
 
@@ -310,7 +322,7 @@ class SpeculativeDecoder:
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(generation_config, name, False):
                 raise NotImplementedError(
-                    f"generate: {name}: expected False, got True; log_probs and statistics are returned"
+                    f"generate: {name}: expected False, got True; log_probs are returned instead"
                 )
         if (generation_config.num_beams or 1) > 1:
             raise NotImplementedError(
@@ -348,7 +360,7 @@ class SpeculativeDecoder:
             mine = torch.cat(run.log_probs[row.index]).cpu()
             log_probs[row.index, : len(mine)] = mine
         return SpeculativeOutput(
-            sequences=sequences, log_probs=log_probs, statistics=run.statistics
+            sequences=cast(Any, sequences), log_probs=log_probs, statistics=run.statistics
         )
 
 

@@ -56,8 +56,8 @@ class Warp:
 def split(processors: Iterable[Any], *, do_sample: bool) -> tuple[Warp, list[Any]]:
     """Part transformers' processors into fused warpers and those that run per position.
 
-    Warpers fuse only where nothing but warpers, in the order temperature, top-k, top-p, min-p, comes
-    after them; otherwise all of them run per position, so that the order stays the user's.
+    Warpers fuse only where nothing but warpers, in the order temperature, top-k, top-p, min-p,
+    comes after them; otherwise all of them run per position, so that the order stays the user's.
 
     Raises:
         ValueError: a processor is stateful.
@@ -85,10 +85,9 @@ def split(processors: Iterable[Any], *, do_sample: bool) -> tuple[Warp, list[Any
 
 def _plain(warper: Any) -> bool:
     """Whether a warper keeps the largest logit only because it must, and removes with -inf."""
-    return (
-        getattr(warper, "min_tokens_to_keep", 1) == 1
-        and getattr(warper, "filter_value", -float("inf")) == -float("inf")
-    )
+    return getattr(warper, "min_tokens_to_keep", 1) == 1 and getattr(
+        warper, "filter_value", -float("inf")
+    ) == -float("inf")
 
 
 def _fuse(warp: Warp, warper: Any) -> Warp:
@@ -102,7 +101,8 @@ def _fuse(warp: Warp, warper: Any) -> Warp:
 
 
 def per_row(processors: list[Any], batch: int) -> list[LogitsProcessorList]:
-    """A list of processors for each row of the batch, with the row's share of per-row attributes."""
+    """A list of processors for each row of the batch, with the row's share of per-row
+    attributes."""
 
     def share(processor: Any, row: int) -> Any:
         shares = {
@@ -133,9 +133,7 @@ class Stopper:
         self.eos = frozenset(token for tensor in ends for token in tensor.view(-1).tolist())
         lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
         self.max_length = int(min(lengths, default=generation_config.max_length))
-        self.others = [
-            c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)
-        ]
+        self.others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
 
     def cut(self, tokens: list[int], text: Tensor, length: int) -> tuple[int, bool]:
         """How many of the new `tokens` are kept, and whether the row is then finished.

@@ -8,12 +8,14 @@ host once, in `_commit`. What a member has computed is counted by its cache alon
 * a member whose cache holds `length - 1` tokens or fewer has no law for the next position; each
   token beyond gives one law more. So the reference algorithm's invariant I1, `kv = N + |D| - 1`,
   is the definition of |D| here, and the asserts below are about the laws that are really stored.
-* when a pending token is replaced, every cache goes back to at most `length - 1` tokens: an integer.
+* when a pending token is replaced, every cache goes back to at most `length - 1` tokens: an
+integer.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ class _Laws:
         self.chunks.append(_Chunk(logits, places))
 
     def drop(self, row: Row) -> None:
-        """Drop all that was said of the row: its pending tokens were replaced, or it is finished."""
+        """Drop all that was said of the row: its pending tokens were replaced, or it ended."""
         for chunk in self.chunks:
             chunk.places.pop(row, None)
 
@@ -242,6 +244,11 @@ class Run:
         places = self._places(rows)
         starts = [model.lengths[place] for place in places]
         counts = [row.end - start for row, start in zip(rows, starts, strict=True)]
+        room = model.capacity - max(starts)
+        if max(counts) > room:  # where one row's tokens end, another's padding would not fit
+            for fits in (True, False):
+                self.feed(member, [r for r, n in zip(rows, counts, strict=True) if (n <= room) == fits])
+            return
         tokens = self._tokens(rows, starts, max(counts))
         subset = None if len(rows) == len(self.rows) else places
         logits = model.forward(tokens, counts, subset)
@@ -342,7 +349,9 @@ class Run:
             column = row.pad + row.length
             if replaced:
                 at = column + num_accepted
-                self.text[row.index, at : at + 1] = verdict.tokens[k, num_accepted : num_accepted + 1]
+                self.text[row.index, at : at + 1] = verdict.tokens[
+                    k, num_accepted : num_accepted + 1
+                ]
             kept, done = self.stopper.cut(new, self.text[row.index], column)
             self._count(row, drafts, num_accepted, status, kept, replaced and kept == len(new))
             log_probs = verdict.log_probs[k, :kept]
@@ -439,7 +448,7 @@ class Run:
         assert self.processors is not None
         logits = logits.to(torch.float32, copy=True)
         for k, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
-            processors = self.processors[row.index]
+            processors: Any = self.processors[row.index]
             for j in range(max(0, row.length - start - 1), count):
                 prefix = self.text[row.index : row.index + 1, : row.pad + start + 1 + j]
                 logits[k, j] = processors(prefix, logits[k : k + 1, j])[0]

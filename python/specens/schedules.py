@@ -2,8 +2,8 @@
 """Schedules: who proposes, how many tokens, who verifies, turn by turn.
 
 A schedule is asked once a turn, with the run in hand (`run.Run`): it makes members propose and
-score, through `run.propose`, `run.feed` and `run.draw`, and returns what is to be verified. It never
-looks at a token. To add a schedule, add a class here and its name to `SCHEDULES`.
+score, through `run.propose`, `run.feed` and `run.draw`, and returns what is to be verified. It
+never looks at a token. To add a schedule, add a class here and its name to `SCHEDULES`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,10 @@ class Verification:
 class Schedule(Protocol):
     """One way of taking turns."""
 
-    lookahead: int  # most tokens that can be pending at once
+    @property
+    def lookahead(self) -> int:
+        """Most tokens that can be pending at once."""
+        ...
 
     def turn(self, run: "Run") -> list[Verification]:
         """Propose and score; say what to verify."""
@@ -114,8 +117,8 @@ class Alternating:
     order: the members in rotation, the default proposer first.
     gammas: tokens that each proposes when its turn comes, in that order.
 
-    A member that scores the L pending tokens has also its own law for the next position. That law is
-    not the ensemble's, so its token is not emitted but proposed. When a block is kept whole, the
+    A member that scores the L pending tokens has also its own law for the next position. That law
+    is not the ensemble's, so its token is not emitted but proposed. When a block is kept whole, the
     member that scored last completes its own proposal and the next in rotation scores; when a token
     is replaced, everything pending is dropped and the default proposer starts afresh.
 

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify` against the same maths in torch, and against the cheapest sweep of the same bytes.
+
+Contestants: `ours`, the op; `eager`, the straightforward batched torch program; `compiled`, the
+same under torch.compile(fullgraph=True); `floor`, one max and sum-exp sweep, by the native code, of
+as many rows as a verification must read. Situations: `accepted`, all drafts are kept, every row is
+read and a bonus token drawn; `rejected`, a draft is refused at a typical place (the third of five
+for one sequence), which the op turns into less work and the batched program cannot. Last, the
+overhead of a call, at a vocabulary of 32.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import harness
+import torch
+from harness import WRONG, Spread
+from torch import Tensor
+
+from specens_kernels import Law, backend, native, sample, verify
+from specens_kernels.reference import SUB_TILE, TILE
+
+NUM_DRAFTS = 5
+VOCAB_SIZES = (32000, 49152, 128256, 151936)
+HEADLINE_VOCAB_SIZE = 128256
+# Drafts kept per sequence; over eight sequences the mean is that of an acceptance of 0.7 a draft.
+TYPICAL = (2, 0, 4, 1, 5, 3, 0, 1)
+TARGETS = {"eager_over_ours": 10.0, "compiled_over_ours": 4.0, "ours_over_floor": 1.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: the shapes, and how many drafts of each sequence are kept."""
+
+    vocab_size: int
+    members: int
+    batch: int
+    dtype: str
+    situation: str
+    kept: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive what is kept from the situation."""
+        everything = (NUM_DRAFTS,) * self.batch
+        kept = everything if self.situation == "accepted" else TYPICAL[: self.batch]
+        object.__setattr__(self, "kept", kept)
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of each member that must be read, over all sequences: up to the emitted token's."""
+        return sum(kept + 1 for kept in self.kept)
+
+    @property
+    def draft_rows_read(self) -> int:
+        """Rows of the separate draft that must be read."""
+        return 0 if self.members > 1 else sum(min(kept + 1, NUM_DRAFTS) for kept in self.kept)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of logits that must be read."""
+        rows = self.rows_read * self.members + self.draft_rows_read
+        return rows * self.vocab_size * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Logits (B, N+1, V) per member; drafts from member 0, or for M = 1 from `draft_logits`."""
+
+    logits: list[Tensor]
+    draft_logits: Tensor | None
+    tokens: Tensor
+    uniforms: Tensor
+    weights: Tensor
+
+    @classmethod
+    def make(cls, case: Case, seed: int = 0) -> "Inputs":
+        """Correlated laws, and coins and tokens such that exactly `case.kept` drafts are kept."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (case.batch, NUM_DRAFTS + 1, case.vocab_size)
+        shared = torch.randn(shape, generator=generator) * 2
+        dtype = getattr(torch, case.dtype)
+        logits = [
+            (shared + torch.randn(shape, generator=generator)).to(dtype)
+            for _ in range(case.members)
+        ]
+        draft_logits = None
+        if case.members == 1:
+            noise = torch.randn(shape, generator=generator)[:, :NUM_DRAFTS]
+            draft_logits = (shared[:, :NUM_DRAFTS] + noise).to(dtype)
+        weights = torch.full((case.members,), 1 / case.members)
+        source = logits[0][:, :NUM_DRAFTS] if draft_logits is None else draft_logits
+        draft = source.float().softmax(-1)
+        target = sum(w * x.float().softmax(-1) for w, x in zip(weights, logits, strict=True))
+        tokens = draft.argmax(-1)
+        uniforms = torch.randint(2**24, (*shape[:2], 4), generator=generator) * 2.0**-24
+        uniforms[:, :, 0] = 0.0  # every draft with any mass is kept ...
+        for b, kept in enumerate(case.kept):
+            if kept < NUM_DRAFTS:  # ... but this one, whose mass under the draft is far too large
+                tokens[b, kept] = (draft[b, kept] - target[b, kept]).argmax()
+                uniforms[b, kept + 1, 0] = 1 - 2.0**-24
+        return cls(logits, draft_logits, tokens, uniforms, weights)
+
+
+def straightforward(
+    logits: Sequence[Tensor],
+    draft_logits: Tensor | None,
+    tokens: Tensor,
+    uniforms: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one would write in torch: (last token, drafts kept, log-probabilities), each per row."""
+    laws = [member.float().softmax(-1) for member in logits]
+    target = laws[0] * weights[0]
+    for law, weight in zip(laws[1:], weights[1:], strict=True):
+        target = target + law * weight
+    num_drafts = tokens.shape[1]
+    draft = laws[0][:, :num_drafts] if draft_logits is None else draft_logits.float().softmax(-1)
+    chosen = tokens[..., None]
+    target_mass = target[:, :num_drafts].gather(-1, chosen)[..., 0]
+    draft_mass = draft.gather(-1, chosen)[..., 0]
+    accepted = uniforms[:, 1:, 0] * draft_mass < target_mass
+    num_accepted = accepted.int().cumprod(1).sum(1)
+    width = target.shape[-1]
+    row = num_accepted[:, None, None]
+    mass = target.gather(1, row.expand(-1, 1, width))[:, 0]
+    drafted = draft.gather(1, row.clamp(max=num_drafts - 1).expand(-1, 1, width))[:, 0]
+    rejected = (num_accepted < num_drafts)[:, None]
+    residual = (mass - torch.where(rejected, drafted, 0.0)).clamp(min=0)
+    last = _draw(residual, uniforms.gather(1, row.expand(-1, 1, 4))[:, 0, 1:])
+    last_mass = mass.gather(-1, last[:, None])
+    log_probs = torch.cat((target_mass, last_mass), 1).log()
+    return last, num_accepted, log_probs
+
+
+def _draw(mass: Tensor, numbers: Tensor) -> Tensor:
+    """The op's hierarchical inverse CDF, so that the answer must be the same token."""
+    tiles = -(-mass.shape[-1] // TILE)
+    grid = torch.nn.functional.pad(mass, (0, tiles * TILE - mass.shape[-1]))
+    grid = grid.view(-1, tiles, TILE // SUB_TILE, SUB_TILE)
+    rows = torch.arange(len(mass))
+    tile = _pick(grid.sum((-1, -2)), numbers[:, 0])
+    sub_tile = _pick(grid[rows, tile].sum(-1), numbers[:, 1])
+    token = _pick(grid[rows, tile, sub_tile], numbers[:, 2])
+    return tile * TILE + sub_tile * SUB_TILE + token
+
+
+def _pick(mass: Tensor, number: Tensor) -> Tensor:
+    cumulative = mass.cumsum(-1)
+    return (cumulative <= number[:, None] * cumulative[:, -1:]).sum(-1)
+
+
+def ours(inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """The op, in the form of `straightforward`'s answer."""
+    law = Law([1 / len(inputs.logits)] * len(inputs.logits))
+    proposers = None
+    if inputs.draft_logits is None:
+        proposers = torch.zeros(1, NUM_DRAFTS, dtype=torch.int32)
+
+    def run() -> Any:
+        return verify(
+            inputs.logits,
+            inputs.tokens,
+            inputs.uniforms,
+            law,
+            proposers=proposers,
+            draft_logits=inputs.draft_logits,
+        )
+
+    return run
+
+
+def floor(case: Case, inputs: Inputs) -> Callable[[], Any] | None:
+    """A sweep of as many rows as must be read; None where there are no native kernels."""
+    if not native.AVAILABLE:
+        return None
+    width = case.vocab_size
+    rows = [tensor.view(1, -1, width)[:, : case.rows_read] for tensor in inputs.logits]
+    if inputs.draft_logits is None:
+        return lambda: native.floor_sweep(rows, width)
+    drafts = [inputs.draft_logits.view(1, -1, width)[:, : case.draft_rows_read]]
+    return lambda: (native.floor_sweep(rows, width), native.floor_sweep(drafts, width))
+
+
+def contestants(case: Case, inputs: Inputs, compiled: bool) -> dict[str, Callable[[], Any]]:
+    """Everything that runs on this case."""
+    packed = (
+        inputs.logits, inputs.draft_logits, inputs.tokens, inputs.uniforms, inputs.weights
+    )  # fmt: skip
+    found: dict[str, Callable[[], Any]] = {
+        "ours": ours(inputs),
+        "eager": lambda: straightforward(*packed),
+    }
+    if compiled:
+        torch._dynamo.reset()
+        program = torch.compile(straightforward, fullgraph=True, dynamic=False)
+        found["compiled"] = lambda: program(*packed)
+    sweep = floor(case, inputs)
+    if sweep is not None:
+        found["floor"] = sweep
+    return found
+
+
+def gate(expected: Any) -> Callable[[str, Any], bool]:
+    """Whether an answer is the reference's: the same tokens, log-probabilities up to rounding."""
+
+    def agrees(name: str, answer: Any) -> bool:
+        if name == "floor":
+            return True
+        if hasattr(answer, "status"):
+            last = answer.tokens.gather(1, answer.num_accepted[:, None].long())[:, 0]
+            answer = (last, answer.num_accepted, answer.log_probs)
+        last, num_accepted, log_probs = answer
+        counts = expected.num_accepted.long()
+        emitted = torch.arange(NUM_DRAFTS + 1) <= counts[:, None]
+        right = expected.tokens.gather(1, counts[:, None])[:, 0]
+        if not torch.equal(num_accepted.long(), counts) or not torch.equal(last, right):
+            return False
+        # The program keeps the last token's log-probability in its last column, the op in place.
+        places = counts if hasattr(expected, "status") and name == "ours" else NUM_DRAFTS
+        mine = log_probs.clone()
+        mine[torch.arange(len(mine)), counts] = log_probs[torch.arange(len(mine)), places]
+        return torch.allclose(mine[emitted], expected.log_probs[emitted], atol=1e-3)
+
+    return agrees
+
+
+def measure(
+    case: Case, threads: int, compiled: bool, rounds: int, budget_s: float
+) -> dict[str, Any]:
+    """One row of the result."""
+    inputs = Inputs.make(case)
+    with backend("reference"):
+        expected = ours(inputs)()
+    torch.set_num_threads(threads)
+    right, wrong = harness.gated(contestants(case, inputs, compiled), gate(expected))
+    clocks = {name: harness.clock(function) for name, function in right.items()}
+    samples = harness.interleave(clocks, rounds, budget_s)
+    times: dict[str, Any] = {name: Spread.of(values) for name, values in samples.items()}
+    times |= dict.fromkeys(wrong, WRONG)
+    row = {**asdict(case), "threads": threads, "bytes": case.bytes_read, "seconds": times}
+    for over, under in (("eager", "ours"), ("compiled", "ours"), ("ours", "floor")):
+        if over in samples and under in samples:
+            paired = harness.ratios(samples[over], samples[under])
+            row[f"{over}_over_{under}"] = Spread.of(paired)
+    return row
+
+
+def overhead(threads: int, rounds: int) -> dict[str, Spread]:
+    """Seconds of one call at a vocabulary of 32, where there is nothing to compute."""
+    torch.set_num_threads(threads)
+    inputs = Inputs.make(Case(32, 2, 1, "bfloat16", "accepted"))
+    law = Law([0.5, 0.5])
+    last = [tensor[:, :1] for tensor in inputs.logits]
+    calls = {
+        "verify": ours(inputs),
+        "sample": lambda: sample(last, inputs.uniforms[:, :1], law),
+    }
+    clocks = {name: harness.clock(function) for name, function in calls.items()}
+    samples = harness.interleave(clocks, rounds)
+    return {name: Spread.of(values) for name, values in samples.items()}
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """What is measured; --quick keeps the headline's shape and one batched shape."""
+    if options.quick:
+        largest, smallest = sorted(options.vocab_sizes)[-2:][0], min(options.vocab_sizes)
+        shapes = [([largest], 2, 1, "bfloat16"), ([smallest], 2, 8, "float32")]
+    else:
+        grid = itertools.product((1, 2, 3), (1, 8), ("bfloat16", "float32"))
+        shapes = [(options.vocab_sizes, *rest) for rest in grid]
+    return [
+        Case(vocab_size, members, batch, dtype, situation)
+        for vocab_sizes, members, batch, dtype in shapes
+        for vocab_size in vocab_sizes
+        for situation in ("accepted", "rejected")
+    ]
+
+
+def is_compiled(case: Case, threads: int, options: argparse.Namespace) -> bool:
+    """Compiling takes seconds per shape and thread count: by default one sequence only."""
+    if options.compiled == "all":
+        return True
+    headline = case.members == 2 and case.dtype == "bfloat16" and threads == max(options.threads)
+    if options.compiled == "some":
+        return case.batch == 1 and (headline or not options.quick)
+    return False
+
+
+COLUMNS = (
+    *("vocabulary", "members", "batch", "dtype", "drafts", "threads"),
+    *("ours µs", "eager µs", "compiled µs", "floor µs"),
+    *("eager/ours", "compiled/ours", "ours/floor", "GB/s"),
+)
+
+
+def shown(row: dict[str, Any]) -> list[str]:
+    """The row as it is printed; times are median (10 %-90 %, minimum) in µs."""
+
+    def time_of(name: str) -> str:
+        value = row["seconds"].get(name, "-")
+        return value.text(1e6, 0) if isinstance(value, Spread) else value
+
+    def ratio_of(name: str) -> str:
+        return f"{row[name].median:.2f}" if name in row else "-"
+
+    mine = row["seconds"]["ours"]
+    speed = "-" if mine == WRONG else f"{row['bytes'] / mine.median / 1e9:.1f}"
+    return [
+        *(str(row[k]) for k in ("vocab_size", "members", "batch", "dtype", "situation", "threads")),
+        *map(time_of, ("ours", "eager", "compiled", "floor")),
+        *map(ratio_of, TARGETS),
+        speed,
+    ]
+
+
+def readme_tables(rows: Sequence[dict[str, Any]], calls: dict[str, Any]) -> dict[str, Any]:
+    """What the README shows: one sequence, bfloat16, the largest thread count."""
+    most = max(row["threads"] for row in rows)
+    lines = []
+    for row in rows:
+        if (row["batch"], row["dtype"], row["threads"]) != (1, "bfloat16", most):
+            continue
+        if row["members"] != 2 and row["vocab_size"] != HEADLINE_VOCAB_SIZE:
+            continue
+        mine = row["seconds"]["ours"]
+        lines.append(
+            [
+                f"{row['vocab_size']:,}",
+                row["members"],
+                row["situation"],
+                mine if mine == WRONG else f"{mine.median * 1e6:.0f}",
+                *(f"{row[k].median:.1f}" if k in row else "-" for k in TARGETS),
+            ]
+        )
+    columns = ["vocabulary", "members", "drafts", "µs", "torch eager /", "compiled /", "/ floor"]
+    caption = f"`verify`, 5 drafts, 1 sequence, bfloat16, {most} threads"
+    return {"verify": {"caption": caption, "columns": columns, "rows": lines}}
+
+
+def headline(rows: Sequence[dict[str, Any]], calls: dict[str, dict[str, Spread]]) -> dict[str, Any]:
+    """The ratios that have targets: M = 2, B = 1, bfloat16, most threads."""
+    most = max(row["threads"] for row in rows)
+    found: dict[str, Any] = {"threads": most, "native": native.AVAILABLE}
+    for row in rows:
+        shape = (row["members"], row["batch"], row["dtype"], row["threads"])
+        if shape != (2, 1, "bfloat16", most) or row["vocab_size"] != HEADLINE_VOCAB_SIZE:
+            continue
+        for name in TARGETS:
+            if name in row:
+                found[f"{name}_{row['situation']}"] = round(row[name].median, 2)
+    for name, spread in calls[str(most)].items():
+        found[f"{name}_call_us"] = round(spread.median * 1e6, 1)
+    wrong = sum(WRONG in row["seconds"].values() for row in rows)
+    return {**found, "wrong_rows": wrong, "targets": TARGETS | {"call_us": 30.0}}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, save."""
+    parser = harness.arguments("verify against torch eager, torch.compile and the floor.")
+    parser.add_argument("--vocab-sizes", type=harness.numbers, default=list(VOCAB_SIZES))
+    parser.add_argument("--compiled", choices=("some", "all", "none"), default="some")
+    options = parser.parse_args(arguments)
+    if not native.AVAILABLE:
+        print(f"{native.REASON}: `ours` is the reference, and there is no floor")
+    rounds, budget_s = (9, 2.0) if options.quick else (21, 20.0)
+    before = torch.get_num_threads()
+    rows: list[dict[str, Any]] = []
+    for case, threads in itertools.product(cases(options), options.threads):
+        compiled = is_compiled(case, threads, options)
+        rows.append(measure(case, threads, compiled, rounds, budget_s))
+        print(" ".join(shown(rows[-1])[:6]), "done", flush=True)
+    calls = {str(threads): overhead(threads, rounds) for threads in options.threads}
+    torch.set_num_threads(before)
+    print(harness.table(COLUMNS, [shown(row) for row in rows]))
+    for threads, found in calls.items():
+        for name, spread in found.items():
+            print(f"call overhead at V = 32, {threads} threads: {name} {spread.text(1e6)} µs")
+    extra = [{"overhead": calls}]
+    return harness.finish(
+        "bench_verify", options, rows + extra, readme_tables(rows, calls), headline(rows, calls)
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `specens`: generate, demo, probe and bench.
+
+A command parses, calls the library and shows what came back (`terminal.py`). What the library
+refuses becomes one line on standard error and exit code 2; anything unexpected keeps its traceback.
+Torch is imported inside the commands, so that help and mistakes are answered at once. To add a
+command, add a function with `@app.command()`.
+"""
+
+import re
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import family
+
+# The class is public in click, but typer has a copy of click that does not export it.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+# How this library words a ValueError about an argument; see CONTRIBUTING.md.
+_ABOUT_AN_ARGUMENT = re.compile(r"\w+: (.*?: )?(expected|unknown) ", re.DOTALL)
+
+
+class _OneLine(TyperGroup):
+    """Says what is wrong with a command line in one line, and exits with 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; every way out is an exit code."""
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except _UsageError as error:
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context is not None else ""
+            _fail(f"{getattr(error, 'format_message', error.__str__)()}{hint}")
+        except ValueError as error:
+            if not _ABOUT_AN_ARGUMENT.match(str(error)):
+                raise
+            _fail(str(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"specens: error: {' '.join(message.split())}\n")
+    sys.exit(2)
+
+
+app = typer.Typer(
+    cls=_OneLine,
+    help="Write one text with several language models, speculatively and exactly.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+_Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        help="Folder, hub name, or family:code, family:prose, family:draft. Repeat it for an "
+        "ensemble. None is the family that ships with specens.",
+    ),
+]
+_Weights = Annotated[
+    str | None, typer.Option(help="One number per model, such as 0.5,0.5. None is equal shares.")
+]
+_EnsembleName = Annotated[str, typer.Option("--ensemble", help="mixture or product.")]
+_Draft = Annotated[
+    str | None, typer.Option(help="A model outside the ensemble that drafts, for 'speculative'.")
+]
+_Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+_MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write per prompt.")]
+_Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's own; float32 for the family), float32, bfloat16 or float16."
+    ),
+]
+_Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="CPU threads. None is torch's choice; 1 for the family, as small as it is."
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+_Trust = Annotated[bool, typer.Option(help="Run code that comes with a model. Off unless asked.")]
+_File = Annotated[Path | None, typer.Option(help="Read the prompt from a file; - is a pipe.")]
+_Lines = Annotated[
+    bool, typer.Option("--lines", help='Each line is a prompt, or JSON with a "prompt".')
+]
+_MAX_SEED = 2**62
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; else a pipe.")] = None,
+    file: _File = None,
+    lines: _Lines = False,
+    models: _Models = None,
+    weights: _Weights = None,
+    ensemble: _EnsembleName = "mixture",
+    schedule: Annotated[
+        str, typer.Option(help="alternating, speculative, component or plain.")
+    ] = "alternating",
+    gamma: Annotated[
+        str, typer.Option(help="Tokens per proposal; for 'alternating' also one per model: 4,2.")
+    ] = "4",
+    proposer: Annotated[
+        int | None, typer.Option(help="'speculative': which model drafts. None is the cheapest.")
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(help="'alternating': the rotation, such as 1,0.")
+    ] = None,
+    draft: _Draft = None,
+    acceptance: Annotated[
+        str, typer.Option(help="rejection, lenient (not lossless) or greedy.")
+    ] = "rejection",
+    lenience: Annotated[float, typer.Option(help="'lenient': (0, 1]; 1 is 'rejection'.")] = 1.0,
+    scope: Annotated[
+        str, typer.Option(help="What temperature and filters warp: each member, or the ensemble.")
+    ] = "member",
+    plausibility: Annotated[
+        float, typer.Option(help="'product': drop what the first model finds implausible.")
+    ] = 0.0,
+    max_new_tokens: _MaxNewTokens = 128,
+    temperature: _Temperature = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=_MAX_SEED, help="Same seed, same text. None draws one.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop after this text. Repeatable.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a turn of a chat.")] = False,
+    dtype: _Dtype = "auto",
+    threads: _Threads = None,
+    trust_remote_code: _Trust = False,
+    as_json: _Json = False,
+) -> None:
+    """Continue a prompt. The text goes to standard output, the statistics to standard error.
+
+    Nothing but the options here shapes the text: the models' own generation configs do not.
+    """
+    from . import terminal
+
+    prompts = terminal.read_prompts("generate", prompt, file, lines)
+    gammas = _integers("generate: --gamma", gamma)
+    shares = None if weights is None else _numbers("generate: --weights", weights)
+    rotation = None if order is None else _integers("generate: --order", order)
+
+    from specens_kernels import Law
+
+    from .benchmark import sampling, total
+    from .decoder import SpeculativeDecoder
+
+    Law(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # checks, before loading
+    arguments = sampling(
+        max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    loaded, tokenizers = _load("generate", models, draft, dtype, trust_remote_code, threads)
+    tokenizer = tokenizers[0]
+    decoder = SpeculativeDecoder(
+        loaded[:-1] if draft is not None else loaded,
+        weights=shares,
+        ensemble=ensemble,
+        schedule=schedule,
+        num_speculative_tokens=gammas[0] if len(gammas) == 1 else gammas,
+        proposer=proposer,
+        order=rotation,
+        draft=loaded[-1] if draft is not None else None,
+        acceptance=acceptance,
+        lenience=lenience,
+        scope=scope,
+        plausibility=plausibility,
+        tokenizers=tokenizers,
+    )
+    encoded = [terminal.encode("generate", tokenizer, one, chat=chat) for one in prompts]
+    first_seed = secrets.randbits(32) if seed is None else seed
+    found = []
+    with terminal.progress("prompts", len(prompts) if as_json and lines else 0) as step:
+        for i, (one, ids) in enumerate(zip(prompts, encoded, strict=True)):
+            stream = terminal.TextStream(tokenizer, None if as_json else terminal.write_text)
+            sequences = decoder.generate(
+                ids,
+                attention_mask=ids.new_ones(ids.shape),
+                streamer=stream,
+                tokenizer=tokenizer,
+                stop_strings=stop or None,
+                seed=first_seed + i,
+                **arguments,
+            )
+            assert decoder.statistics is not None
+            found.append(decoder.statistics)
+            if as_json:
+                terminal.write_json(
+                    {
+                        "prompt": one,
+                        "text": stream.text,
+                        "token_ids": sequences[0, ids.shape[1] :].tolist(),
+                        "seed": first_seed + i,
+                        "statistics": decoder.statistics.as_dict(),
+                    }
+                )
+            else:
+                terminal.write_text("\n" if i == len(prompts) - 1 else "\n\n")
+            step()
+    if not as_json:
+        whole = total(found)
+        console = terminal.errors()
+        console.print(terminal.members_table(whole))
+        console.print(f"{terminal.summary(whole)}\nseed {first_seed}")
+
+
+@app.command()
+def demo(
+    max_new_tokens: _MaxNewTokens = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, if time allows.")] = 5,
+    limit_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each table.")] = 15.0,
+    gamma: Annotated[int, typer.Option(min=1, help="Tokens per proposal.")] = 2,
+    threads: _Threads = None,
+    as_json: _Json = False,
+) -> None:
+    """Two small models write together: the text, and its speed beside the plain ensemble's."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from . import terminal
+    from .benchmark import compare, sampling, total, workload
+    from .decoder import SpeculativeDecoder
+
+    models, tokenizers = _load("demo", None, None, "auto", False, threads)
+    tokenizer = tokenizers[0]
+    plain, alternating = (
+        SpeculativeDecoder(
+            models, schedule=name, num_speculative_tokens=gamma, tokenizers=tokenizers
+        )
+        for name in ("plain", "alternating")
+    )
+    prompts = [terminal.encode("demo", tokenizer, one) for one in family.PROMPTS]
+    console = Console(highlight=False, quiet=as_json)
+    console.print("Two models write one text: the even mixture of family:code and family:prose.\n")
+    sampled = sampling(max_new_tokens, temperature=0.8)
+    texts, found = [], []
+    for i, ids in enumerate(prompts):
+        stream = terminal.TextStream(tokenizer)
+        alternating.generate(ids, streamer=stream, seed=i, **sampled)
+        assert alternating.statistics is not None
+        found.append(alternating.statistics)
+        texts.append({"prompt": family.PROMPTS[i], "text": stream.text})
+        console.print(Text.assemble((family.PROMPTS[i], "dim"), stream.text, "\n"), soft_wrap=True)
+    console.print(terminal.members_table(total(found)))
+    console.print(terminal.summary(total(found)) + "\n")
+
+    greedy = sampling(max_new_tokens, temperature=0.0)
+    same = sum(
+        plain.generate(ids, **greedy).tolist() == alternating.generate(ids, **greedy).tolist()
+        for ids in prompts
+    )
+    tables = {}
+    for title, arguments in (("greedy", greedy), ("sampled, temperature 0.8", sampled)):
+        with terminal.progress(title, 2 * (repeats + 1)) as step:
+            rows = compare(
+                {
+                    name: workload(decoder, prompts, **arguments)
+                    for name, decoder in (("plain", plain), ("alternating", alternating))
+                },
+                repeats,
+                limit_s=limit_s,
+                progress=step,
+            )
+        tables[title] = [row.as_dict() for row in rows]
+        rounds = "round" if rows[0].rounds == 1 else "rounds"
+        console.print(terminal.rows_table(f"{title}: medians of {rows[0].rounds} {rounds}", rows))
+    console.print(f"Greedy text equal to the plain ensemble's: {same} of {len(prompts)} prompts.")
+    if as_json:
+        terminal.write_json(
+            {
+                "texts": texts,
+                "statistics": total(found).as_dict(),
+                "same_greedy_text": same,
+                "tables": tables,
+            }
+        )
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or family:code.")],
+    dtype: _Dtype = "auto",
+    trust_remote_code: _Trust = False,
+    as_json: _Json = False,
+) -> None:
+    """Run a model in a few tiny forwards and say how it can be decoded exactly."""
+    from rich.console import Console
+
+    from . import terminal
+
+    loaded, _ = terminal.load("probe", [model], dtype=dtype, trust_remote_code=trust_remote_code)
+
+    from .probe import probe as examine
+
+    found = examine(loaded[0])
+    if as_json:
+        facts = asdict(found)
+        del facts["layout"]
+        terminal.write_json(facts)
+    else:
+        Console(highlight=False).print(terminal.probe_table(found))
+
+
+@app.command()
+def bench(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; else built in.")] = None,
+    file: _File = None,
+    lines: _Lines = False,
+    models: _Models = None,
+    weights: _Weights = None,
+    ensemble: _EnsembleName = "mixture",
+    draft: _Draft = None,
+    gamma: Annotated[str, typer.Option(help="Numbers of tokens per proposal to try.")] = "1,2,4",
+    max_new_tokens: _MaxNewTokens = 64,
+    temperature: _Temperature = 1.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Of the random numbers.")] = 0,
+    dtype: _Dtype = "auto",
+    threads: _Threads = None,
+    trust_remote_code: _Trust = False,
+    as_json: _Json = False,
+) -> None:
+    """Compare the schedules on the same prompts and seeds, taking turns; the prefill apart."""
+    from rich.console import Console
+
+    from . import terminal
+
+    prompts: Sequence[str] = family.PROMPTS
+    if prompt is not None or file is not None:
+        prompts = terminal.read_prompts("bench", prompt, file, lines)
+    gammas = _integers("bench: --gamma", gamma)
+    shares = None if weights is None else _numbers("bench: --weights", weights)
+
+    from .benchmark import compare, contestants, sampling, workload
+
+    loaded, tokenizers = _load("bench", models, draft, dtype, trust_remote_code, threads)
+    decoders = contestants(
+        loaded[:-1] if draft is not None else loaded,
+        gammas=gammas,
+        draft=loaded[-1] if draft is not None else None,
+        sampled=temperature > 0,
+        tokenizers=tokenizers,
+        weights=shares,
+        ensemble=ensemble,
+    )
+    encoded = [terminal.encode("bench", tokenizers[0], one) for one in prompts]
+    arguments = sampling(max_new_tokens, temperature=temperature)
+    works = {
+        name: workload(decoder, encoded, seed=seed, **arguments)
+        for name, decoder in decoders.items()
+    }
+    with terminal.progress("rounds", len(works) * (repeats + 1)) as step:
+        rows = compare(works, repeats, progress=step)
+    if as_json:
+        terminal.write_json({"temperature": temperature, "rows": [row.as_dict() for row in rows]})
+    else:
+        title = f"{len(encoded)} prompts, temperature {temperature:g}: medians of {repeats} rounds"
+        Console(highlight=False).print(terminal.rows_table(title, rows))
+
+
+def _load(
+    command: str,
+    models: Sequence[str] | None,
+    draft: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    threads: int | None,
+) -> tuple[list[Any], list[Any]]:
+    """The ensemble's models, then the draft if there is one, and the tokenizers of all."""
+    from . import terminal
+
+    names = list(models or [terminal.FAMILY_PREFIX + name for name in family.MEMBERS])
+    if draft is not None:
+        names.append(draft)
+    if threads is None and not models:
+        threads = 1
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return terminal.load(command, names, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option}: expected numbers with commas between, got {text!r}") from error
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"{option}: expected integers with commas between, got {text!r}"
+        ) from error
+
+
+def main() -> None:
+    """The entry point of `specens`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

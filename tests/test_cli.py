@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what is written where, and that a mistake costs one line and exit code 2.
+
+A new way to go wrong is one more entry of `MISTAKES`. The shipped family is package data, so
+nothing here needs a network.
+"""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from specens import Statistics, family, terminal
+from specens.benchmark import compare, total
+from specens.cli import app
+
+ROOT = Path(__file__).parents[1]
+SHORT = ("--max-new-tokens", "12", "--seed", "7")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """One thread, which is the fastest for models this small, and no model is loaded twice."""
+    threads, load = torch.get_num_threads(), terminal._load
+    torch.set_num_threads(1)
+    terminal._load = functools.cache(load)
+    yield
+    terminal._load = load
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+
+
+def complaint(result: Result) -> str:
+    """The one line on standard error; nothing on standard output."""
+    assert result.exit_code == 2, (result.exception, result.output)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("specens: error: ")
+    return line
+
+
+def results(*arguments: str, stdin: str | None = None) -> list[dict[str, Any]]:
+    """What `generate --json` prints."""
+    result = run("generate", "--json", *SHORT, *arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+MISTAKES: dict[str, tuple[Sequence[str], str]] = {
+    "no command": ((), "Missing command"),
+    "unknown command": (("write",), "No such command 'write'"),
+    "unknown option": (("generate", "x", "--gama", "2"), "No such option: --gama"),
+    "empty prompt": (("generate", " "), "expected text, got none in the argument"),
+    "empty pipe": (("generate",), "expected text, got none in standard input"),
+    "no such file": (("generate", "--file", "/no/such.txt"), "No such file"),
+    "prompt and file": (("generate", "x", "--file", "y"), "got both"),
+    "no such folder": (("generate", "x", "--model", "/no/such"), "expected a folder or a hub name"),
+    "no such member": (("generate", "x", "--model", "family:poet"), "unknown name 'poet'"),
+    "gamma 0": (
+        ("generate", "x", "--gamma", "0"),
+        "num_speculative_tokens: expected integers >= 1",
+    ),
+    "gamma text": (("generate", "x", "--gamma", "two"), "generate: --gamma: expected integers"),
+    "three gammas": (("generate", "x", "--gamma", "1,2,3"), "expected 1 or 2 integers"),
+    "weights": (("generate", "x", "--weights", "0.5,0.6"), "sum to 1"),
+    "one weight": (("generate", "x", "--weights", "1"), "weights: expected 2 numbers"),
+    "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
+    "ensemble": (("generate", "x", "--ensemble", "sum"), "unknown name 'sum'"),
+    "schedule": (("generate", "x", "--schedule", "fast"), "unknown name 'fast'"),
+    "acceptance": (("generate", "x", "--acceptance", "typcal"), "unknown name 'typcal'"),
+    "scope": (("generate", "x", "--scope", "all"), "unknown name 'all'"),
+    "lenience": (("generate", "x", "--lenience", "0"), "lenience: expected a number in (0, 1]"),
+    "plausibility": (("generate", "x", "--plausibility", "0.1"), "plausibility: expected 0"),
+    "proposer": (
+        ("generate", "x", "--schedule", "speculative", "--proposer", "2"),
+        "proposer: expected None with a draft, else 0 to 1",
+    ),
+    "order": (("generate", "x", "--order", "0,0"), "order: expected every member 0 to 1 once"),
+    "draft": (("generate", "x", "--draft", "family:draft"), "draft: expected None"),
+    "component": (
+        ("generate", "x", "--schedule", "component", "--temperature", "0"),
+        "do_sample: expected True",
+    ),
+    "temperature": (("generate", "x", "--temperature", "-1"), "--temperature"),
+    "top-p": (("generate", "x", "--top-p", "0"), "top_p: expected a mass in (0, 1]"),
+    "min-p": (("generate", "x", "--min-p", "1"), "min_p: expected a ratio in [0, 1)"),
+    "dtype": (("generate", "x", "--dtype", "float8"), "unknown name 'float8'"),
+    "chat": (("generate", "x", "--chat"), "expected a tokenizer with a chat template"),
+    "max new tokens": (("generate", "x", "--max-new-tokens", "0"), "--max-new-tokens"),
+    "probe nothing": (("probe",), "Missing argument 'model'"),
+    "probe no folder": (("probe", "/no/such"), "expected a folder or a hub name"),
+    "bench gamma": (("bench", "--gamma", "1,,2"), "bench: --gamma: expected integers"),
+    "bench repeats": (("bench", "--repeats", "0"), "--repeats"),
+    "demo gamma": (("demo", "--gamma", "0"), "--gamma"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake: str) -> None:
+    arguments, words = MISTAKES[mistake]
+    assert words in complaint(run(*arguments))
+
+
+def test_no_prompt_and_no_pipe_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="expected an argument, --file or a pipe, got none"):
+        terminal.read_prompts("generate", None, None, lines=False)
+
+
+def test_tokenizers_that_disagree_are_refused(tmp_path: Path) -> None:
+    for file in family.path("prose").iterdir():
+        if file.is_file():
+            (tmp_path / file.name).symlink_to(file)
+    described = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = described["model"]["vocab"]
+    one, other = sorted(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    line = complaint(run("generate", "x", "--model", "family:code", "--model", tmp_path))
+    assert "expected the same token for every id, got 2 that differ" in line
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    assert "safetensors" in complaint(run("generate", "x", "--model", tmp_path))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(family.path("draft") / name)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert "safetensors" in complaint(run("probe", tmp_path))
+
+
+def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert "not UTF-8" in complaint(run("generate", "--file", tmp_path / "latin"))
+    (tmp_path / "lines").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    assert "line 2" in complaint(run("generate", "--lines", "--file", tmp_path / "lines"))
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("zip() argument 2 is shorter than argument 1")
+
+    monkeypatch.setattr("specens.terminal.read_prompts", fail)
+    result = run("generate", "x")
+    assert isinstance(result.exception, ValueError)
+    assert result.exit_code == 1
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def test_the_text_is_alone_on_standard_output() -> None:
+    result = run("generate", "def f(x):", *SHORT)
+    (found,) = results("def f(x):")
+    assert result.exit_code == 0
+    assert result.stdout == found["text"] + "\n"
+    assert "accepted by position" in result.stderr
+    assert "seed 7" in result.stderr
+
+
+def test_json_tells_text_tokens_and_statistics() -> None:
+    (found,) = results("def f(x):")
+    assert set(found) == {"prompt", "text", "token_ids", "seed", "statistics"}
+    statistics = found["statistics"]
+    assert len(found["token_ids"]) == statistics["num_tokens"] <= 12
+    assert statistics["members"] == ["code", "prose"]
+    assert 0 <= statistics["acceptance_rate"] <= 1
+    assert statistics["by_position"]
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:
+    def text(seed: str) -> str:
+        return run("generate", "def f(x):", "--max-new-tokens", "12", "--seed", seed).stdout
+
+    assert text("7") == text("7") != text("8")
+
+
+def test_without_a_seed_the_text_differs_from_run_to_run() -> None:
+    def draw() -> dict[str, Any]:
+        found = run("generate", "def f(x):", "--max-new-tokens", "12", "--json")
+        return dict(json.loads(found.stdout))
+
+    first, second = draw(), draw()
+    assert first["seed"] != second["seed"]
+    assert first["token_ids"] != second["token_ids"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--schedule", "plain"),
+        ("--schedule", "speculative", "--gamma", "3", "--proposer", "1"),
+        ("--schedule", "speculative", "--draft", "family:draft"),
+        ("--gamma", "2,3", "--order", "1,0"),
+    ],
+    ids=" ".join,
+)
+def test_greedy_text_is_the_same_for_every_schedule(arguments: tuple[str, ...]) -> None:
+    (expected,) = results("def f(x):", "--temperature", "0")
+    (found,) = results("def f(x):", "--temperature", "0", *arguments)
+    assert found["token_ids"] == expected["token_ids"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--schedule", "component"),
+        ("--model", "family:draft", "--schedule", "plain"),
+        ("--ensemble", "product", "--weights", "1.5,-0.5", "--plausibility", "0.1"),
+        ("--scope", "ensemble", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.01"),
+        ("--acceptance", "lenient", "--lenience", "0.5", "--dtype", "bfloat16"),
+    ],
+    ids=" ".join,
+)
+def test_every_option_reaches_the_decoder(arguments: tuple[str, ...]) -> None:
+    (found,) = results("def f(x):", *arguments)
+    assert found["statistics"]["num_tokens"] == len(found["token_ids"]) > 0
+
+
+def test_the_prompt_comes_from_a_pipe_or_a_file_without_its_last_newline(tmp_path: Path) -> None:
+    (expected,) = results("def f(x):\n    pass")
+    (tmp_path / "prompt").write_text("def f(x):\n    pass\n")
+    for arguments, stdin in (
+        ((), "def f(x):\n    pass\n"),
+        (("--file", "-"), "def f(x):\n    pass\n"),
+        (("--file", str(tmp_path / "prompt")), None),
+    ):
+        (found,) = results(*arguments, stdin=stdin)
+        assert found["prompt"] == expected["prompt"]
+        assert found["token_ids"] == expected["token_ids"]
+
+
+def test_lines_are_prompts_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text('{"prompt": "def f(x):"}\n\n{"prompt": "She was"}\n')
+    found = results("--lines", "--file", str(tmp_path / "lines"))
+    assert [one["prompt"] for one in found] == ["def f(x):", "She was"]
+    assert [one["seed"] for one in found] == [7, 8]
+    assert found[0]["token_ids"] == results("def f(x):")[0]["token_ids"]
+    text = run("generate", "--lines", *SHORT, stdin="def f(x):\nShe was\n")
+    assert text.stdout == found[0]["text"] + "\n\n" + found[1]["text"] + "\n"
+
+
+def test_the_text_ends_with_the_stop_string() -> None:
+    (whole,) = results("def f(x):", "--max-new-tokens", "24")
+    stop = whole["text"][3:6]
+    (found,) = results("def f(x):", "--max-new-tokens", "24", "--stop", stop, "--stop", "\0")
+    assert stop in found["text"]
+    assert whole["text"].startswith(found["text"])
+    assert found["statistics"]["num_tokens"] < whole["statistics"]["num_tokens"]
+
+
+class Letters:
+    """A tokenizer of UTF-8 bytes, three of which make one euro sign."""
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def test_a_stream_holds_back_half_a_character() -> None:
+    written: list[str] = []
+    stream = terminal.TextStream(Letters(), written.append)
+    stream.put(torch.tensor([list(b"prompt")]))
+    for byte in "a€b".encode():
+        stream.put(torch.tensor([byte]))
+    stream.put(torch.tensor([0xE2]))
+    stream.end()
+    assert written == ["a", "€", "b", "\ufffd"]
+    assert stream.text == "a€b\ufffd"
+
+
+@pytest.mark.slow
+def test_a_pipe_works_from_outside_and_help_needs_no_torch() -> None:
+    paths = [str(ROOT), str(ROOT / "python")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-m", "specens.cli", "generate", *SHORT, "--threads", "1"],
+        input="def f(x):\n",
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert found.stdout == results("def f(x):")[0]["text"] + "\n"
+    assert "calls/token" in found.stderr
+    lean = "import sys, specens.cli; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
+    subprocess.run([sys.executable, "-c", lean], env=environment, check=True)
+
+
+# --- the other commands ---------------------------------------------------------------------------
+
+
+def test_probe_says_what_it_found() -> None:
+    found = json.loads(run("probe", "family:draft", "--json").stdout)
+    assert (found["mode"], found["tree"]) == ("slot", True)
+    table = run("probe", "family:draft")
+    assert table.exit_code == 0
+    assert "slot: all rows of a batch" in table.stdout
+
+
+@pytest.mark.slow
+def test_bench_compares_every_schedule() -> None:
+    short = ("bench", "def f(x):", "--max-new-tokens", "6", "--repeats", "1", "--gamma", "1,2")
+    rows = json.loads(run(*short, "--json").stdout)["rows"]
+    names = ["plain", "component", "speculative 1", "alternating 1", "speculative 2"]
+    assert [row["name"] for row in rows] == [*names, "alternating 2"]
+    assert rows[0]["ratio"] == 1
+    assert rows[0]["acceptance_rate"] is None
+    assert rows[1]["calls_per_token"] == 1
+    greedy = run(*short, "--temperature", "0", "--draft", "family:draft")
+    assert greedy.exit_code == 0
+    assert "component" not in greedy.stdout
+
+
+@pytest.mark.slow
+def test_demo_shows_text_and_speed() -> None:
+    short = ("demo", "--max-new-tokens", "6", "--repeats", "1")
+    found = json.loads(run(*short, "--json").stdout)
+    assert found["same_greedy_text"] == len(found["texts"]) == 3
+    assert all(one["text"] for one in found["texts"])
+    assert [len(rows) for rows in found["tables"].values()] == [2, 2]
+    shown = run(*short)
+    assert shown.exit_code == 0
+    assert "vs plain" in shown.stdout
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+
+def counted(speed: float, log: list[str], name: str) -> Statistics:
+    log.append(name)
+    return Statistics(["a"], num_tokens=10, decode_seconds=10 / speed)
+
+
+def test_compare_interleaves_and_takes_ratios_within_a_round() -> None:
+    log: list[str] = []
+    # The machine halves its speed from round to round; the first round warms up.
+    slow = iter([1.0, 100.0, 50.0, 25.0])
+    fast = iter([1.0, 200.0, 100.0, 50.0])
+    first, second = compare(
+        {
+            "slow": lambda: counted(next(slow), log, "slow"),
+            "fast": lambda: counted(next(fast), log, "fast"),
+        },
+        3,
+    )
+    assert log == ["fast", "slow", "slow", "fast", "fast", "slow", "slow", "fast"]
+    assert (first.ratio, second.ratio, second.ratio_low, second.ratio_high) == (1, 2, 2, 2)
+    assert (second.tokens_per_second, second.best, second.rounds) == (100, 200, 3)
+    assert second.low == pytest.approx(60)
+    assert math.isnan(second.acceptance_rate)
+    assert second.as_dict()["acceptance_rate"] is None
+
+
+def test_compare_stops_at_its_limit_after_one_measured_round() -> None:
+    log: list[str] = []
+    (row,) = compare({"one": lambda: counted(1.0, log, "one")}, 5, limit_s=0.0)
+    assert (row.rounds, len(log)) == (1, 2)
+
+
+def test_compare_refuses_nothing_to_do() -> None:
+    with pytest.raises(ValueError, match="decoders: expected at least one"):
+        compare({}, 1)
+    with pytest.raises(ValueError, match="repeats: expected a count >= 1, got 0"):
+        compare({"one": lambda: Statistics(["a"])}, 0)
+
+
+def test_total_adds_counts_and_refuses_other_members() -> None:
+    one = Statistics(["a", "b"], calls=[1, 2], by_position=[[3, 2]], num_tokens=4, status=1)
+    two = Statistics(["a", "b"], calls=[3, 4], by_position=[[1, 1], [1, 0]], turns=5, status=2)
+    whole = total([one, two])
+    assert (whole.calls, whole.by_position) == ([4, 6], [[4, 3], [1, 0]])
+    assert (whole.num_tokens, whole.turns, whole.status) == (4, 5, 3)
+    with pytest.raises(ValueError, match="calls with the same members"):
+        total([one, Statistics(["c"])])
+
+
+def test_the_family_is_package_data() -> None:
+    for name in family.FAMILY:
+        assert (family.path(name) / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="unknown name 'poet'"):
+        family.path("poet")

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each schedule writes has exactly the ensemble's law, and costs the calls that it should.
+
+Thousands of rows write a few tokens after one prompt; every window of two or three neighbouring
+tokens is compared with the law that enumeration gives. The windows hold bonus tokens, tokens after a
+block kept whole and tokens after a replacement. Decoders that are wrong on purpose must fail the
+same comparison. To test a schedule, add a `Case`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from laws import chi_square
+from specens import SpeculativeDecoder
+from specens import run as run_module
+from specens.run import Row, Run
+from specens.schedules import SCHEDULES, Alternating
+from torch import Tensor
+from toys import logits_after, noisy, prompts, sequence_law, toy
+
+VOCAB_SIZE = 5
+LENGTH = 4  # tokens whose law is compared; more are written, so that the end changes nothing
+ROWS = 2000
+
+# With a fixed seed a test passes or fails for good. 19 cases of 5 windows: by chance alone the
+# least of 95 p-values is below 1e-4 in one choice of seeds out of a hundred.
+HONEST = 1e-4
+# A wrong decoder must be told from a right one by far, not by luck.
+WRONG = 1e-7
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models() -> list[Any]:
+    """Four members and a draft: two that disagree, and copies of each that nearly agree with it."""
+    first, second = toy(0, VOCAB_SIZE), toy(1, VOCAB_SIZE)
+    copies = [noisy(first, 1.0), noisy(second, 1.0), noisy(first, 2.0)]
+    return [first, second, *copies]
+
+
+# --- laws -----------------------------------------------------------------------------------------
+
+LAWS: dict[str, dict[str, Any]] = {
+    "mixture": {},
+    "warped": {"temperature": 0.7, "top_p": 0.9},
+    "warped together": {"temperature": 0.7, "top_p": 0.9, "scope": "ensemble"},
+    "product": {"ensemble": "product"},
+    # A product of nuclei that share no token would be empty.
+    "warped product": {"ensemble": "product", "temperature": 1.3, "top_p": 0.97},
+    "contrastive": {"ensemble": "product", "temperature": 0.7, "plausibility": 0.05},
+    "warped product together": {
+        "ensemble": "product",
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "scope": "ensemble",
+    },
+}
+WEIGHTS = {
+    "mixture": [[1.0], [0.4, 0.6], [0.5, 0.3, 0.2], [0.4, 0.3, 0.2, 0.1]],
+    "product": [[1.0], [0.7, 0.6], [0.6, 0.5, 0.3], [0.5, 0.4, 0.3, 0.2]],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A schedule, how many members it has, and an entry of LAWS."""
+
+    law: str
+    members: int
+    schedule: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    draft: bool = False
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.schedule}-{self.members}-{self.law}-{options}".replace(" ", "_")
+
+    @property
+    def weights(self) -> list[float]:
+        if self.law == "contrastive":
+            return [1.4, -0.4]
+        ensemble = LAWS[self.law].get("ensemble", "mixture")
+        return WEIGHTS[ensemble][self.members - 1]
+
+    def decoder(self, models: list[Any]) -> SpeculativeDecoder:
+        ours = ("ensemble", "scope", "plausibility")
+        return SpeculativeDecoder(
+            models[: self.members],
+            weights=self.weights,
+            schedule=self.schedule,
+            draft=models[-1] if self.draft else None,
+            **{name: value for name, value in LAWS[self.law].items() if name in ours},
+            **self.options,
+        )
+
+    def texts(self, models: list[Any], rows: int = ROWS) -> Tensor:
+        """(rows, LENGTH) tokens written after the prompt, one seed a row."""
+        decoder = self.decoder(models)
+        prompt = prompts([3], VOCAB_SIZE)["input_ids"]
+        theirs = ("temperature", "top_p")
+        warpers = {name: value for name, value in LAWS[self.law].items() if name in theirs}
+        texts = [
+            decoder.generate(
+                prompt.expand(1000, -1),
+                attention_mask=torch.ones(1000, 3, dtype=torch.int64),
+                max_new_tokens=LENGTH + 2,
+                do_sample=True,
+                top_k=0,
+                seed=seed,
+                **warpers,
+            )
+            for seed in range(0, rows, 1000)
+        ]
+        return torch.cat(texts)[:, 3 : 3 + LENGTH]
+
+    def joint(self, models: list[Any]) -> Tensor:
+        """(V,) * LENGTH: the law those tokens must have."""
+        prompt = prompts([3], VOCAB_SIZE)["input_ids"]
+        members = models[: self.members]
+        return sequence_law(members, prompt, LENGTH, weights=self.weights, **LAWS[self.law])
+
+
+CASES = [
+    Case("mixture", 2, "plain"),
+    Case("warped product together", 3, "plain"),
+    Case("mixture", 3, "component"),
+    Case("warped", 2, "component"),
+    Case("mixture", 2, "speculative", {"num_speculative_tokens": 1, "proposer": 0}),
+    Case("warped", 2, "speculative", {"num_speculative_tokens": 2, "proposer": 1}),
+    Case("contrastive", 2, "speculative", {"num_speculative_tokens": 3, "proposer": 1}),
+    Case("product", 3, "speculative", {"num_speculative_tokens": 2, "proposer": 2}),
+    Case("mixture", 2, "speculative", {"num_speculative_tokens": 2}, draft=True),
+    Case("warped product together", 2, "speculative", {"num_speculative_tokens": 3}, draft=True),
+    Case("warped", 1, "alternating", {"num_speculative_tokens": 2}),
+    Case("mixture", 2, "alternating", {"num_speculative_tokens": 1, "order": (1, 0)}),
+    Case("mixture", 2, "alternating", {"num_speculative_tokens": (1, 2)}),
+    Case("warped together", 2, "alternating", {"num_speculative_tokens": (3, 1)}),
+    Case("contrastive", 2, "alternating", {"num_speculative_tokens": (1, 3), "order": (1, 0)}),
+    Case("product", 3, "alternating", {"num_speculative_tokens": 1}),
+    Case("warped product", 3, "alternating", {"num_speculative_tokens": (1, 2, 2)}),
+    Case("warped", 4, "alternating", {"num_speculative_tokens": (1, 1, 2, 1)}),
+    Case("mixture", 4, "alternating", {"num_speculative_tokens": 1, "order": (2, 0, 3, 1)}),
+]
+
+
+def lumped(counts: Tensor, law: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and law with the rarest tokens in one cell, so that 5 are expected in each."""
+    impossible = law == 0
+    order = law.masked_fill(impossible, math.inf).argsort()[: int((~impossible).sum())]
+    expected = law[order] * counts.sum()
+    few = int((expected < 5).sum())
+    while few and expected[:few].sum() < 5:
+        few += 1
+    rare, rest = order[:few], order[few:]
+    cells = [law[impossible].sum()[None], law[rare].sum()[None][: min(few, 1)], law[rest]]
+    found = [counts[impossible].sum()[None], counts[rare].sum()[None][: min(few, 1)], counts[rest]]
+    return torch.cat(found), torch.cat(cells)
+
+
+def p_values(texts: Tensor, joint: Tensor) -> dict[tuple[int, int], float]:
+    """The p-value of every window of two or three neighbouring tokens, (first, last)."""
+    length = joint.dim()
+    windows = [range(at, at + n) for n in (2, 3) for at in range(length - n + 1)]
+    found = {}
+    for window in windows:
+        others = [at for at in range(length) if at not in window]
+        law = joint.sum(others).flatten()
+        cell = torch.zeros(len(texts), dtype=torch.int64)
+        for at in window:
+            cell = cell * VOCAB_SIZE + texts[:, at]
+        counts = torch.bincount(cell, minlength=len(law))
+        found[window[0], window[-1]] = chi_square(*lumped(counts, law)).p_value
+    return found
+
+
+def test_every_schedule_has_a_case():
+    assert {case.schedule for case in CASES} == set(SCHEDULES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_text_has_the_ensembles_law(case: Case, models):
+    found = p_values(case.texts(models), case.joint(models))
+    assert min(found.values()) > HONEST, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", ["mixture", "warped", "contrastive"])
+def test_the_comparison_tells_laws_apart(law: str, models):
+    """Each member alone, and the ensemble with its weights exchanged, are found out."""
+    case = Case(law, 2, "plain")
+    texts = case.texts(models, 1000)
+    settings = LAWS[law]
+    prompt = prompts([3], VOCAB_SIZE)["input_ids"]
+    for weights in ([1.0, 0.0], [0.0, 1.0], case.weights[::-1]):
+        wrong = sequence_law(models[:2], prompt, LENGTH, weights=weights, **settings)
+        found = p_values(texts, wrong)
+        assert max(found.values()) < WRONG, (weights, found)
+
+
+# --- calls and invariants -------------------------------------------------------------------------
+
+
+def write(decoder: SpeculativeDecoder, lengths: tuple[int, ...] = (3,), **options: Any) -> Tensor:
+    settings = {"max_new_tokens": 60, "do_sample": True, "top_k": 0, "seed": 0}
+    return decoder.generate(**prompts(lengths, VOCAB_SIZE), **{**settings, **options})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_alternating_calls_are_the_papers(size, models):
+    """n / (n - (n - 1) a) times fewer than plain decoding, for proposals of one token.
+
+    A turn tests one token and makes n calls if it starts afresh, else one; it starts afresh after
+    every replacement but the last token's, and once at the beginning.
+    """
+    decoder = SpeculativeDecoder(models[:size], num_speculative_tokens=1)
+    write(decoder)
+    counts = decoder.statistics
+    assert counts.turns == counts.num_tokens == sum(counts.tested) == 60
+    predicted = size - (size - 1) * counts.acceptance_rate
+    assert 0 <= counts.calls_per_token - predicted <= (size - 1) / 60 + 1e-9
+    if size > 1:
+        assert 0.2 < counts.acceptance_rate < 0.95
+        assert counts.calls_per_token < size - 0.2
+
+
+def test_component_makes_one_call_a_token(models):
+    weights = [0.5, 0.3, 0.2]
+    decoder = SpeculativeDecoder(models[:3], weights=weights, schedule="component")
+    write(decoder, max_new_tokens=200)
+    counts = decoder.statistics
+    assert sum(counts.calls) == counts.num_tokens == counts.turns == 200
+    # Four standard deviations of a binomial share.
+    for calls, weight in zip(counts.calls, weights, strict=True):
+        assert abs(calls - 200 * weight) < 4 * math.sqrt(200 * weight * (1 - weight))
+
+
+def test_plain_calls_every_member_for_every_token(models):
+    decoder = SpeculativeDecoder(models[:3], schedule="plain")
+    write(decoder)
+    assert decoder.statistics.calls == [60, 60, 60]
+    assert sum(decoder.statistics.drafted) == 0
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_speculative_calls_each_scorer_once_a_turn(draft, models):
+    decoder = SpeculativeDecoder(
+        models[:2],
+        schedule="speculative",
+        num_speculative_tokens=3,
+        **({"draft": models[-1]} if draft else {"proposer": 0}),
+    )
+    write(decoder)
+    counts = decoder.statistics
+    drafted = sum(counts.drafted)
+    assert counts.drafted == ([0, 0, drafted] if draft else [drafted, 0])
+    # A member that drafts scores its own last draft too, for the bonus token.
+    turns = counts.turns
+    assert counts.calls == ([turns, turns, drafted] if draft else [turns + drafted, turns])
+    assert counts.num_tokens == sum(counts.accepted) + turns
+
+
+def num_laws(run: Run, member: int, row: Row) -> int:
+    """How many tokens from the next one on the run holds a member's laws for."""
+    pieces = run._laws[member]._pieces(row, row.length, 1000)
+    return sum(size for *_, size in pieces)
+
+
+@pytest.mark.parametrize(
+    ("size", "gammas"), [(1, 3), (2, (1, 1)), (2, (3, 2)), (3, (1, 2, 2)), (4, (1, 3, 2, 2))]
+)
+def test_alternating_keeps_its_invariants(size, gammas, models, monkeypatch):
+    """I1: a cache holds N + |D| - 1 tokens. I2: the |D| differ, one is empty. I3: whose block."""
+    verify, roll_back = Run._verify, Run._roll_back
+    blocks: list[int] = []
+    states: list[tuple[int, ...]] = []
+
+    def watched_verify(self: Run, verification: Any) -> Any:
+        schedule = self.schedule
+        for row, count in zip(verification.rows, verification.num_drafts, strict=True):
+            held = [num_laws(self, member, row) for member in self.ensemble]
+            lengths = [model.lengths[self.rows.index(row)] for model in self.members]
+            assert lengths == [row.length + laws - 1 for laws in held], "I1"
+            following = (row.slot + 1) % size
+            ends = self.room(row) <= 0
+            assert count == min(*held, len(row.pending)) if ends else count == min(held)
+            assert ends or count == schedule.gammas[following], "I3"
+            assert set(row.pending[:count]) == {schedule.order[following]} or ends, "I3"
+            blocks.append(count)
+        return verify(self, verification)
+
+    def watched_roll_back(self: Run) -> None:
+        roll_back(self)
+        for place, row in enumerate(self.rows):
+            held = [num_laws(self, member, row) for member in self.ensemble]
+            lengths = [model.lengths[place] for model in self.members]
+            assert lengths == [row.length + laws - 1 for laws in held], "I1"
+            if self.room(row) > 0:  # at the end of the text there is nothing more to propose
+                assert held.count(0) == (1 if row.pending else size), "I2"
+                assert not row.pending or len(set(held)) == size, "I2"
+            states.append(tuple(held))
+
+    monkeypatch.setattr(Run, "_verify", watched_verify)
+    monkeypatch.setattr(Run, "_roll_back", watched_roll_back)
+    decoder = SpeculativeDecoder(models[-size:], num_speculative_tokens=gammas)
+    write(decoder, (3, 5, 1), max_new_tokens=30)
+    assert len(set(blocks)) >= len(set(decoder.schedule.gammas))
+    assert size == 1 or any(any(held) for held in states), "no block was kept whole"
+
+
+# --- decoders that are wrong on purpose -----------------------------------------------------------
+
+
+def test_a_block_kept_whole_must_stay_in_the_context(models, monkeypatch):
+    """Speculative Ensemble's published code proposes, after a block, without that block."""
+
+    def stale(self: Alternating, run: Run, slot: int, rows: list[Row]) -> None:
+        member, block = self.order[slot], self.gammas[(slot + 1) % len(self.order)]
+        for _ in range(self.gammas[slot] - 1):
+            active = [row for row in rows if run.room(row) > 0]
+            if not active:
+                return
+            run.feed(member, active)
+            chunk = run._laws[member].chunks[-1]
+            for end in {row.end for row in active}:
+                alike = [row for row in active if row.end == end]
+                texts = [run.text[row.index, row.pad : row.pad + end] for row in alike]
+                gap = [row.length for row in alike]
+                texts = [torch.cat([t[: n - block], t[n:]]) for t, n in zip(texts, gap, strict=True)]
+                places = [chunk.places[row][0] for row in alike]
+                chunk.logits[places, 0] = logits_after(models[member], torch.stack(texts))
+            run.draw(member, active)
+
+    models = [models[0], noisy(models[0], 0.5)]  # most blocks are kept whole
+    case = Case("mixture", 2, "alternating", {"num_speculative_tokens": (1, 2)})
+    joint = case.joint(models)
+    assert min(p_values(case.texts(models), joint).values()) > HONEST
+    monkeypatch.setattr(Alternating, "_extend", stale)
+    found = p_values(case.texts(models), joint)
+    assert found[0, 1] > HONEST, found  # nothing is stale before the first block is kept
+    assert found[0, 2] < WRONG, found
+
+
+def test_a_bonus_token_must_come_from_the_ensemble(models, monkeypatch):
+    """Transformers' assisted ensembles draw it from the target alone."""
+    right = run_module.verify
+
+    def wrong(logits: list[Tensor], *arguments: Any, **options: Any) -> Any:
+        logits = [tensor.clone() for tensor in logits]
+        for tensor in logits[1:]:
+            tensor[:, -1] = logits[0][:, -1]
+        return right(logits, *arguments, **options)
+
+    case = Case("mixture", 2, "speculative", {"num_speculative_tokens": 2, "proposer": 1})
+    joint = case.joint(models)
+    monkeypatch.setattr(run_module, "verify", wrong)
+    found = p_values(case.texts(models, 1000), joint)
+    assert found[0, 1] > HONEST, found  # drafted tokens are right
+    assert found[1, 2] < WRONG, found
+
+
+@pytest.mark.parametrize("schedule", ["speculative", "alternating"])
+def test_a_draft_must_have_the_law_it_is_said_to_have(schedule, models, monkeypatch):
+    """Transformers warps the draft's logits twice."""
+    right = run_module.sample
+
+    def wrong(logits: list[Tensor], numbers: Tensor, law: Any) -> Any:
+        return right(logits, numbers, dataclasses.replace(law, temperature=law.temperature**2))
+
+    case = Case("warped", 2, schedule, {"num_speculative_tokens": 2})
+    joint = case.joint(models)
+    monkeypatch.setattr(run_module, "sample", wrong)
+    found = p_values(case.texts(models, 1000), joint)
+    assert found[0, 1] < WRONG, found

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The law that `verify` emits, by exact enumeration: it is the ensemble's, and a wrong rule's is not.
+
+Two measurements of every case. The reference, in float64 with float64 numbers, to 1e-12. Every
+backend through the public op, with numbers on the grid of 2^-24 that `uniforms` has, to 1e-6.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import laws
+from laws import POINT, SEPARATE, Call, Case
+from specens_kernels import Law, Stream, reference, sample, uniforms, verify
+from specens_kernels.reference import LawTensors
+
+FINE = 2.0**-44  # spacing of float64 numbers that rounding in the ops does not blur
+GRID = 2.0**-24
+
+HALVES = (0.5, 0.5)
+CHAIN_1, CHAIN_2, CHAIN_3 = (-1, 0), (-1, 0, 1), (-1, 0, 1, 2)
+
+CASES = [
+    Case("one member is its own draft", 4, CHAIN_2, (0, 0), (1.0,)),
+    Case(
+        "three members, temperatures of their own",
+        5,
+        CHAIN_1,
+        (0,),
+        (0.5, 0.3, 0.2),
+        law={"temperature": (0.6, 1.0, 1.5)},
+    ),
+    Case("proposers take turns", 3, CHAIN_3, (1, 0, 1), (0.25, 0.75)),
+    Case("weights for each position", 3, CHAIN_2, (0, 1), lambda d: (0.2 + 0.3 * d, 0.8 - 0.3 * d)),
+    Case(
+        "contrastive, separate draft",
+        4,
+        CHAIN_2,
+        (SEPARATE, SEPARATE),
+        (1.5, -0.5),
+        law={"ensemble": "product", "plausibility": 0.1, "temperature": 0.75},
+        draft_temperature=1.25,
+    ),
+    Case(
+        "product after the fold, drafted by a member",
+        4,
+        CHAIN_2,
+        (1, 0),
+        (0.7, 0.4),
+        law={"ensemble": "product", "scope": "ensemble", "temperature": 1.25, "top_k": 3},
+    ),
+    Case(
+        "filters on every member",
+        5,
+        CHAIN_2,
+        (0, 1),
+        HALVES,
+        law={"temperature": 0.75, "top_k": 4, "top_p": 0.9, "min_p": 0.05},
+    ),
+    Case(
+        "filters on the mixture",
+        5,
+        CHAIN_2,
+        (0, 1),
+        HALVES,
+        law={"temperature": 0.75, "top_k": 4, "top_p": 0.9, "min_p": 0.05, "scope": "ensemble"},
+    ),
+    Case("laws with holes", 4, CHAIN_2, (0, 1), HALVES, zeros=0.5),
+    Case("no bonus token", 3, CHAIN_2, (0, 1), (0.75, 0.25), bonus=False),
+    Case("two drawn siblings, one with a child", 4, (-1, 0, 0, 1), (0, 0, 1), HALVES),
+    Case("three drawn siblings", 4, (-1, 0, 0, 0), (1, 1, 1), (0.75, 0.25), seed=2),
+    Case("siblings of three kinds", 4, (-1, 0, 0, 0), (0, 1, POINT), HALVES, points={3: 2}),
+    Case(
+        "siblings of a separate draft, then no bonus",
+        3,
+        (-1, 0, 0, 2),
+        (SEPARATE,) * 3,
+        (1.0,),
+        bonus=False,
+    ),
+    Case(
+        "a tree of points, one of them twice",
+        4,
+        (-1, 0, 0, 1, 1, 0),
+        (POINT,) * 5,
+        (0.5, 0.25, 0.25),
+        points={1: 3, 2: 1, 3: 0, 4: 2, 5: 1},
+        law={"temperature": 0.7, "top_p": 0.95},
+    ),
+    Case(
+        "points under a product",
+        4,
+        (-1, 0, 1, 0),
+        (POINT,) * 3,
+        (2.0, -0.5, -0.5),
+        points={1: 1, 2: 2, 3: 0},
+        law={"ensemble": "product"},
+    ),
+    Case(
+        "temperature 0, a random draft",
+        3,
+        (-1, 0, 0, 1),
+        (SEPARATE,) * 3,
+        HALVES,
+        law={"temperature": 0.0, "top_k": 2},
+        draft_temperature=1.0,
+    ),
+    Case("the greedy rule", 3, CHAIN_2, (0, 1), HALVES, acceptance="greedy"),
+]
+
+
+def law_of(case: Case, batch: int, dtype: torch.dtype = torch.float32) -> Law:
+    weights = case.weights
+    if callable(weights):
+        rows = len(case.parents) - (not case.bonus)
+        weights = torch.tensor([weights(row) for row in range(rows)]).expand(batch, rows, -1)
+    return Law(weights=weights, vocab_size=case.vocab_size, **(case.law or {}))
+
+
+def in_float64(case: Case, module: ModuleType = reference, **wrong: float | str) -> Callable:
+    """`verify` of an implementation of the specification, past the checks of the public op."""
+
+    def run(call: Call) -> tuple[Tensor, Tensor]:
+        batch, rows, _ = call.logits[0].shape
+        law = law_of(case, batch)
+        tensors = law.tensors("verify", batch, rows, case.members, call.draft_tokens.device)
+        temperature = case.draft_temperature
+        verdict = module.verify(
+            call.logits,
+            call.draft_tokens,
+            call.uniforms,
+            call.parents,
+            call.proposers,
+            call.draft_logits,
+            None if temperature is None else torch.tensor([temperature]),
+            LawTensors(*tensors, law.ensemble, law.scope, law.plausibility, case.vocab_size),
+            wrong.get("acceptance", case.acceptance),
+            wrong.get("lenience", 1.0),
+            case.bonus,
+        )
+        return verdict[0], verdict[3]
+
+    return run
+
+
+def through_the_op(case: Case) -> Callable:
+    def run(call: Call) -> tuple[Tensor, Tensor]:
+        temperature = case.draft_temperature
+        verdict = verify(
+            [tensor.float() for tensor in call.logits],
+            call.draft_tokens,
+            call.uniforms.float(),
+            law_of(case, len(call.draft_tokens)),
+            parents=call.parents,
+            proposers=call.proposers,
+            draft_logits=None if call.draft_logits is None else call.draft_logits.float(),
+            draft_temperature=None if temperature is None else torch.tensor(temperature),
+            acceptance=case.acceptance,
+            bonus=case.bonus,
+        )
+        return verdict.tokens, verdict.path
+
+    return run
+
+
+# Each is one line of the specification gone wrong: (case, the line, what stands there instead).
+# A wrong line is found in the text so that the test follows the specification.
+BUGS = {
+    "the residual is the target": (
+        "weights for each position",
+        "return _Step(None, mass, log_probs, status)",
+        "return _Step(None, log_probs.exp(), log_probs, status)",
+    ),
+    "the bonus token comes from the draft": (
+        "weights for each position",
+        "return _Step(None, mass, log_probs, status)",
+        "return _Step(None, mass if children else proposal_law(self.logits[0][:, row : row + 1],"
+        " self.law.temperature[0].double(), self.law, target.greedy)[0].log_probs[0, 0].exp(),"
+        " log_probs, status)",
+    ),
+    "siblings are tried against the target": (
+        "three drawn siblings",
+        "kept = rule.kept(mass, draft, self.lenience)",
+        "kept = rule.kept(log_probs.exp(), draft, self.lenience)",
+    ),
+    "siblings share a coin": (
+        "three drawn siblings",
+        "self.coins[child] * draft[token]",
+        "self.coins[row + 1] * draft[token]",
+    ),
+    "the residual is not normalised": (
+        "three drawn siblings",
+        "mass = residual / residual.sum()",
+        "mass = residual",
+    ),
+    "the draft's probability is left out": (
+        "weights for each position",
+        "self.coins[child] * draft[token]",
+        "self.coins[child]",
+    ),
+    "the draft is not warped": (
+        "three members, temperatures of their own",
+        "temperature = self.law.temperature.double().expand(1, len(self.logits))[:, proposer]",
+        "temperature = torch.ones(1)",
+    ),
+    "draws come from the sub-tile's number": (
+        "weights for each position",
+        "token = _pick(_take(grid, sub_tile), numbers[..., 2])",
+        "token = _pick(_take(grid, sub_tile), numbers[..., 1])",
+    ),
+}
+
+
+def with_bug(line: str, instead: str) -> ModuleType:
+    """The specification with one line replaced, as a module of its own."""
+    source = inspect.getsource(reference)
+    assert source.count(line) == 1, "the specification has changed: this test must follow"
+    spec = importlib.util.spec_from_loader("specens_kernels.wrong", loader=None)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    exec(source.replace(line, instead), module.__dict__)
+    return module
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_emitted_law_is_the_ensembles(case: Case) -> None:
+    law, surprise = laws.observed_law(case, in_float64(case), FINE)
+    assert laws.joint_distance(case, law) < 1e-12
+    assert max(laws.next_token_distances(case, law)) < 1e-12
+    assert surprise <= FINE  # every decision flips within one step of the closed form
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_public_op_decides_where_the_closed_form_says(backend: str, case: Case) -> None:
+    law, surprise = laws.observed_law(case, through_the_op(case), GRID)
+    assert laws.joint_distance(case, law) < 1e-6
+    if backend == "reference":
+        assert surprise <= GRID
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_enumeration_sees_a_wrong_line(bug: str) -> None:
+    name, line, instead = BUGS[bug]
+    case = case_named(name)
+    law, _ = laws.observed_law(case, in_float64(case, with_bug(line, instead)), 2.0**-12)
+    assert laws.joint_distance(case, law) > 1e-3
+
+
+def test_the_enumeration_sees_a_lossy_rule() -> None:
+    case = case_named("weights for each position")
+    lossy = in_float64(case, acceptance="lenient", lenience=0.7)
+    law, _ = laws.observed_law(case, lossy, 2.0**-12)
+    assert laws.joint_distance(case, law) > 1e-3
+
+
+# --- by drawing -----------------------------------------------------------------------------------
+
+# A narrow vocabulary and a draft that likes least what the target likes most: most drafts are
+# rejected, so the residual law carries the result.
+WIDE = torch.linspace(1.5, -1.5, 16)
+REVERSED = [WIDE, WIDE.flip(0)]
+P_VALUE = 1e-4
+
+COUNTS = [
+    pytest.param("native", 200_000, id="native"),
+    pytest.param("reference", 2_000, id="reference", marks=pytest.mark.slow),
+]
+
+
+def drawn_tokens(count: int, **options: float | str) -> Tensor:
+    """(count, 2) tokens of one call whose draft was drawn from member 1."""
+    rows = [row.expand(count, 2, -1) for row in REVERSED]
+    draft = torch.multinomial(REVERSED[1].softmax(-1), count, replacement=True)[:, None]
+    proposers = torch.ones(1, dtype=torch.int32)
+    numbers = uniforms(torch.arange(count), torch.arange(2)[None], Stream.VERIFY)
+    return verify(rows, draft, numbers, Law((0.8, 0.2)), proposers=proposers, **options).tokens
+
+
+def wrong_laws() -> dict[str, Tensor]:
+    """What the first token's law would be."""
+    target = laws.ensemble_law(REVERSED, (0.8, 0.2))
+    draft = REVERSED[1].double().softmax(-1)
+    kept = torch.minimum(target, draft)
+    lenient = torch.minimum(target / 0.7, draft)
+    return {
+        "lenient": laws.output_law(lenient, target, draft),
+        "the residual is the target": kept + (1 - kept.sum()) * target,
+        "the draft is kept whenever the target likes it": laws.output_law(target * draft, draft, draft),
+    }
+
+
+@pytest.mark.parametrize(("backend", "count"), COUNTS, indirect=["backend"])
+def test_the_first_token_fits_the_target(backend: str, count: int) -> None:
+    target = laws.ensemble_law(REVERSED, (0.8, 0.2))
+    first = drawn_tokens(count)[:, 0]
+    assert laws.chi_square(torch.bincount(first, minlength=16), target).p_value > P_VALUE
+
+
+@pytest.mark.parametrize(("backend", "count"), COUNTS, indirect=["backend"])
+def test_the_same_fit_rejects_a_lossy_rule(backend: str, count: int) -> None:
+    target = laws.ensemble_law(REVERSED, (0.8, 0.2))
+    assert laws.power(wrong_laws()["lenient"], target, count, P_VALUE) > 0.999
+    first = drawn_tokens(count, acceptance="lenient", lenience=0.7)[:, 0]
+    assert laws.chi_square(torch.bincount(first, minlength=16), target).p_value < P_VALUE
+
+
+@pytest.mark.parametrize("wrong", wrong_laws())
+def test_the_fit_has_power(wrong: str) -> None:
+    """2,000 draws tell each wrong law with a chance over 0.999, 200,000 a tenth of its distance."""
+    target, law = laws.ensemble_law(REVERSED, (0.8, 0.2)), wrong_laws()[wrong]
+    assert laws.power(law, target, 2_000, P_VALUE) > 0.999
+    assert laws.power(target + 0.1 * (law - target), target, 200_000, P_VALUE) > 0.999
+    counts = torch.bincount(torch.multinomial(law, 2_000, replacement=True), minlength=16)
+    assert laws.chi_square(counts, target).p_value < P_VALUE
+
+
+# --- from the draft sampler to the verifier, with one seed ----------------------------------------
+
+# Rejected drafts are mostly token 0, so where a residual reuses the draft's numbers it is drawn
+# with small ones only.
+DRAFT_PROBS = torch.tensor([0.6, 0.05, 0.2, 0.15])
+OTHER_PROBS = torch.tensor([0.15, 0.25, 0.2, 0.4])
+
+
+def two_tokens(count: int, draft_stream: Stream) -> tuple[Tensor, Tensor]:
+    """(16,) counts of the first two tokens of `count` sequences, and their law.
+
+    One token is drafted a turn. Where it is rejected the second token is the next turn's first.
+    """
+    generator = torch.Generator().manual_seed(1)
+    tables = [  # (context, V); the last context is the empty one
+        probs.log() + 0.3 * torch.randn(5, 4, generator=generator)
+        for probs in (OTHER_PROBS, DRAFT_PROBS)
+    ]
+    law, seeds, proposers = Law((0.8, 0.2)), torch.arange(count), torch.ones(1, dtype=torch.int32)
+
+    def turn(position: int, context: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(position, position + 2)[None]
+        numbers = uniforms(seeds, positions[:, :1], draft_stream)
+        draft = sample([table[context] for table in tables], numbers, law, member=1).tokens
+        rows = [table[torch.cat([context, draft], -1)] for table in tables]
+        numbers = uniforms(seeds, positions, Stream.VERIFY)
+        verdict = verify(rows, draft, numbers, law, proposers=proposers)
+        return verdict.tokens, verdict.num_accepted
+
+    tokens, accepted = turn(0, torch.full((count, 1), 4))
+    next_turn, _ = turn(1, tokens[:, :1])
+    second = torch.where(accepted > 0, tokens[:, 1], next_turn[:, 0])
+    rows = [laws.ensemble_law([table[c] for table in tables], (0.8, 0.2)) for c in range(5)]
+    joint = rows[4][:, None] * torch.stack(rows[:4])
+    return torch.bincount(tokens[:, 0] * 4 + second, minlength=16), joint.flatten()
+
+
+FEWER = [("native", 200_000), pytest.param("reference", 800, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("backend", "count"), FEWER, indirect=["backend"])
+def test_two_tokens_drafted_and_verified_with_one_seed_fit_the_target(
+    backend: str, count: int
+) -> None:
+    counts, joint = two_tokens(count, Stream.DRAFT)
+    assert laws.chi_square(counts, joint).p_value > P_VALUE
+
+
+@pytest.mark.parametrize(("backend", "count"), FEWER, indirect=["backend"])
+def test_that_fit_rejects_numbers_shared_by_draft_and_residual(backend: str, count: int) -> None:
+    counts, joint = two_tokens(count, Stream.VERIFY)
+    assert laws.chi_square(counts, joint).p_value < P_VALUE
