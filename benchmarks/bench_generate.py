@@ -422,7 +422,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if folder is None or not all((folder / m).is_dir() for m in FAMILIES[name][0]):
             parser.error(f"{name}: its models are not in --models")
         family = Family.load(name, folder)
-        for (title, texts), threads in itertools.product(sets.items(), options.threads):
+        grid = list(itertools.product(sets.items(), options.threads))
+        for (title, texts), threads in harness.in_time(options, grid):
             rows += measure(family, title, texts, threads, options)
             print(f"{name} {title} {threads} threads done", flush=True)
     torch.set_num_threads(before)

@@ -294,17 +294,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not native.AVAILABLE:
         print(f"{native.REASON}: `verify` and `sample` are the reference, which is slow")
-    grid = list(itertools.product(options.vocab_sizes, options.batches, options.threads))
+    grid = list(itertools.product(options.threads, options.batches, options.vocab_sizes))
     if options.quick:
-        options.new_tokens, options.rounds = min(options.new_tokens, 48), min(options.rounds, 5)
-        options.budget_s = 40.0 / len(grid) / 2
+        options.new_tokens, options.rounds = min(options.new_tokens, 32), min(options.rounds, 5)
+        options.budget_s = 25.0 / len(grid) / 2
     if options.profile:
         for vocab_size, batch in itertools.product(options.vocab_sizes, options.batches):
             profile(vocab_size, batch, options)
         return 0
     before = torch.get_num_threads()
     rows: list[dict[str, Any]] = []
-    for vocab_size, batch, threads in grid:
+    for threads, batch, vocab_size in harness.in_time(options, grid):
         rows += measure(vocab_size, batch, threads, options, options.rounds)
     torch.set_num_threads(before)
     keys = ("loop", "mode", "vocab_size", "batch", "threads")

@@ -15,18 +15,19 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import specens_kernels
 from specens_kernels import native
 
 RESULTS = Path(__file__).parent / "results"
 WRONG = "WRONG"
+QUICK_S = 25.0  # with the imports and the last case this stays under a minute
 Contestant = Callable[[int], float]
 
 
@@ -95,17 +96,6 @@ def ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(slower, faster, strict=True)]
 
 
-def gated(
-    contestants: Mapping[str, Callable[[], Any]], agrees: Callable[[str, Any], bool]
-) -> tuple[dict[str, Callable[[], Any]], list[str]]:
-    """The contestants whose answer is right, and the names of the others. It warms them up too."""
-    right = {name: function for name, function in contestants.items() if agrees(name, function())}
-    return right, [name for name in contestants if name not in right]
-
-
-# --- what a result is made of ---------------------------------------------------------------------
-
-
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
@@ -115,6 +105,16 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def in_time(options: argparse.Namespace, cases: Sequence[Any]) -> Iterator[Any]:
+    """The cases; with --quick, those that begin within QUICK_S, and a line about the others."""
+    began = time.perf_counter()
+    for number, case in enumerate(cases):
+        if options.quick and number > 0 and time.perf_counter() - began > QUICK_S:
+            print(f"out of time: {len(cases) - number} of {len(cases)} cases are left out")
+            return
+        yield case
+
+
 def numbers(text: str) -> list[int]:
     """Comma-separated integers, for argparse."""
     return [int(part) for part in text.split(",")]
@@ -122,15 +122,15 @@ def numbers(text: str) -> list[int]:
 
 def surroundings() -> dict[str, Any]:
     """Where and with what a number was measured: commit, date, versions and machine."""
-    versions = {"python": platform.python_version()}
-    for package in ("specens-kernels", "torch", "transformers"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = {
+        "python": platform.python_version(),
+        "specens-kernels": specens_kernels.__version__,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
     return {
         "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions,
         "native": native_build(),
         "machine": {
@@ -157,19 +157,15 @@ def native_build() -> dict[str, Any]:
 
 def _commit() -> str:
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    names = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return names[0] if names else platform.processor()
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -191,14 +187,9 @@ def finish(
     headline: Mapping[str, Any],
 ) -> int:
     """Save if asked to, and print the headline as the last line. `tables` are for report.py."""
-    result = {
-        "benchmark": name,
-        **surroundings(),
-        "options": {key: value for key, value in vars(options).items() if key != "save"},
-        "headline": dict(headline),
-        "tables": dict(tables),
-        "rows": list(rows),
-    }
+    asked = {key: value for key, value in vars(options).items() if key != "save"}
+    result = {"benchmark": name, **surroundings(), "options": asked, "headline": dict(headline)}
+    result |= {"tables": dict(tables), "rows": list(rows)}
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{name}.json"

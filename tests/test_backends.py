@@ -156,7 +156,9 @@ def test_verify(backend: str, first: int, shape: str) -> None:
             options["draft_temperature"] = dice.choice(
                 [None, torch.tensor(0.9), torch.full((batch,), 0.7)]
             )
-        else:
+        elif ((law.weights != 0).sum(-1) > 1).all():
+            # Of a target that equals its draft rounding is the whole residual, and no two backends
+            # round alike; so nobody here says to have drawn what it did not from such a law.
             some = torch.randint(-1, situation.members, (dice.choice([1, batch]), nodes))
             options["proposers"] = dice.choice([None, some, some.int()])
         if shape == "tree":

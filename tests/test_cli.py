@@ -100,6 +100,7 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "min-p": (("generate", "x", "--min-p", "1"), "min_p: expected a ratio in [0, 1)"),
     "dtype": (("generate", "x", "--dtype", "float8"), "unknown name 'float8'"),
     "chat": (("generate", "x", "--chat"), "expected a tokenizer with a chat template"),
+    "stop": (("generate", "x", "--stop", ""), "--stop: expected text"),
     "max new tokens": (("generate", "x", "--max-new-tokens", "0"), "--max-new-tokens"),
     "probe nothing": (("probe",), "Missing argument 'model'"),
     "probe no folder": (("probe", "/no/such"), "expected a folder or a hub name"),
@@ -223,6 +224,7 @@ def test_greedy_text_is_the_same_for_every_schedule(arguments: tuple[str, ...]) 
     [
         ("--schedule", "component"),
         ("--model", "family:draft", "--schedule", "plain"),
+        ("--model", "family:draft"),
         ("--ensemble", "product", "--weights", "1.5,-0.5", "--plausibility", "0.1"),
         ("--scope", "ensemble", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.01"),
         ("--acceptance", "lenient", "--lenience", "0.5", "--dtype", "bfloat16"),

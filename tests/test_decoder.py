@@ -136,18 +136,18 @@ KINDS = ("llama", "qwen2", "qwen3", "mistral_sliding", "gemma3_text", "gpt2", "o
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_model_writes_what_generate_writes(kind):
     model = toy(0, 64, kind=kind, spread=3, amplify=20, dtype=torch.float32)
-    models = [model, noisy(model, 0.5)]
+    models = [model, noisy(model, 0.2)]
     inputs = prompts((5, 17, 9, 1, 12), 64)
     for rows in (slice(0, 1), slice(None)):
         settings = {name: value[rows] for name, value in inputs.items()}
         settings |= {"max_new_tokens": 20, "do_sample": False}
         expected = model.generate(**settings)
-        for schedule in ("draft", "alternating"):
+        for schedule in ("alternating", "draft"):
             fast = decoder(models, 1, schedule)
             assert fast.members[0].__class__.__name__ == "SlotMember"
             same(fast.generate(**settings), expected)
-            if schedule == "draft":
-                assert 0 < fast.statistics.acceptance_rate < 1
+        if rows == slice(None):
+            assert 0 < fast.statistics.acceptance_rate < 1
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("bloom", "CropMember"), ("lfm2", "ReplayMember")])
@@ -190,7 +190,7 @@ def test_a_draft_that_is_the_target_is_always_accepted(temperature, schedule, mo
         assert sum(fast.statistics.tested) > 30
 
 
-def test_a_draft_that_is_warped_twice_is_not(models, monkeypatch):
+def test_a_draft_that_is_warped_twice_is_not(monkeypatch):
     """Transformers does so: still the right law, but drafts are refused."""
     sample, verify = run_module.sample, run_module.verify
     temperature = 0.5
@@ -204,7 +204,8 @@ def test_a_draft_that_is_warped_twice_is_not(models, monkeypatch):
 
     monkeypatch.setattr(run_module, "sample", sample_twice)
     monkeypatch.setattr(run_module, "verify", verify_twice)
-    fast = decoder([models[0], models[0]], 1, "draft")
+    model = toy(0, VOCAB_SIZE)
+    fast = decoder([model, model], 1, "draft")
     settings = {"do_sample": True, "top_k": 0, "temperature": temperature, "seed": 0}
     fast.generate(**prompts((5, 5, 5), VOCAB_SIZE), max_new_tokens=20, **settings)
     assert 0.5 < fast.statistics.acceptance_rate < 0.95
@@ -302,8 +303,8 @@ def test_text_ends_where_generate_ends(schedule, at, models):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_ensembles_end_where_the_plain_ensemble_ends(schedule, models):
-    settings = {**prompts(RAGGED, VOCAB_SIZE), "max_new_tokens": 30, "do_sample": False}
-    for ends in ([1, 2, 3], [11, 12], [20]):
+    settings = {**prompts(RAGGED, VOCAB_SIZE), "max_new_tokens": 20, "do_sample": False}
+    for ends in ([1, 2, 3], [11, 12]):
         settings |= {"eos_token_id": ends, "pad_token_id": 0}
         plain = decoder(models, 3, "plain").generate(**settings)
         same(decoder(models, 3, schedule, 4).generate(**settings), plain)
@@ -390,8 +391,10 @@ class Recorder:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_custom_criteria_stop_where_generate_stops(schedule, models):
-    settings = {**prompts(RAGGED, VOCAB_SIZE), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    settings = {**prompts(RAGGED, VOCAB_SIZE), "max_new_tokens": 30, "do_sample": False}
     free = models[0].generate(**settings)
+    # Without an end-of-sequence token, transformers goes on writing to rows that have stopped.
+    settings |= {"eos_token_id": [VOCAB_SIZE], "pad_token_id": 0}
     width = max(RAGGED)
     tokens = free[0, width + 6 : width + 8].tolist()  # in the middle of the first row's text
     settings["stopping_criteria"] = StoppingCriteriaList([Recorder(tokens)])
@@ -754,7 +757,7 @@ def test_a_call_leaves_no_memory_behind(models):
 
     def runs() -> int:
         gc.collect()
-        return sum(isinstance(thing, Run) for thing in gc.get_objects())
+        return sum(type(thing) is Run for thing in gc.get_objects())
 
     before = runs()
     fast.generate(**settings)
@@ -872,7 +875,7 @@ def test_wrong_models_are_refused(models):
             (
                 {name: True, "return_dict_in_generate": True},
                 NotImplementedError,
-                f"generate: {name}: expected False, got True; log_probs and statistics are returned",
+                f"generate: {name}: expected False, got True; .* returned.*",
             )
             for name in (
                 "output_scores",
@@ -940,10 +943,10 @@ def test_component_cannot_be_greedy(models):
 def test_degenerate_logits_are_reported(schedule, models, caplog):
     """NaN logits count as no mass, set a status bit, and are named in the log."""
     broken = copy.deepcopy(models[0])
-    broken.lm_head.weight[4] = torch.nan
     fast = decoder([broken, models[1], broken], 2, schedule, seed=0)
+    broken.lm_head.weight[4] = torch.nan  # a model that is broken from the start is refused
     settings = {"max_new_tokens": 8, "do_sample": True, "top_k": 0}
     text = fast.generate(**prompts((3, 2), VOCAB_SIZE), **settings)
     assert text.shape == (2, 11)
     assert fast.statistics.status & 1
-    assert "generate: degenerate logits: NAN_LOGITS" in caplog.text.replace("Status.", "")
+    assert "generate: degenerate logits: NAN_LOGITS\n" in caplog.text

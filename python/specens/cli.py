@@ -153,6 +153,8 @@ def generate(
     prompts = terminal.read_prompts("generate", prompt, file, lines)
     gammas = _integers("generate: --gamma", gamma)
     shares = None if weights is None else _numbers("generate: --weights", weights)
+    if stop and not all(stop):
+        raise ValueError("generate: --stop: expected text, got an empty string")
     rotation = None if order is None else _integers("generate: --order", order)
 
     from specens_kernels import Law
