@@ -25,7 +25,7 @@ from zoo import CONFIGS, MODES, VOCAB_SIZE, WINDOW, build
 
 from specens.cache import Masks
 from specens.members import CropMember, Member, ReplayMember, SlotMember, member
-from specens.probe import Probe, probe
+from specens.abilities import Probe, probe
 
 KINDS = {"slot": SlotMember, "crop": CropMember, "replay": ReplayMember}
 

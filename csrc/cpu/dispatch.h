@@ -38,6 +38,15 @@ struct Affine {
   double operator()(double value) const { return (value - top) * inverse_temperature - log_sum; }
 };
 
+// Part of a mixture on one sub-tile: share * law(value), where weight = share * exp(-log_sum).
+struct Term {
+  Span span;
+  float cutoff;
+  Affine law;
+  double share;
+  double weight;
+};
+
 // How a member's values are rewritten before they are read.
 enum class Cleaning {
   kNone,
@@ -47,8 +56,9 @@ enum class Cleaning {
 };
 
 // Values below `cutoff` have no mass. Buffers hold kSubTile elements or more; what lies between `count`
-// and the next multiple of kLanes is written, and has no mass. The f32 kernels are for sweeps: sums of
-// theirs are good to about 1e-8. The others are good to a few units of the last place of a double.
+// and the next multiple of kLanes is written, and has no mass. Sums over a sub-tile (statistics and
+// residual) are made of single-precision exponentials and good to about 1e-8; masses are good to a few
+// units of the last place of a double.
 struct Kernels {
   const char* name;
   Peak (*statistics)(const Span& span, float cutoff, double inverse_temperature);
@@ -59,23 +69,19 @@ struct Kernels {
   bool (*add_logits)(const Span& span, float cutoff, double weight, double* out);
   // out += weight * exp(law(value)).
   void (*add_masses)(const Span& span, float cutoff, const Affine& law, double weight, double* out);
-  // The same, good to single precision; exactly 0 below 2^-125 x weight.
-  void (*add_masses_f32)(const Span& span, float cutoff, const Affine& law, double weight,
-                         float* out);
   // NaN becomes -inf; if `infinite`, +inf becomes 0 and the rest -inf.
   void (*settle)(double* values, int count, bool infinite);
   Peak (*score_statistics)(const double* values, int count, double cutoff,
                            double inverse_temperature);
   // values = exp(law(value)).
   void (*score_masses)(double* values, int count, double cutoff, const Affine& law);
-  // out = weight * exp(law(value)), good to single precision.
-  void (*score_masses_f32)(const double* values, int count, double cutoff, const Affine& law,
-                           double weight, float* out);
+  // out = value - top, -inf below the cutoff.
+  void (*below)(const double* values, int count, double cutoff, double top, float* out);
   // values = log(value), -inf for 0.
   void (*logarithms)(double* values, int count);
-  // Sum of max(target - kept(target, draft), 0).
-  double (*residual_f32)(const float* target, const float* draft, int count, RuleId rule,
-                         double lenience);
+  // Sum of max(target - kept(target, draft), 0); part `draft_part` of the target is the draft's law.
+  double (*residual)(const Term* target, int count, const Term& draft, int draft_part, RuleId rule,
+                     double lenience);
 };
 
 // The kernels in use: SPECENS_CPU_ISA's, or the best that this machine can run. Throws

@@ -72,7 +72,7 @@ class Search {
 template <typename Function>
 void Search::visit(double low, bool by_mass, const Function& function) {
   const Affine law = {law_.top(), 1.0 / law_.temperature(), 0.0};
-  team_.for_each(law_.sub_tiles(), law_.vocab_size(), 1, [&](int thread, int64_t index) {
+  team_.for_each(law_.sub_tiles(), 1, [&](int thread, int64_t index) {
     const int s = static_cast<int>(index);
     if (law_.upper_bound(s) < low) return;
     double values[kSubTile];
@@ -89,7 +89,7 @@ void Search::visit(double low, bool by_mass, const Function& function) {
 uint64_t to_units(double mass) { return static_cast<uint64_t>(mass * kMassUnit + 0.5); }
 
 void Search::fill(const Range& range, bool by_mass) {
-  const int threads = std::max(1, team_.threads_for(law_.vocab_size()));
+  const int threads = team_.size();
   std::unique_ptr<Bucket[]> all(new Bucket[static_cast<size_t>(threads) * (kBuckets + 1)]());
   visit(floor_, by_mass, [&](int thread, const double* values, const double* masses, int count) {
     Bucket* mine = &all[static_cast<size_t>(thread) * (kBuckets + 1)];
@@ -111,7 +111,7 @@ void Search::fill(const Range& range, bool by_mass) {
 
 // The least and the largest value in a bucket.
 Range Search::extent(const Range& range, int bucket) {
-  const int threads = std::max(1, team_.threads_for(law_.vocab_size()));
+  const int threads = team_.size();
   std::unique_ptr<Range[]> all(new Range[threads]);
   std::fill_n(all.get(), threads, Range{kInfinity, -kInfinity});
   visit(floor_, false, [&](int thread, const double* values, const double*, int count) {

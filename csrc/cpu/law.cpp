@@ -193,7 +193,7 @@ void Law::scan(int sub_tile) {
 }
 
 void Law::scan_all(const Team& team) {
-  team.for_each(sub_tiles_, vocab_size_, kSubTilesPerPiece,
+  team.for_each(sub_tiles_, kSubTilesPerPiece,
                 [&](int, int64_t s) { scan(static_cast<int>(s)); });
 }
 
@@ -267,16 +267,15 @@ void measure(Law* const* laws, int count, const Team& team, bool tops_only) {
   if (count == 0) return;
   const int sub_tiles = laws[0]->sub_tiles_;
   const auto sweep = [&](bool cut) {
-    int64_t elements = 0;
+    Law* swept[kMaxMembers + 2];
+    int size = 0;
     for (int k = 0; k < count; ++k) {
-      if (laws[k]->cut_ == cut) elements += laws[k]->vocab_size_ * (1 + laws[k]->num_sources_);
+      if (laws[k]->cut_ == cut) swept[size++] = laws[k];
     }
-    if (elements == 0) return;
-    const int64_t units = static_cast<int64_t>(count) * sub_tiles;
-    team.for_each(units, elements, kSubTilesPerPiece, [&](int, int64_t unit) {
-      Law& law = *laws[unit / sub_tiles];
-      if (law.cut_ == cut) law.scan(static_cast<int>(unit % sub_tiles));
-    });
+    team.for_each(static_cast<int64_t>(size) * sub_tiles, kSubTilesPerPiece,
+                  [&](int, int64_t unit) {
+                    swept[unit / sub_tiles]->scan(static_cast<int>(unit % sub_tiles));
+                  });
   };
   sweep(false);
   for (int k = 0; k < count; ++k) {
@@ -410,37 +409,31 @@ void Law::log_probabilities(int sub_tile, double* out) const {
   for (int i = 0; i < size; ++i) out[i] = out[i] < cutoff_ ? -kInfinity : law(out[i]);
 }
 
-void Law::add_masses_f32(int sub_tile, double weight, float* out) const {
-  if (empty_) return;
-  const double scale = weight * exponential(-log_sum_);
+Term Law::term(int sub_tile, double share, float* scratch) const {
+  const double weight = share * exponential(-log_sum_);
   if (one_member()) {
-    float scratch[kSubTile];
-    kernels().add_masses_f32(span(sources_[0], sub_tile, scratch), member_cutoff(), affine(), scale,
-                             out);
-    return;
+    return {span(sources_[0], sub_tile, scratch), member_cutoff(), affine(), share, weight};
   }
   double scores[kSubTile];
   values(sub_tile, scores);
-  kernels().score_masses_f32(scores, count(sub_tile), cutoff_, affine(), scale, out);
+  kernels().below(scores, count(sub_tile), cutoff_, top_, scratch);
+  const Span below = {scratch, DType::kFloat32, count(sub_tile)};
+  return {below, -kInfinityF, {0.0, inverse_temperature_, log_sum_}, share, weight};
 }
 
-void Law::masses_f32(int sub_tile, const Law& draft, float* out, float* drafted) const {
-  const int size = padded(count(sub_tile));
-  std::fill_n(out, size, 0.0f);
-  std::fill_n(drafted, size, 0.0f);
-  draft.add_masses_f32(sub_tile, 1.0, drafted);
-  if (!is_mixture_) {
-    add_masses_f32(sub_tile, 1.0, out);
-    return;
+double Law::residual(int sub_tile, const Law& draft, RuleId rule, double lenience) const {
+  const Law* self = this;
+  const Law* const* parts = is_mixture_ ? parts_ : &self;
+  const int size = is_mixture_ ? num_parts_ : 1;
+  float scratch[kMaxMembers + 1][kSubTile];
+  Term terms[kMaxMembers];
+  int draft_part = -1;
+  for (int k = 0; k < size; ++k) {
+    if (parts[k] == &draft) draft_part = k;
+    terms[k] = parts[k]->term(sub_tile, is_mixture_ ? shares_[k] : 1.0, scratch[k]);
   }
-  for (int k = 0; k < num_parts_; ++k) {
-    if (parts_[k] != &draft) {
-      parts_[k]->add_masses_f32(sub_tile, shares_[k], out);
-      continue;
-    }
-    const auto share = static_cast<float>(shares_[k]);
-    for (int i = 0; i < size; ++i) out[i] += share * drafted[i];
-  }
+  const Term drafted = draft.term(sub_tile, 1.0, scratch[kMaxMembers]);
+  return kernels().residual(terms, size, drafted, draft_part, rule, lenience);
 }
 
 // --- rows -----------------------------------------------------------------------------------------
@@ -630,43 +623,57 @@ void RowLaws::add_fold_sources(Law& law, int64_t batch, int64_t row, const Warp&
   }
 }
 
+int pick_token(const double* masses, double number) {
+  constexpr int kBlocks = kSubTile / kLanes;
+  double sums[kBlocks];
+  for (int block = 0; block < kBlocks; ++block) {
+    double partial[8] = {};
+    for (int i = 0; i < kLanes; ++i) partial[i % 8] += masses[block * kLanes + i];
+    sums[block] = ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
+                  ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+  }
+  double total = 0.0;
+  for (double sum : sums) total += sum;
+  const double threshold = number * total;
+  const int block = pick_beyond(kBlocks, threshold, 0.0, [&](int i) { return sums[i]; });
+  double before = 0.0;
+  for (int i = 0; i < block; ++i) before += sums[i];
+  const double* first = masses + block * kLanes;
+  return block * kLanes + pick_beyond(kLanes, threshold, before, [&](int i) { return first[i]; });
+}
+
 int64_t draw_from(const Law& law, const Values<float>& uniforms, int64_t batch, int64_t row) {
   if (law.empty()) return 0;
   return draw(law.masses(), law.vocab_size(), draw_numbers(uniforms, batch, row).value,
-              [&](int sub_tile, double* out) {
-                std::fill_n(out, kSubTile, 0.0);
-                law.add_masses(sub_tile, 1.0, out);
-              });
+              [&](int sub_tile, double* out) { law.add_masses(sub_tile, 1.0, out); });
 }
 
 double floor_sweep(const Logits* members, int num_members, int64_t batch, int64_t rows,
                    int64_t vocab_size, int threads) {
   const int64_t sub_tiles = (vocab_size + kSubTile - 1) / kSubTile;
-  std::unique_ptr<Peak[]> peaks(new Peak[num_members * sub_tiles]);
-  const Team team(threads);
+  const int64_t units = batch * rows * num_members;
+  std::unique_ptr<Peak[]> peaks(new Peak[units * sub_tiles]);
+  Team::run(threads, units * vocab_size, [&](const Team& team) {
+    team.for_each(units * sub_tiles, kSubTilesPerPiece, [&](int, int64_t piece) {
+      const int64_t unit = piece / sub_tiles;
+      const Logits& member = members[unit % num_members];
+      const int64_t row = unit / num_members;
+      const int64_t begin = piece % sub_tiles * kSubTile;
+      const int64_t count = std::min<int64_t>(kSubTile, vocab_size - begin);
+      const auto* data = static_cast<const char*>(row_of(member, row / rows, row % rows));
+      peaks[piece] = kernels().statistics({data + begin * element_size(member.dtype), member.dtype,
+                                           static_cast<int>(count)},
+                                          -kInfinityF, 1.0);
+    });
+  });
   double total = 0.0;
-  for (int64_t row = 0; row < batch * rows; ++row) {
-    team.for_each(num_members * sub_tiles, num_members * vocab_size, kSubTilesPerPiece,
-                  [&](int, int64_t unit) {
-                    const Logits& member = members[unit / sub_tiles];
-                    const int64_t begin = unit % sub_tiles * kSubTile;
-                    const int64_t count = std::min<int64_t>(kSubTile, vocab_size - begin);
-                    const auto* data =
-                        static_cast<const char*>(row_of(member, row / rows, row % rows));
-                    peaks[unit] = kernels().statistics({data + begin * element_size(member.dtype),
-                                                        member.dtype, static_cast<int>(count)},
-                                                       -kInfinityF, 1.0);
-                  });
-    for (int k = 0; k < num_members; ++k) {
-      double top = -kInfinity;
-      for (int64_t s = 0; s < sub_tiles; ++s) top = std::max(top, peaks[k * sub_tiles + s].max);
-      double sum = 0.0;
-      for (int64_t s = 0; s < sub_tiles; ++s) {
-        const Peak& peak = peaks[k * sub_tiles + s];
-        sum += peak.sum * exponential(peak.max - top);
-      }
-      total += top + logarithm(sum);
-    }
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const Peak* row = &peaks[unit * sub_tiles];
+    double top = -kInfinity;
+    for (int64_t s = 0; s < sub_tiles; ++s) top = std::max(top, row[s].max);
+    double sum = 0.0;
+    for (int64_t s = 0; s < sub_tiles; ++s) sum += row[s].sum * exponential(row[s].max - top);
+    total += top + logarithm(sum);
   }
   return total;
 }

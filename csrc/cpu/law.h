@@ -90,9 +90,10 @@ class Law {
   // Fillers of a buffer of kSubTile elements.
   void add_masses(int sub_tile, double weight, double* out) const;
   void log_probabilities(int sub_tile, double* out) const;
-  // Masses of this law and of a draft, unless this is a warped mixture.
+  // The sum over a sub-tile of what a rule leaves of this law, in single precision; a warped mixture
+  // has no such sum.
   bool has_single_precision() const { return !is_mixture_ || !warped_; }
-  void masses_f32(int sub_tile, const Law& draft, float* out, float* drafted) const;
+  double residual(int sub_tile, const Law& draft, RuleId rule, double lenience) const;
 
  private:
   friend void measure(Law* const* laws, int count, const Team& team, bool tops_only);
@@ -114,7 +115,7 @@ class Law {
   void normalise();
   double bound(int sub_tile) const;
   int64_t mixture_argmax(double* best) const;
-  void add_masses_f32(int sub_tile, double weight, float* out) const;
+  Term term(int sub_tile, double share, float* scratch) const;
 
   int64_t vocab_size_;
   int sub_tiles_;
@@ -166,6 +167,7 @@ struct Proposal {
 
 class RowLaws {
  public:
+  // `team` outlives this.
   RowLaws(const Ensemble& ensemble, const Team& team);
 
   // Makes the ensemble's law at this row, and the proposal's if it is dense.
@@ -175,6 +177,7 @@ class RowLaws {
 
   const Law& target() const { return *target_; }
   const Law& draft() const { return *draft_; }
+  bool draft_is_empty() const { return draft_ == nullptr || draft_->empty(); }
   // Of the target; of the draft.
   int32_t status() const { return status_; }
   int32_t draft_status() const { return draft_ == nullptr ? 0 : draft_->status(); }
@@ -197,7 +200,7 @@ class RowLaws {
   void add_fold_sources(Law& law, int64_t batch, int64_t row, const Warp& warp);
 
   const Ensemble& ensemble_;
-  Team team_;
+  const Team& team_;
   std::unique_ptr<Law[]> laws_;  // of each member, of the ensemble, of the draft
   std::unique_ptr<Peak[]> peaks_;
   std::unique_ptr<double[]> masses_;
@@ -209,22 +212,29 @@ class RowLaws {
 bool greedy_row(const Ensemble& ensemble, int64_t batch);
 const void* row_of(const Logits& logits, int64_t batch, int64_t row);
 
-// The first index whose cumulative mass exceeds number x total; the last with mass if none does.
+// The first index whose cumulative mass exceeds `threshold`, the last with mass if none does, from
+// what `cumulative` has been before; mass(i) for i below count.
+template <typename Mass>
+int pick_beyond(int count, double threshold, double cumulative, const Mass& mass) {
+  int last = 0;
+  for (int i = 0; i < count && !(cumulative > threshold); ++i) {
+    const double here = mass(i);
+    cumulative += here;
+    if (here > 0.0) last = i;
+  }
+  return last;
+}
+
+// The same with threshold = number x total.
 template <typename Mass>
 int pick(int count, double number, const Mass& mass) {
   double total = 0.0;
   for (int i = 0; i < count; ++i) total += mass(i);
-  const double threshold = number * total;
-  double cumulative = 0.0;
-  int last = 0;
-  for (int i = 0; i < count; ++i) {
-    const double here = mass(i);
-    cumulative += here;
-    if (here > 0.0) last = i;
-    if (cumulative > threshold) break;
-  }
-  return last;
+  return pick_beyond(count, number * total, 0.0, mass);
 }
+
+// The same over a whole sub-tile, in blocks.
+int pick_token(const double* masses, double number);
 
 // The walk: a tile, a sub-tile, both by `masses` of the sub-tiles, and a token by what
 // fill(sub_tile, buffer) says.
@@ -243,11 +253,9 @@ int64_t draw(const double* masses, int64_t vocab_size, const double (&numbers)[3
   const int first = tile * kSubTilesPerTile;
   const int sub_tile = first + pick(std::min(kSubTilesPerTile, sub_tiles - first), numbers[1],
                                     [&](int i) { return masses[first + i]; });
-  const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
-  const int count = static_cast<int>(std::min<int64_t>(kSubTile, vocab_size - begin));
-  double buffer[kSubTile];
+  double buffer[kSubTile] = {};
   fill(sub_tile, buffer);
-  return begin + pick(count, numbers[2], [&](int i) { return buffer[i]; });
+  return static_cast<int64_t>(sub_tile) * kSubTile + pick_token(buffer, numbers[2]);
 }
 
 // Words 1 to 3 of a block of uniforms.
@@ -263,22 +271,24 @@ inline DrawNumbers draw_numbers(const Values<float>& uniforms, int64_t batch, in
 int64_t draw_from(const Law& law, const Values<float>& uniforms, int64_t batch, int64_t row);
 
 // Calls function(laws, index) for every index below `count`, each about `sweeps` rows of work: on one
-// thread each where there are enough of them, else one after another on the whole team.
+// thread each where there are enough of them, else one after another with the whole team.
 template <typename Function>
 void for_each_row(const Ensemble& ensemble, int64_t count, int64_t sweeps, int threads,
                   const Function& function) {
-  const Team team(threads);
   const int64_t elements = count * sweeps * ensemble.num_members * ensemble.vocab_size;
-  const int workers = team.threads_for(elements);
-  if (workers < 2 || count < workers) {
-    RowLaws laws(ensemble, team);
-    for (int64_t i = 0; i < count; ++i) function(laws, i);
-    return;
-  }
-  std::vector<RowLaws> laws;
-  for (int i = 0; i < workers; ++i) laws.emplace_back(ensemble, Team(1));
-  team.for_each(count, elements, 1,
-                [&](int thread, int64_t i) { function(laws[thread], i); });
+  Team::run(threads, elements, [&](const Team& team) {
+    const Team alone;
+    const bool apart = team.size() > 1 && count >= team.size();
+    std::vector<RowLaws> laws;
+    for (int i = 0; i < (apart ? team.size() : 1); ++i) {
+      laws.emplace_back(ensemble, apart ? alone : team);
+    }
+    if (apart) {
+      team.for_each(count, 1, [&](int thread, int64_t i) { function(laws[thread], i); });
+    } else {
+      for (int64_t i = 0; i < count; ++i) function(laws[0], i);
+    }
+  });
 }
 
 }  // namespace specens

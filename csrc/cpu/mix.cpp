@@ -11,7 +11,7 @@ void mix_row(const MixParams& params, RowLaws& laws, int64_t batch, int64_t row)
   const int64_t place = batch * params.rows + row;
   params.status[place] = laws.status() | (law.empty() ? kEmptyLaw : 0);
   float* out = params.log_probs + place * law.vocab_size();
-  laws.team().for_each(law.sub_tiles(), law.vocab_size() * 2, 1, [&](int, int64_t index) {
+  laws.team().for_each(law.sub_tiles(), 1, [&](int, int64_t index) {
     const int sub_tile = static_cast<int>(index);
     double buffer[kSubTile];
     law.log_probabilities(sub_tile, buffer);

@@ -27,7 +27,6 @@ class Residual {
  private:
   bool measure_point();
   bool measure_dense(bool single);
-  double single_mass(int sub_tile) const;
   void fill(bool dense, int sub_tile, double* out) const;
 
   const VerifyParams& params_;
@@ -73,22 +72,15 @@ bool Residual::measure_point() {
   return sum(masses_.get(), target_.sub_tiles()) > 0.0;
 }
 
-double Residual::single_mass(int sub_tile) const {
-  float target[kSubTile];
-  float drafted[kSubTile];
-  target_.masses_f32(sub_tile, laws_.draft(), target, drafted);
-  return kernels().residual_f32(target, drafted, target_.count(sub_tile), params_.rule,
-                                params_.lenience);
-}
-
 bool Residual::measure_dense(bool single) {
   laws_.team().for_each(
-      target_.sub_tiles(), target_.vocab_size() * 2, kSubTilesPerPiece, [&](int, int64_t index) {
+      target_.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
         const int sub_tile = static_cast<int>(index);
         masses_[index] = 0.0;
         if (target_.masses()[index] == 0.0) return;
         if (single) {
-          masses_[index] = single_mass(sub_tile);
+          masses_[index] =
+              target_.residual(sub_tile, laws_.draft(), params_.rule, params_.lenience);
           return;
         }
         double buffer[kSubTile];
@@ -100,8 +92,8 @@ bool Residual::measure_dense(bool single) {
 
 bool Residual::draw_from(bool dense, const double (&numbers)[3], int64_t* token) {
   masses_.reset(new double[target_.sub_tiles()]);
-  const bool found = dense ? (target_.has_single_precision() && measure_dense(true)) ||
-                                 measure_dense(false)
+  const bool single = target_.has_single_precision() && !laws_.draft_is_empty();
+  const bool found = dense ? (single && measure_dense(true)) || measure_dense(false)
                            : measure_point();
   if (!found) return false;
   *token = draw(masses_.get(), target_.vocab_size(), numbers,

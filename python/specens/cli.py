@@ -306,7 +306,7 @@ def probe(
 
     loaded, _ = terminal.load("probe", [model], dtype=dtype, trust_remote_code=trust_remote_code)
 
-    from .probe import probe as examine
+    from .abilities import probe as examine
 
     found = examine(loaded[0])
     if as_json:

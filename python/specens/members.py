@@ -4,7 +4,7 @@
 A member is asked four things: start, forward, roll back, select. Three classes answer alike and
 differ in what they ask of the model; `member` picks the fastest that `probe` found exact. Lengths
 live on the host and nothing here waits for the device. A new way to keep state is one more
-subclass of `Member`, one more entry in `probe.py`.
+subclass of `Member`, one more entry in `abilities.py`.
 """
 
 from __future__ import annotations
@@ -514,7 +514,7 @@ def member(model: PreTrainedModel, *, mode: str = "auto") -> Member:
         ValueError: not a causal LM, an unknown mode, or one that is not exact for this model.
     """
     # `probe` runs members to test them, so it imports this module.
-    from specens.probe import probe
+    from specens.abilities import probe
 
     if mode not in MODES:
         raise ValueError(f"member: mode: unknown {mode!r}; known modes: {', '.join(MODES)}")

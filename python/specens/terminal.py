@@ -20,7 +20,7 @@ from . import family
 
 if TYPE_CHECKING:
     from .benchmark import Row
-    from .probe import Probe
+    from .abilities import Probe
     from .statistics import Statistics
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
