@@ -99,7 +99,7 @@ class Turns:
     own: float
     turns: int
     tokens: int
-    acceptance: float = float("nan")
+    acceptance: float | None = None  # where drafts were tested, by us
 
 
 def measure_ours(decoder: SpeculativeDecoder, ids: Tensor, options: dict[str, Any]) -> Turns:
@@ -110,7 +110,7 @@ def measure_ours(decoder: SpeculativeDecoder, ids: Tensor, options: dict[str, An
     statistics = decoder.statistics
     assert statistics is not None
     own = statistics.decode_seconds - forwards.seconds(len(decoder.models))
-    acceptance = statistics.acceptance_rate
+    acceptance = statistics.acceptance_rate if sum(statistics.tested) else None
     return Turns(own, statistics.turns, statistics.num_tokens, acceptance)
 
 
@@ -207,8 +207,9 @@ def measure(
                     "own_per_turn": Spread.of([t.own / t.turns for t in mine]),
                     "own_per_token": Spread.of([t.own / t.tokens for t in mine]),
                     "tokens_per_turn": sum(t.tokens for t in mine) / sum(t.turns for t in mine),
-                    "acceptance": sum(t.acceptance for t in mine) / len(mine),
                 }
+                if mine[0].acceptance is not None:
+                    row["acceptance"] = sum(t.acceptance for t in mine) / len(mine)
             rows.append(row)
     return rows
 
@@ -278,7 +279,7 @@ def readme_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             cells = [row["loop"], f"{row['vocab_size']:,}", row["batch"]]
             cells += [f"{row[k].median * 1e3:.2f}" for k in ("own_per_turn", "own_per_token")]
             lines.append([*cells, f"{row['tokens_per_turn']:.2f}"])
-    caption = f"time outside the models, {GAMMA} speculative tokens, sampled, {least} thread"
+    caption = f"time outside the models, {GAMMA} speculative tokens, sampled, threads: {least}"
     return {"loop": {"caption": caption, "columns": columns, "rows": lines}}
 
 
@@ -315,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             in_ms(row, "own_per_turn"),
             in_ms(row, "own_per_token"),
             f"{row.get('tokens_per_turn', float('nan')):.2f}",
-            f"{row.get('acceptance', float('nan')):.2f}",
+            f"{row['acceptance']:.2f}" if "acceptance" in row else "-",
         ]
         for row in rows
     ]

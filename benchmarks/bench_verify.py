@@ -338,8 +338,8 @@ def readme_tables(rows: Sequence[dict[str, Any]], calls: dict[str, Any]) -> dict
                 *(f"{row[k].median:.1f}" if k in row else "-" for k in TARGETS),
             ]
         )
-    columns = ["vocabulary", "members", "drafts", "µs", "torch eager /", "compiled /", "/ floor"]
-    caption = f"`verify`, 5 drafts, 1 sequence, bfloat16, {most} threads"
+    columns = ["vocabulary", "members", "drafts", "µs", "eager/ours", "compiled/ours", "ours/floor"]
+    caption = f"`verify`, 5 drafts, 1 sequence, bfloat16, threads: {most}"
     return {"verify": {"caption": caption, "columns": columns, "rows": lines}}
 
 

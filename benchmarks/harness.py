@@ -193,7 +193,7 @@ def finish(
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{name}.json"
-        path.write_text(json.dumps(result, indent=1, default=_plain) + "\n")
+        path.write_text(json.dumps(result, indent=1, default=_plain, allow_nan=False) + "\n")
         print(f"saved {path.name}")
     print(json.dumps({"benchmark": name, **headline}, default=_plain))
     return 0

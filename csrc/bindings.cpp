@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module specens_kernels._C: each function takes one flat tuple of addresses, strides and numbers,
+// The module specens_kernels._C: each function takes one flat list of addresses, strides and numbers,
 // in the order that specens_kernels/native.py writes them, and releases the GIL while it runs. Python
 // has checked every shape; what is checked here is that the two files agree.
 #include <pybind11/pybind11.h>
@@ -15,8 +15,8 @@ namespace {
 
 class Reader {
  public:
-  explicit Reader(const py::tuple& arguments)
-      : arguments_(arguments.ptr()), size_(PyTuple_GET_SIZE(arguments_)) {}
+  explicit Reader(const py::list& arguments)
+      : arguments_(arguments.ptr()), size_(PyList_GET_SIZE(arguments_)) {}
 
   int64_t integer() {
     const int64_t value = PyLong_AsLongLong(next());
@@ -42,7 +42,7 @@ class Reader {
  private:
   PyObject* next() {
     if (at_ == size_) throw std::runtime_error("_C: too few arguments");
-    return PyTuple_GET_ITEM(arguments_, at_++);
+    return PyList_GET_ITEM(arguments_, at_++);
   }
 
   PyObject* arguments_;
@@ -96,7 +96,7 @@ specens::Ensemble read_ensemble(Reader& in) {
   return ensemble;
 }
 
-void uniforms(const py::tuple& arguments) {
+void uniforms(const py::list& arguments) {
   Reader in(arguments);
   specens::UniformsParams params;
   params.seeds = read_values<int64_t>(in);
@@ -111,7 +111,7 @@ void uniforms(const py::tuple& arguments) {
   specens::uniforms(params);
 }
 
-void mix(const py::tuple& arguments) {
+void mix(const py::list& arguments) {
   Reader in(arguments);
   specens::MixParams params;
   params.ensemble = read_ensemble(in);
@@ -125,7 +125,7 @@ void mix(const py::tuple& arguments) {
   specens::mix(params, threads);
 }
 
-void sample(const py::tuple& arguments) {
+void sample(const py::list& arguments) {
   Reader in(arguments);
   specens::SampleParams params;
   params.ensemble = read_ensemble(in);
@@ -143,7 +143,7 @@ void sample(const py::tuple& arguments) {
   specens::sample(params, threads);
 }
 
-void verify(const py::tuple& arguments) {
+void verify(const py::list& arguments) {
   Reader in(arguments);
   specens::VerifyParams params;
   params.ensemble = read_ensemble(in);
@@ -168,7 +168,7 @@ void verify(const py::tuple& arguments) {
   specens::verify(params, threads);
 }
 
-double floor_sweep(const py::tuple& arguments) {
+double floor_sweep(const py::list& arguments) {
   Reader in(arguments);
   specens::Logits members[specens::kMaxMembers];
   const int count = read_members(in, members);

@@ -7,6 +7,7 @@ knows by then (everything but the batch size) is not looked at again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Law:
     scope: str = "member"
     plausibility: float = 0.0
     vocab_size: int | None = None
-    _tensors: dict[torch.device, tuple[Tensor | None, ...]] = field(
+    _tensors: dict[torch.device, "_Known"] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -109,13 +110,10 @@ class Law:
         """
         known = self._tensors.get(device)
         if known is None:
-            known = self._make_tensors(device)
-            if type(known[1]) is Tensor:  # a fake one must not outlive its mode
+            known = _Known.of(self._make_tensors(device))
+            if type(known.tensors[1]) is Tensor:  # a fake one must not outlive its mode
                 self._tensors[device] = known
-        weights, temperature, *filters = known
-        assert weights is not None
-        assert temperature is not None
-        shape = weights.shape
+        shape = known.weights
         if (
             shape[-1] != members
             or len(shape) > 3
@@ -124,15 +122,15 @@ class Law:
         ):
             expected = f"(M={members},), (B={batch}, M) or (B, T={rows}, M)"
             raise ValueError(f"{op}: weights: expected {expected}, got {tuple(shape)}")
-        shape = temperature.shape
+        shape = known.temperature
         most = members if self.scope == "member" else 1
         if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (1, most):
             expected = f"(), (B={batch},) or (B or 1, {most})"
             raise ValueError(f"{op}: temperature: expected {expected}, got {tuple(shape)}")
-        for name, value in zip(("top_k", "top_p", "min_p"), filters, strict=True):
-            if value is not None and (value.dim() != 1 or value.shape[0] not in (1, batch)):
-                raise ValueError(f"{op}: {name}: expected (B={batch},), got {tuple(value.shape)}")
-        return known
+        for name, shape in known.filters:
+            if len(shape) != 1 or shape[0] not in (1, batch):
+                raise ValueError(f"{op}: {name}: expected (B={batch},), got {tuple(shape)}")
+        return known.tensors
 
     def _make_tensors(self, device: torch.device) -> tuple[Tensor | None, ...]:
         def floats(value: object) -> Tensor:
@@ -154,6 +152,24 @@ class Law:
         if isinstance(self.min_p, Tensor) or self.min_p > 0:
             min_p = floats(self.min_p).reshape(-1)
         return floats(self.weights), temperature, top_k, top_p, min_p
+
+
+class _Known(NamedTuple):
+    """A law's tensors on one device, and the shapes of those that are not None."""
+
+    tensors: tuple[Tensor | None, ...]
+    weights: torch.Size
+    temperature: torch.Size
+    filters: tuple[tuple[str, torch.Size], ...]
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor | None, ...]) -> "_Known":
+        weights, temperature, *filters = tensors
+        assert weights is not None
+        assert temperature is not None
+        named = zip(("top_k", "top_p", "min_p"), filters, strict=True)
+        shapes = tuple((name, value.shape) for name, value in named if value is not None)
+        return cls(tensors, weights.shape, temperature.shape, shapes)
 
 
 def _unknown(argument: str, got: str, known: Sequence[str]) -> ValueError:

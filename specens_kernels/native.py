@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native CPU kernels, under the signatures of the ops in `ops.py`.
 
-A call flattens its tensors into one tuple of addresses and strides, in the order that
+A call flattens its tensors into one list of addresses and strides, in the order that
 csrc/bindings.cpp reads, and allocates the results. What the kernels cannot do raises `Unsupported`
 with the reason, and `ops.py` runs the reference instead.
 """
@@ -46,32 +46,31 @@ def cpu_isa() -> str:
 def floor_sweep(logits: Sequence[Tensor], vocab_size: int) -> float:
     """One sweep for maximum and sum of exponentials over every row; the benchmark's floor."""
     batch, rows = logits[0].shape[:2]
-    arguments = (*_members(logits), batch, rows, vocab_size, get_num_threads())
-    return float(_C.floor_sweep(arguments))
+    return float(_C.floor_sweep([*_members(logits), batch, rows, vocab_size, get_num_threads()]))
 
 
 def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
     """See `reference.uniforms`."""
-    batch, rows = len(seeds), positions.shape[1]
-    out = empty((batch, rows, 4), dtype=float32)
+    batch, rows = seeds.shape[0], positions.shape[1]
+    out = empty(batch, rows, 4, dtype=float32)
     batch_stride, row_stride = positions.stride()
-    if len(positions) == 1:
+    if positions.shape[0] == 1:
         batch_stride = 0
-    arguments = (seeds.data_ptr(), seeds.stride(0), 0, 0)
-    arguments += (positions.data_ptr(), batch_stride, row_stride, 0)
-    _C.uniforms((*arguments, stream, index, batch, rows, out.data_ptr()))
+    flat = [seeds.data_ptr(), seeds.stride(0), 0, 0]
+    flat += positions.data_ptr(), batch_stride, row_stride, 0
+    flat += stream, index, batch, rows, out.data_ptr()
+    _C.uniforms(flat)
     return out
 
 
 def mix(logits: list[Tensor], *law: Any) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
+    flat = _ensemble(logits, *law)
     batch, rows = logits[0].shape[:2]
-    ensemble = _ensemble(logits, *law)
-    log_probs = empty((batch, rows, law[-1]), dtype=float32)
-    status = empty((batch, rows), dtype=int32)
-    _C.mix(
-        (*ensemble, batch, rows, log_probs.data_ptr(), status.data_ptr(), get_num_threads())
-    )
+    log_probs = empty(batch, rows, law[-1], dtype=float32)
+    status = empty(batch, rows, dtype=int32)
+    flat += batch, rows, log_probs.data_ptr(), status.data_ptr(), get_num_threads()
+    _C.mix(flat)
     return log_probs, status
 
 
@@ -80,27 +79,17 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
     *law, member = rest
+    flat = _ensemble(logits, *law)
     batch, rows, _ = numbers.shape
-    ensemble = _ensemble(logits, *law)
-    tokens = empty((batch, rows), dtype=int64)
-    log_probs = empty((batch, rows), dtype=float32)
-    lse = empty((batch, rows), dtype=float32)
-    status = empty((batch, rows), dtype=int32)
-    _C.sample(
-        (
-            *ensemble,
-            member,
-            batch,
-            rows,
-            numbers.data_ptr(),
-            *numbers.stride(),
-            tokens.data_ptr(),
-            log_probs.data_ptr(),
-            lse.data_ptr(),
-            status.data_ptr(),
-            get_num_threads(),
-        )
-    )
+    tokens = empty(batch, rows, dtype=int64)
+    log_probs = empty(batch, rows, dtype=float32)
+    lse = empty(batch, rows, dtype=float32)
+    status = empty(batch, rows, dtype=int32)
+    flat += member, batch, rows, numbers.data_ptr()
+    flat += numbers.stride()
+    flat += tokens.data_ptr(), log_probs.data_ptr(), lse.data_ptr(), status.data_ptr()
+    flat.append(get_num_threads())
+    _C.sample(flat)
     return tokens, log_probs, lse, status
 
 
@@ -119,45 +108,31 @@ def verify(
     if parents is not None:
         raise Unsupported("trees have no native kernel")
     if acceptance not in _RULES:
-        raise Unsupported(f"rule {acceptance!r} has no native kernel")
-    batch, nodes = draft_tokens.shape
-    ensemble = _ensemble(logits, *law)
+        raise Unsupported(f"rule {acceptance!r} has no native kernel; add it to csrc/rules.h")
+    flat = _ensemble(logits, *law)
     draft = _NO_VALUES if draft_logits is None else _logits(draft_logits)
-    if draft_temperature is None:
-        draft_temperature = law[1]
-    elif draft_temperature.dtype != float32:
-        raise Unsupported(f"draft_temperature of {draft_temperature.dtype}")
-    tokens = empty((batch, nodes + 1), dtype=int64)
-    log_probs = empty((batch, nodes + 1), dtype=float32)
+    draft_temperature = law[1] if draft_temperature is None else draft_temperature.to(float32)
+    batch, nodes = draft_tokens.shape
+    tokens = empty(batch, nodes + 1, dtype=int64)
+    log_probs = empty(batch, nodes + 1, dtype=float32)
     num_accepted = empty(batch, dtype=int32)
-    path = empty((batch, nodes), dtype=int32)
+    path = empty(batch, nodes, dtype=int32)
     status = empty(batch, dtype=int32)
-    _C.verify(
-        (
-            *ensemble,
-            _RULES[acceptance],
-            lenience,
-            bonus,
-            batch,
-            nodes,
-            *_integers(draft_tokens),
-            *(_NO_VALUES if proposers is None else _integers(proposers)),
-            numbers.data_ptr(),
-            *numbers.stride(),
-            *draft,
-            *_per_row(draft_temperature),
-            tokens.data_ptr(),
-            log_probs.data_ptr(),
-            num_accepted.data_ptr(),
-            path.data_ptr(),
-            status.data_ptr(),
-            get_num_threads(),
-        )
-    )
+    flat += _RULES[acceptance], lenience, bonus, batch, nodes
+    flat += _integers(draft_tokens)
+    flat += _NO_VALUES if proposers is None else _integers(proposers)
+    flat.append(numbers.data_ptr())
+    flat += numbers.stride()
+    flat += draft
+    flat += _per_row(draft_temperature)
+    flat += tokens.data_ptr(), log_probs.data_ptr(), num_accepted.data_ptr(), path.data_ptr()
+    flat += status.data_ptr(), get_num_threads()
+    _C.verify(flat)
     return tokens, log_probs, num_accepted, path, status
 
 
 def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Address, dtype and strides over batch and row of (B, T, V)."""
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         raise Unsupported(f"logits of {tensor.dtype} have no native kernel")
@@ -165,10 +140,10 @@ def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), dtype, batch_stride, row_stride
 
 
-def _members(logits: Sequence[Tensor]) -> tuple[int, ...]:
+def _members(logits: Sequence[Tensor]) -> list[Any]:
     if len(logits) > _MAX_MEMBERS:
         raise Unsupported(f"{len(logits)} members; native kernels take {_MAX_MEMBERS}")
-    flat: tuple[int, ...] = (len(logits),)
+    flat: list[Any] = [len(logits)]
     for tensor in logits:
         flat += _logits(tensor)
     return flat
@@ -185,27 +160,23 @@ def _ensemble(
     scope: str,
     plausibility: float,
     vocab_size: int,
-) -> tuple[Any, ...]:
+) -> list[Any]:
     if ensemble not in _ENSEMBLES:
-        raise Unsupported(f"ensemble {ensemble!r} has no native kernel")
-    return (
-        *_members(logits),
-        *_weights(weights),
-        *_per_row(temperature),
-        *(_NO_VALUES if top_k is None else _per_row(top_k)),
-        *(_NO_VALUES if top_p is None else _per_row(top_p)),
-        *(_NO_VALUES if min_p is None else _per_row(min_p)),
-        _ENSEMBLES[ensemble],
-        scope == "member",
-        plausibility,
-        vocab_size,
-    )
+        raise Unsupported(f"ensemble {ensemble!r} has no native kernel; add it to csrc/rules.h")
+    flat = _members(logits)
+    flat += _weights(weights)
+    flat += _per_row(temperature)
+    flat += _NO_VALUES if top_k is None else _per_row(top_k)
+    flat += _NO_VALUES if top_p is None else _per_row(top_p)
+    flat += _NO_VALUES if min_p is None else _per_row(min_p)
+    flat += _ENSEMBLES[ensemble], scope == "member", plausibility, vocab_size
+    return flat
 
 
 def _weights(weights: Tensor) -> tuple[int, int, int, int]:
     """Address and strides over batch, row and member of (M,), (B, M) or (B, T, M)."""
     if weights.dtype != float32:
-        raise Unsupported(f"weights of {weights.dtype}")
+        raise Unsupported(f"weights of {weights.dtype} have no native kernel")
     strides = weights.stride()
     if len(strides) == 1:
         return weights.data_ptr(), 0, 0, strides[0]
@@ -216,13 +187,15 @@ def _weights(weights: Tensor) -> tuple[int, int, int, int]:
 
 def _per_row(value: Tensor) -> tuple[int, int, int, int]:
     """Address and strides over batch and member of (B or 1,) or (B or 1, M or 1)."""
-    strides = [0 if size == 1 else stride for size, stride in zip(value.shape, value.stride())]
-    return value.data_ptr(), strides[0], 0, strides[1] if len(strides) == 2 else 0
+    shape, strides = value.shape, value.stride()
+    batch_stride = strides[0] if shape[0] != 1 else 0
+    member_stride = strides[1] if len(shape) == 2 and shape[1] != 1 else 0
+    return value.data_ptr(), batch_stride, 0, member_stride
 
 
 def _integers(value: Tensor) -> tuple[int, bool, int, int]:
     """Address, width and strides of (B or 1, columns)."""
     batch_stride, column_stride = value.stride()
-    if len(value) == 1:
+    if value.shape[0] == 1:
         batch_stride = 0
     return value.data_ptr(), value.dtype == int64, batch_stride, column_stride

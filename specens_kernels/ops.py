@@ -423,24 +423,23 @@ def _members(op: str, logits: Any, law: Law) -> tuple[Any, ...]:
     if isinstance(logits, Tensor) or len(logits) == 0:
         raise ValueError(f"{op}: logits: expected a list of M >= 1 tensors, got {type(logits)}")
     first = logits[0]
-    vocab_size = law.vocab_size or min(tensor.shape[-1] for tensor in logits)
+    shape, device = first.shape, first.device
+    vocab_size = law.vocab_size or min([tensor.shape[-1] for tensor in logits])
     for m, tensor in enumerate(logits):
+        size = tensor.shape
         if (
-            tensor.dim() != 3
-            or tensor.shape[:2] != first.shape[:2]
-            or tensor.shape[2] < vocab_size
+            len(size) != 3
+            or size[0] != shape[0]
+            or size[1] != shape[1]
+            or size[2] < vocab_size
             or tensor.dtype not in _FLOATS
-            or tensor.device != first.device
+            or tensor.device != device
         ):
-            expected = (
-                f"(B, T, V >= {vocab_size}) float, like logits[0] "
-                f"{tuple(first.shape)} on {first.device}"
-            )
+            expected = f"(B, T, V >= {vocab_size}) float, like logits[0] {tuple(shape)} on {device}"
             raise _wrong(op, f"logits[{m}]", expected, tensor)
-        if tensor.stride(2) != 1 and tensor.shape[2] > 1:
+        if tensor.stride()[2] != 1 and size[2] > 1:
             raise _wrong(op, f"logits[{m}]", "contiguous rows", tensor)
-    batch, rows = first.shape[:2]
-    numbers = law.tensors(op, batch, rows, len(logits), first.device)
+    numbers = law.tensors(op, shape[0], shape[1], len(logits), device)
     return list(logits), *numbers, law.ensemble, law.scope, law.plausibility, vocab_size
 
 

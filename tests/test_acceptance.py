@@ -3,9 +3,9 @@
 
 import pytest
 import torch
+from laws import one_point, output_law
 from torch import Tensor
 
-from laws import one_point, output_law
 from specens_kernels import ACCEPTANCE_RULES, AcceptanceRule
 
 RULES = pytest.mark.parametrize("rule", ACCEPTANCE_RULES.values(), ids=lambda rule: rule.name)

@@ -47,9 +47,7 @@ def test_one_member_is_its_own_softmax(backend: str, ensemble: Ensemble) -> None
 
 @EVERY
 @SCOPES
-def test_the_order_of_members_does_not_matter(
-    backend: str, ensemble: Ensemble, scope: str
-) -> None:
+def test_the_order_of_members_does_not_matter(backend: str, ensemble: Ensemble, scope: str) -> None:
     first, second, third = members()
     options = {"ensemble": ensemble.name, "scope": scope, "top_k": 9}
     one = mix([first, second, third], Law((0.5, 0.3, 0.2), **options))[0]
@@ -60,9 +58,7 @@ def test_the_order_of_members_does_not_matter(
 @EVERY
 @SCOPES
 @pytest.mark.parametrize("garbage", [math.nan, INF, -INF])
-def test_weight_0_is_absence(
-    backend: str, ensemble: Ensemble, scope: str, garbage: float
-) -> None:
+def test_weight_0_is_absence(backend: str, ensemble: Ensemble, scope: str, garbage: float) -> None:
     first, second = members(2)
     absent = torch.full_like(first, garbage)
     options = {"ensemble": ensemble.name, "scope": scope, "temperature": 0.8}

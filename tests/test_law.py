@@ -28,7 +28,10 @@ def tensors(law: Law, batch: int = 2, rows: int = 3, members: int = 2) -> tuple[
             {"weights": (math.inf,), "ensemble": "product"},
             "weights: expected M >= 1 finite numbers, got",
         ),
-        ({"weights": (0.5, 0.6)}, "weights: expected numbers >= 0 that sum to 1 for 'mixture', got"),
+        (
+            {"weights": (0.5, 0.6)},
+            "weights: expected numbers >= 0 that sum to 1 for 'mixture', got",
+        ),
         ({"weights": (1.5, -0.5)}, "weights: expected numbers >= 0 that sum to 1 for 'mixture'"),
         ({"temperature": -0.1}, r"temperature: expected finite numbers >= 0, got -0\.1"),
         ({"temperature": math.inf}, "temperature: expected finite numbers >= 0, got inf"),
@@ -60,12 +63,18 @@ def test_a_wrong_number_is_refused_at_once(arguments: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weights": (1.0,)}, r"weights: expected \(M=2,\), \(B=2, M\) or \(B, T=3, M\), got \(1,\)"),
+        (
+            {"weights": (1.0,)},
+            r"weights: expected \(M=2,\), \(B=2, M\) or \(B, T=3, M\), got \(1,\)",
+        ),
         ({"weights": torch.ones(3, 2)}, r"weights: expected .*, got \(3, 2\)"),
         ({"weights": torch.ones(2, 4, 2)}, r"weights: expected .*, got \(2, 4, 2\)"),
         ({"weights": torch.ones(1, 2, 3, 2)}, r"weights: expected .*, got \(1, 2, 3, 2\)"),
         ({"temperature": (1.0, 1.0, 1.0)}, r"temperature: expected .* \(B or 1, 2\), got \(1, 3\)"),
-        ({"temperature": torch.ones(3)}, r"temperature: expected \(\), \(B=2,\) or .*, got \(3, 1\)"),
+        (
+            {"temperature": torch.ones(3)},
+            r"temperature: expected \(\), \(B=2,\) or .*, got \(3, 1\)",
+        ),
         (
             {"temperature": torch.ones(1, 2), "scope": "ensemble"},
             r"temperature: expected .* \(B or 1, 1\), got \(1, 2\)",

@@ -5,11 +5,11 @@ import itertools
 import math
 from typing import Any
 
+import laws
 import pytest
 import torch
 from torch import Tensor
 
-import laws
 from specens_kernels import ENSEMBLES, Law, Status, mix, reference
 from specens_kernels.reference import LawTensors
 
@@ -116,8 +116,11 @@ def test_every_width_and_type_agrees_with_the_reference(
 def test_padding_and_strides_are_not_looked_at(backend: str) -> None:
     logits = [torch.randn(2, 3, 17), torch.randn(2, 3, 17).bfloat16()]
     expected, _ = mix(logits, Law((0.5, 0.5)))
-    padded = [torch.full((4, 6, 17 + extra), NAN, dtype=m.dtype) for m, extra in zip(logits, (3, 8))]
-    for wide, member in zip(padded, logits):
+    padded = [
+        torch.full((4, 6, 17 + extra), NAN, dtype=m.dtype)
+        for m, extra in zip(logits, (3, 8), strict=True)
+    ]
+    for wide, member in zip(padded, logits, strict=True):
         wide[::2, ::2, :17] = member
     views = [wide[::2, ::2] for wide in padded]
     log_probs, status = mix(views, Law((0.5, 0.5), vocab_size=17))

@@ -5,11 +5,11 @@ import math
 import mmap
 from typing import Any
 
+import laws
 import pytest
 import torch
 from torch import Tensor
 
-import laws
 from specens_kernels import Law, Sample, Status, mix, reference, sample
 from specens_kernels.reference import LawTensors
 
@@ -29,7 +29,9 @@ def numbers_of(*words: Tensor | float) -> Tensor:
     """(K, 1, 4) uniforms; word 0 is not for draws."""
     columns = [torch.as_tensor(word, dtype=torch.float64).reshape(-1) for word in words]
     count = max(map(len, columns))
-    return torch.stack([torch.full((count,), 0.5), *(c.expand(count) for c in columns)], -1)[:, None]
+    return torch.stack([torch.full((count,), 0.5), *(c.expand(count) for c in columns)], -1)[
+        :, None
+    ]
 
 
 def measured_law(tokens_at: Any, vocab_size: int, resolution: float) -> Tensor:
@@ -137,7 +139,6 @@ def test_a_token_owns_its_box_of_tile_sub_tile_and_token(backend: str, vocab_siz
         for at in (0.02, 0.98):  # of each side, so that float32 sums do not matter
             corners.append([low + at * (high - low) for low, high in box])
             expected.append(token)
-        low, high = box[2]
         for level, (low, high) in enumerate(box):
             for outside in (low - 0.02 * (high - low), high + 0.02 * (high - low)):
                 if 0 <= outside < 1 - 2**-24:

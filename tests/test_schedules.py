@@ -2,8 +2,8 @@
 """What each schedule writes has exactly the ensemble's law, and costs the calls that it should.
 
 Thousands of rows write a few tokens after one prompt; every window of two or three neighbouring
-tokens is compared with the law that enumeration gives. The windows hold bonus tokens, tokens after a
-block kept whole and tokens after a replacement. Decoders that are wrong on purpose must fail the
+tokens is compared with the law that enumeration gives. The windows hold bonus tokens, tokens after
+a block kept whole and tokens after a replacement. Decoders that are wrong on purpose must fail the
 same comparison. To test a schedule, add a `Case`.
 """
 
@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from laws import chi_square
+from torch import Tensor
+from toys import logits_after, noisy, prompts, sequence_law, toy
+
 from specens import SpeculativeDecoder
 from specens import run as run_module
 from specens.run import Row, Run
 from specens.schedules import SCHEDULES, Alternating
-from torch import Tensor
-from toys import logits_after, noisy, prompts, sequence_law, toy
 
 VOCAB_SIZE = 5
 LENGTH = 4  # tokens whose law is compared; more are written, so that the end changes nothing
@@ -336,8 +337,10 @@ def test_a_block_kept_whole_must_stay_in_the_context(models, monkeypatch):
             for end in {row.end for row in active}:
                 alike = [row for row in active if row.end == end]
                 texts = [run.text[row.index, row.pad : row.pad + end] for row in alike]
-                gap = [row.length for row in alike]
-                texts = [torch.cat([t[: n - block], t[n:]]) for t, n in zip(texts, gap, strict=True)]
+                texts = [
+                    torch.cat([text[: row.length - block], text[row.length :]])
+                    for text, row in zip(texts, alike, strict=True)
+                ]
                 places = [chunk.places[row][0] for row in alike]
                 chunk.logits[places, 0] = logits_after(models[member], torch.stack(texts))
             run.draw(member, active)

@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-
 from laws import chi_square
+
 from specens_kernels import Stream, uniforms
 
 # From kat_vectors of Random123, the authors' library: counter, key, output, in 32-bit words.

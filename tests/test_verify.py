@@ -4,11 +4,11 @@
 import math
 from typing import Any
 
+import laws
 import pytest
 import torch
 from torch import Tensor
 
-import laws
 from specens_kernels import (
     PADDING,
     POINT_MASS,
@@ -273,9 +273,7 @@ def test_a_rejected_point_leaves_the_others_their_share(backend: str) -> None:
     for coin, accepted in ((0.49, 1), (0.51, 0)):
         numbers = coins(1, 2, TOP)
         numbers[0, 2, 0] = coin
-        verdict = verify(
-            [logits], torch.tensor([[0, 1]]), numbers, Law(), parents=ints(-1, 0, 0)
-        )
+        verdict = verify([logits], torch.tensor([[0, 1]]), numbers, Law(), parents=ints(-1, 0, 0))
         assert verdict.num_accepted.item() == accepted
         assert verdict.tokens[0, 0] == (1 if accepted else 2)
 
@@ -284,7 +282,9 @@ def test_a_point_that_was_rejected_is_not_kept_the_second_time(backend: str) -> 
     numbers = coins(1, 2, TOP)
     numbers[0, 2, 0] = 0.0
     parents = ints(-1, 0, 0)
-    verdict = verify([torch.zeros(1, 3, 4)], torch.tensor([[2, 2]]), numbers, Law(), parents=parents)
+    verdict = verify(
+        [torch.zeros(1, 3, 4)], torch.tensor([[2, 2]]), numbers, Law(), parents=parents
+    )
     assert verdict.num_accepted.item() == 0
     assert verdict.tokens[0, 0] != 2
     assert verdict.status.item() == 0
@@ -369,9 +369,7 @@ def test_an_invalid_token_is_rejected_and_the_target_stays(
     logits[0][..., 20:] = NAN
     numbers = coins(2, 1, 0.0)
     law = Law(vocab_size=20)
-    verdict = verify(
-        logits, torch.full((2, 1), token), numbers, law, proposers=ints(proposer)
-    )
+    verdict = verify(logits, torch.full((2, 1), token), numbers, law, proposers=ints(proposer))
     expected = sample([logits[0][:, :1]], numbers[:, :1], law)
     assert verdict.num_accepted.tolist() == [0, 0]
     assert torch.equal(verdict.tokens[:, :1], expected.tokens)
@@ -745,9 +743,7 @@ def test_every_backend_emits_what_the_reference_emits(
         )
         proposal = (parents, proposers, draft_logits, None)
         expected = Verdict(
-            *reference.verify(
-                logits, draft, numbers, *proposal, arguments, acceptance, 0.8, True
-            )
+            *reference.verify(logits, draft, numbers, *proposal, arguments, acceptance, 0.8, True)
         )
         torch.testing.assert_close(verdict.log_probs, expected.log_probs, atol=2e-5, rtol=1e-5)
         assert_same(verdict._replace(log_probs=expected.log_probs), expected)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The law that `verify` emits, by exact enumeration: it is the ensemble's, and a wrong rule's is not.
+"""The law that `verify` emits, by exact enumeration: the ensemble's, and a wrong rule's is not.
 
 Two measurements of every case. The reference, in float64 with float64 numbers, to 1e-12. Every
 backend through the public op, with numbers on the grid of 2^-24 that `uniforms` has, to 1e-6.
@@ -10,12 +10,12 @@ import inspect
 from collections.abc import Callable
 from types import ModuleType
 
+import laws
 import pytest
 import torch
+from laws import POINT, SEPARATE, Call, Case
 from torch import Tensor
 
-import laws
-from laws import POINT, SEPARATE, Call, Case
 from specens_kernels import Law, Stream, reference, sample, uniforms, verify
 from specens_kernels.reference import LawTensors
 
@@ -294,7 +294,9 @@ def wrong_laws() -> dict[str, Tensor]:
     return {
         "lenient": laws.output_law(lenient, target, draft),
         "the residual is the target": kept + (1 - kept.sum()) * target,
-        "the draft is kept whenever the target likes it": laws.output_law(target * draft, draft, draft),
+        "the draft is kept whenever the target likes it": laws.output_law(
+            target * draft, draft, draft
+        ),
     }
 
 

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from specens import SpeculativeDecoder
-from specens.vocabulary import shared_vocabulary
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from toys import logits_after, prompts, toy
 from transformers import PreTrainedTokenizerFast
+
+from specens import SpeculativeDecoder
+from specens.vocabulary import shared_vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def test_a_separate_draft_is_cut_too():
 def test_ids_that_disagree_are_named():
     models = [toy(0, 152), toy(1, 144), toy(2, 144)]
     exchanged = tokenizer(140, w7=9, w9=7)
-    with pytest.raises(ValueError, match="decoder: tokenizers: expected the same token") as error:
+    with pytest.raises(ValueError, match=r"decoder: tokenizers: expected the same token") as error:
         shared_vocabulary(models, [tokenizer(140), tokenizer(140), exchanged])
     assert "got 2 that differ between models 0 and 2 (7: 'w7' / 'w9', 9: 'w9' / 'w7')" in str(
         error.value
@@ -120,9 +121,7 @@ def test_different_widths_without_tokenizers_are_refused():
 def test_a_tokenizer_for_every_model_the_drafts_too():
     words = tokenizer(140)
     models = [toy(0, 152), toy(1, 144)]
-    with pytest.raises(ValueError, match="tokenizers: expected 2, one per model, got 1"):
+    with pytest.raises(ValueError, match=r"tokenizers: expected 2, one per model, got 1"):
         SpeculativeDecoder(models, tokenizers=[words])
-    with pytest.raises(ValueError, match="tokenizers: expected 2, one per model, got 1"):
-        SpeculativeDecoder(
-            models[:1], draft=models[1], schedule="speculative", tokenizers=[words]
-        )
+    with pytest.raises(ValueError, match=r"tokenizers: expected 2, one per model, got 1"):
+        SpeculativeDecoder(models[:1], draft=models[1], schedule="speculative", tokenizers=[words])

@@ -50,9 +50,7 @@ def toy(
         changes: configuration entries to replace.
     """
     settings = {"eos_token_id": None, **SMALL.get(kind, {}), **changes}
-    model = build(
-        kind, seed=seed, dtype=dtype, vocab_size=vocab_size, amplify=amplify, **settings
-    )
+    model = build(kind, seed=seed, dtype=dtype, vocab_size=vocab_size, amplify=amplify, **settings)
     dice = torch.Generator().manual_seed(seed)
     text = torch.randint(vocab_size, (8, 8), generator=dice)
     head = model.get_output_embeddings().weight
@@ -93,7 +91,7 @@ def logits_after(model: Any, tokens: Tensor) -> Tensor:
 
 
 def sequence_law(models: Sequence[Any], prompt: Tensor, length: int, **law: Any) -> Tensor:
-    """(V,) * length: the joint law of the next tokens, by enumeration; `law` as in `ensemble_law`."""
+    """(V,) * length: the joint law of the next tokens; `law` goes to `ensemble_law`."""
     vocab_size = models[0].config.vocab_size
     joint = torch.ones((), dtype=torch.float64)
     for step in range(length):

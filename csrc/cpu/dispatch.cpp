@@ -113,7 +113,12 @@ const Kernels& kernels() {
 
 const char* cpu_isa() { return kernels().name; }
 
-double exponential(double x) { return baseline::exp_f64<double, int64_t>(x); }
+double exponential(double x) {
+  double values[1] = {x};
+  baseline::exp_f64<double, int64_t>(values);
+  return values[0];
+}
+
 double logarithm(double x) { return baseline::log_f64<double, int64_t>(x); }
 
 float load_value(const void* row, DType dtype, int64_t index) {

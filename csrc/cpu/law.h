@@ -233,8 +233,8 @@ int pick(int count, double number, const Mass& mass) {
   return pick_beyond(count, number * total, 0.0, mass);
 }
 
-// The same over a whole sub-tile, in blocks.
-int pick_token(const double* masses, double number);
+// The same over a sub-tile, in blocks; the buffer is padded with zeros.
+int pick_token(const double* masses, int count, double number);
 
 // The walk: a tile, a sub-tile, both by `masses` of the sub-tiles, and a token by what
 // fill(sub_tile, buffer) says.
@@ -253,9 +253,11 @@ int64_t draw(const double* masses, int64_t vocab_size, const double (&numbers)[3
   const int first = tile * kSubTilesPerTile;
   const int sub_tile = first + pick(std::min(kSubTilesPerTile, sub_tiles - first), numbers[1],
                                     [&](int i) { return masses[first + i]; });
-  double buffer[kSubTile] = {};
+  const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
+  const int count = static_cast<int>(std::min<int64_t>(kSubTile, vocab_size - begin));
+  double buffer[kSubTile];
   fill(sub_tile, buffer);
-  return static_cast<int64_t>(sub_tile) * kSubTile + pick_token(buffer, numbers[2]);
+  return begin + pick_token(buffer, count, numbers[2]);
 }
 
 // Words 1 to 3 of a block of uniforms.

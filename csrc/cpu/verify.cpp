@@ -45,7 +45,7 @@ double left(const VerifyParams& params, double target, double draft) {
 // A draft that is one token leaves every other token whole.
 void Residual::fill(bool dense, int sub_tile, double* out) const {
   const int count = target_.count(sub_tile);
-  std::fill_n(out, kSubTile, 0.0);
+  std::fill_n(out, padded(count), 0.0);
   target_.add_masses(sub_tile, 1.0, out);
   if (dense) {
     double drafted[kSubTile] = {};

@@ -216,7 +216,7 @@ class SpeculativeDecoder:
             if streamer is not None:
                 streamer.end()
         if statistics.status:
-            names = ", ".join(bit.name for bit in Status if bit & statistics.status)
+            names = ", ".join(str(bit.name) for bit in Status if bit & statistics.status)
             _logger.warning("generate: degenerate logits: %s", names)
         self.statistics = statistics
         return self._output(run, width, generation_config)

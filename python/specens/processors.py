@@ -19,6 +19,7 @@ from transformers import (
     LogitNormalization,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -62,7 +63,9 @@ def split(processors: Iterable[Any], *, do_sample: bool) -> tuple[Warp, list[Any
     Raises:
         ValueError: a processor is stateful.
     """
-    listed = [p for p in processors if not isinstance(p, LogitNormalization)]
+    listed = list(processors)
+    while listed and isinstance(listed[-1], LogitNormalization):
+        listed.pop()  # every law is normalised anyway
     for processor in listed:
         name = type(processor).__name__
         if name in STATEFUL:
@@ -101,15 +104,21 @@ def _fuse(warp: Warp, warper: Any) -> Warp:
 
 
 def per_row(processors: list[Any], batch: int) -> list[LogitsProcessorList]:
-    """A list of processors for each row of the batch, with the row's share of per-row
-    attributes."""
+    """A list of processors for each row of the batch, with the row's share of what is per row."""
 
     def share(processor: Any, row: int) -> Any:
-        shares = {
+        shares: dict[str, Any] = {
             name: value[row : row + 1]
-            for name in ("prompt_ignore_length", "encoder_input_ids")
-            if isinstance(value := getattr(processor, name, None), Tensor) and len(value) == batch
+            for name in ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
+            if isinstance(value := getattr(processor, name, None), (Tensor, list))
+            and len(value) == batch
         }
+        if "generated_ngrams" in shares:
+            shares["batch_size"] = 1
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            allowed = processor._prefix_allowed_tokens_fn
+            # It would be told that every row is row 0.
+            shares["_prefix_allowed_tokens_fn"] = lambda _, text: allowed(row, text)
         if not shares or batch == 1:
             return processor
         mine = copy.copy(processor)

@@ -246,8 +246,9 @@ class Run:
         counts = [row.end - start for row, start in zip(rows, starts, strict=True)]
         room = model.capacity - max(starts)
         if max(counts) > room:  # where one row's tokens end, another's padding would not fit
-            for fits in (True, False):
-                self.feed(member, [r for r, n in zip(rows, counts, strict=True) if (n <= room) == fits])
+            near = [row for row, n in zip(rows, counts, strict=True) if n <= room]
+            self.feed(member, near)
+            self.feed(member, [row for row in rows if row not in near])
             return
         tokens = self._tokens(rows, starts, max(counts))
         subset = None if len(rows) == len(self.rows) else places
@@ -446,7 +447,9 @@ class Run:
     ) -> Tensor:
         """Run the processors on every new law, each on the prefix that leads to it."""
         assert self.processors is not None
-        logits = logits.to(torch.float32, copy=True)
+        # Some processors remember the width that they saw first, so all members show them one.
+        narrowest = min(model.vocab_size for model in self.members)
+        logits = logits[..., :narrowest].to(torch.float32, copy=True)
         for k, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
             processors: Any = self.processors[row.index]
             for j in range(max(0, row.length - start - 1), count):
