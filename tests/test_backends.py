@@ -5,7 +5,10 @@ A situation is a seed; a failure prints it. Equal tokens are asked for, not clos
 are fixed, and a decision that rounding could turn has a chance of about 1e-6.
 """
 
+import os
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -169,6 +172,33 @@ def test_verify(backend: str, first: int, shape: str) -> None:
         with specens_kernels.backend("reference"):
             expected = verify(logits, draft, numbers, law, **options)
         assert_same("verify", verdict, expected, seed)
+
+
+@pytest.mark.slow
+@BACKENDS
+def test_instruction_sets_do_not_matter(backend: str) -> None:
+    """The kernels of this machine's best one and those of any machine agree to the last bit."""
+    program = (
+        "import torch, specens_kernels as sk\n"
+        "torch.manual_seed(0)\n"
+        "logits = [3 * torch.randn(5, 4, 9001) for _ in range(2)]\n"
+        "law = sk.Law((0.4, 0.6), top_p=0.9)\n"
+        "drawn = sk.sample(logits, torch.rand(5, 4, 4), law)\n"
+        "verdict = sk.verify(logits, drawn.tokens[:, :3], torch.rand(5, 4, 4), law)\n"
+        "print([value.tolist() for value in (*drawn, *verdict, sk.mix(logits, law)[0])])\n"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **choice},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for choice in ({}, {"SPECENS_CPU_ISA": "baseline"})
+    ]
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) > 100_000
 
 
 @BACKENDS

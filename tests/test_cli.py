@@ -75,9 +75,9 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
         "num_speculative_tokens: expected integers >= 1",
     ),
     "gamma text": (("generate", "x", "--gamma", "two"), "generate: --gamma: expected integers"),
-    "three gammas": (("generate", "x", "--gamma", "1,2,3"), "expected 1 or 2 integers"),
-    "weights": (("generate", "x", "--weights", "0.5,0.6"), "sum to 1"),
-    "one weight": (("generate", "x", "--weights", "1"), "weights: expected 2 numbers"),
+    "four gammas": (("generate", "x", "--gamma", "1,2,3,4"), "expected 1 or 3 integers"),
+    "weights": (("generate", "x", "--weights", "0.5,0.3,0.3"), "sum to 1"),
+    "one weight": (("generate", "x", "--weights", "1"), "weights: expected 3 numbers"),
     "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
     "ensemble": (("generate", "x", "--ensemble", "sum"), "unknown name 'sum'"),
     "schedule": (("generate", "x", "--schedule", "fast"), "unknown name 'fast'"),
@@ -86,10 +86,10 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "lenience": (("generate", "x", "--lenience", "0"), "lenience: expected a number in (0, 1]"),
     "plausibility": (("generate", "x", "--plausibility", "0.1"), "plausibility: expected 0"),
     "proposer": (
-        ("generate", "x", "--schedule", "speculative", "--proposer", "2"),
-        "proposer: expected None with a draft, else 0 to 1",
+        ("generate", "x", "--schedule", "speculative", "--proposer", "3"),
+        "proposer: expected None with a draft, else 0 to 2",
     ),
-    "order": (("generate", "x", "--order", "0,0"), "order: expected every member 0 to 1 once"),
+    "order": (("generate", "x", "--order", "0,0"), "order: expected every member 0 to 2 once"),
     "draft": (("generate", "x", "--draft", "family:draft"), "draft: expected None"),
     "component": (
         ("generate", "x", "--schedule", "component", "--temperature", "0"),
@@ -181,7 +181,7 @@ def test_json_tells_text_tokens_and_statistics() -> None:
     assert set(found) == {"prompt", "text", "token_ids", "seed", "statistics"}
     statistics = found["statistics"]
     assert len(found["token_ids"]) == statistics["num_tokens"] <= 12
-    assert statistics["members"] == ["code", "prose"]
+    assert statistics["members"] == ["code", "prose", "draft"]
     assert 0 <= statistics["acceptance_rate"] <= 1
     assert statistics["by_position"]
 
@@ -209,7 +209,7 @@ def test_without_a_seed_the_text_differs_from_run_to_run() -> None:
         ("--schedule", "plain"),
         ("--schedule", "speculative", "--gamma", "3", "--proposer", "1"),
         ("--schedule", "speculative", "--draft", "family:draft"),
-        ("--gamma", "2,3", "--order", "1,0"),
+        ("--gamma", "2,3,1", "--order", "1,0,2"),
     ],
     ids=" ".join,
 )
@@ -225,7 +225,7 @@ def test_greedy_text_is_the_same_for_every_schedule(arguments: tuple[str, ...]) 
         ("--schedule", "component"),
         ("--model", "family:draft", "--schedule", "plain"),
         ("--model", "family:draft"),
-        ("--ensemble", "product", "--weights", "1.5,-0.5", "--plausibility", "0.1"),
+        ("--ensemble", "product", "--weights", "1.5,-0.5,0", "--plausibility", "0.1"),
         ("--scope", "ensemble", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.01"),
         ("--acceptance", "lenient", "--lenience", "0.5", "--dtype", "bfloat16"),
     ],

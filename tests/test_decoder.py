@@ -34,6 +34,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from specens import SpeculativeDecoder, SpeculativeOutput, Statistics
 from specens import run as run_module
 from specens.run import Run
+from specens.schedules import Alternating, Speculative
 from specens_kernels import Law, mix
 
 VOCAB_SIZE = 24
@@ -89,6 +90,28 @@ def num_written(texts: Tensor, width: int, ends: list[int]) -> Tensor:
 def same(text: Tensor, other: Tensor) -> bool:
     assert torch.equal(text, other), first_difference(text, other)
     return True
+
+
+# --- who drafts, unless it is said ----------------------------------------------------------------
+
+
+def test_the_cheapest_member_drafts():
+    large, small, middle = (
+        toy(seed, VOCAB_SIZE, hidden_size=size) for seed, size in enumerate((48, 16, 32))
+    )
+    members = [large, small, middle]
+    assert SpeculativeDecoder(members).schedule == Alternating((1, 2, 0), (1, 1, 1))
+    fast = SpeculativeDecoder(members, num_speculative_tokens=4)
+    assert fast.schedule == Alternating((1, 2, 0), (4, 1, 1))
+    fast = SpeculativeDecoder(members, num_speculative_tokens=(3, 2, 1), order=(2, 0, 1))
+    assert fast.schedule == Alternating((2, 0, 1), (3, 2, 1))
+    fast = SpeculativeDecoder(members, schedule="speculative")
+    assert fast.schedule == Speculative(1, 4)
+    fast = SpeculativeDecoder(members, schedule="speculative", proposer=2)
+    assert fast.schedule == Speculative(2, 4)
+    fast = SpeculativeDecoder([small], schedule="speculative", draft=large)
+    assert fast.schedule == Speculative(1, 4)
+    assert SpeculativeDecoder(members).weights == (1 / 3, 1 / 3, 1 / 3)
 
 
 # --- greedy text ----------------------------------------------------------------------------------
@@ -221,7 +244,7 @@ def test_a_draft_that_is_warped_twice_is_not(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "mistral_sliding"])
 def test_laws_are_those_of_a_fresh_forward(schedule, kind, monkeypatch):
     """After any number of rejections, in rows of any length."""
-    model = toy(0, 16, kind=kind)
+    model = toy(0, 16, kind=kind, dtype=torch.float64)
     models = [model, noisy(model, 1.0), noisy(model, 1.0, seed=1)]
     compared = 0
     now: list[Any] = []
@@ -302,6 +325,23 @@ def test_text_ends_where_generate_ends(schedule, at, models):
         fast = decoder(models, 1, schedule, gamma)
         same(fast.generate(**settings), expected)
         assert fast.statistics.num_tokens == lengths.sum()
+
+
+@pytest.mark.parametrize("pad", [None, 7])
+def test_rows_that_have_ended_are_padded_as_by_generate(pad, models):
+    """With the padding token, or, where none is set, with the end-of-sequence token."""
+    settings = {**prompts(RAGGED, VOCAB_SIZE), "max_new_tokens": 20, "do_sample": False}
+    free = models[0].generate(**settings)
+    ends = [int(free[0, max(RAGGED) + 4]), 1]
+    config = GenerationConfig(max_new_tokens=20, eos_token_id=ends, pad_token_id=pad)
+    model = copy.deepcopy(models[0])
+    model.generation_config.pad_token_id = pad
+    inputs = prompts(RAGGED, VOCAB_SIZE)
+    expected = model.generate(**inputs, generation_config=config)
+    filler = ends[0] if pad is None else pad
+    assert (expected[0, max(RAGGED) + 5 :] == filler).all()
+    fast = decoder([model, *models[1:]], 1, "draft")
+    same(fast.generate(**inputs, generation_config=config), expected)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -132,6 +132,20 @@ def test_any_member_vetoes_a_token_of_a_product(backend: str, weight: float) -> 
     torch.testing.assert_close(mass.sum(-1), torch.ones(2, 3), **CLOSE)
 
 
+def test_infinities_of_a_product_that_cancel_are_a_veto(backend: str) -> None:
+    """+inf is all the mass for a positive weight, none for a negative one, and none for both."""
+    first, second = members(2)
+    law = Law((1.0, -0.5), "product", scope="ensemble")
+    first[..., 3], second[..., 3] = INF, INF
+    second[..., 4] = INF
+    mass = probs([first, second], law)
+    assert (mass[..., 3:5] == 0).all()
+    torch.testing.assert_close(mass.sum(-1), torch.ones(2, 3), **CLOSE)
+    first[..., 5] = INF
+    mass = probs([first, second], law)
+    assert (mass[..., 5] == 1).all()
+
+
 def test_no_member_vetoes_a_token_of_a_mixture(backend: str) -> None:
     first, second = members(2)
     second[..., 5] = -INF

@@ -169,6 +169,11 @@ def test_nothing_has_a_gradient(backend: str) -> None:
         assert not any(value.requires_grad for value in run(trainable, numbers, draft))
 
 
+def test_memory_that_nobody_wrote_is_poisoned() -> None:
+    assert torch.empty(3).isnan().all()
+    assert torch.empty(3, dtype=torch.int64).min() == torch.iinfo(torch.int64).max
+
+
 def test_results_are_new_memory(backend: str) -> None:
     logits, numbers, draft = inputs()
     for run in (run_uniforms, run_mix, run_sample, run_chain):

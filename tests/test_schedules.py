@@ -342,7 +342,7 @@ def test_a_block_kept_whole_must_stay_in_the_context(models, monkeypatch):
                     for text, row in zip(texts, alike, strict=True)
                 ]
                 places = [chunk.places[row][0] for row in alike]
-                chunk.logits[places, 0] = logits_after(models[member], torch.stack(texts))
+                chunk.logits[places, 0] = logits_after(models[member], torch.stack(texts)).float()
             run.draw(member, active)
 
     models = [models[0], noisy(models[0], 0.5)]  # most blocks are kept whole

@@ -291,7 +291,7 @@ def test_a_point_that_was_rejected_is_not_kept_the_second_time(backend: str) -> 
 
 
 def test_nodes_that_hang_nowhere_are_not_visited(backend: str) -> None:
-    """A parent that is no earlier node is never reached, whatever its number."""
+    """A parent that is no earlier node is never reached, whatever its number; the root has none."""
     logits = [torch.randn(3, 5, 20)]
     draft = torch.randint(0, 20, (3, 4))
     numbers = coins(3, 4, 0.1)
@@ -299,7 +299,7 @@ def test_nodes_that_hang_nowhere_are_not_visited(backend: str) -> None:
     lost[:, 1] = lost[:, 3] = PADDING
     expected = verify(logits, lost, numbers, Law(), parents=ints(-1, 0, 0, 1, 0))
     for nowhere in (-1, -7, 99, 2**31 - 1, -(2**31)):
-        parents = ints(-1, 0, nowhere, 1, nowhere)
+        parents = ints(0, 0, nowhere, 1, nowhere)
         assert_same(verify(logits, draft, numbers, Law(), parents=parents), expected)
 
 

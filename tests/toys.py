@@ -35,7 +35,7 @@ def toy(
     kind: str = "llama",
     spread: float = 1.5,
     amplify: float = 6.0,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> Any:
     """A model in evaluation mode without an end-of-sequence token, its logits' spread as asked.
@@ -46,7 +46,7 @@ def toy(
         kind: an entry of `zoo.CONFIGS`.
         spread: standard deviation of the logits over the vocabulary, in nats.
         amplify: as for `zoo.build`; from 20 on, greedy text hardly ever repeats itself.
-        dtype: of the weights.
+        dtype: of the weights. The native kernels take no float64; the reference does.
         changes: configuration entries to replace.
     """
     settings = {"eos_token_id": None, **SMALL.get(kind, {}), **changes}

@@ -108,8 +108,12 @@ def generate(
         str, typer.Option(help="alternating, speculative, component or plain.")
     ] = "alternating",
     gamma: Annotated[
-        str, typer.Option(help="Tokens per proposal; for 'alternating' also one per model: 4,2.")
-    ] = "4",
+        str | None,
+        typer.Option(
+            help="Tokens per proposal; for 'alternating' also one per model: 4,2. "
+            "None is 1 for 'alternating' and 4 for 'speculative'."
+        ),
+    ] = None,
     proposer: Annotated[
         int | None, typer.Option(help="'speculative': which model drafts. None is the cheapest.")
     ] = None,
@@ -151,7 +155,7 @@ def generate(
     from . import terminal
 
     prompts = terminal.read_prompts("generate", prompt, file, lines)
-    gammas = _integers("generate: --gamma", gamma)
+    gammas = None if gamma is None else _integers("generate: --gamma", gamma)
     shares = None if weights is None else _numbers("generate: --weights", weights)
     if stop and not all(stop):
         raise ValueError("generate: --stop: expected text, got an empty string")
@@ -173,7 +177,7 @@ def generate(
         weights=shares,
         ensemble=ensemble,
         schedule=schedule,
-        num_speculative_tokens=gammas[0] if len(gammas) == 1 else gammas,
+        num_speculative_tokens=gammas[0] if gammas and len(gammas) == 1 else gammas,
         proposer=proposer,
         order=rotation,
         draft=loaded[-1] if draft is not None else None,
@@ -229,7 +233,7 @@ def demo(
     threads: _Threads = None,
     as_json: _Json = False,
 ) -> None:
-    """Two small models write together: the text, and its speed beside the plain ensemble's."""
+    """Three small models write together: the text, and its speed beside the plain ensemble's."""
     from rich.console import Console
     from rich.text import Text
 
@@ -247,7 +251,11 @@ def demo(
     )
     prompts = [terminal.encode("demo", tokenizer, one) for one in family.PROMPTS]
     console = Console(highlight=False, quiet=as_json)
-    console.print("Two models write one text: the even mixture of family:code and family:prose.\n")
+    console.print(
+        "Three models write one text: the even mixture of "
+        + ", ".join(terminal.FAMILY_PREFIX + name for name in family.FAMILY)
+        + ".\n"
+    )
     sampled = sampling(max_new_tokens, temperature=0.8)
     texts, found = [], []
     for i, ids in enumerate(prompts):
@@ -385,7 +393,7 @@ def _load(
     """The ensemble's models, then the draft if there is one, and the tokenizers of all."""
     from . import terminal
 
-    names = list(models or [terminal.FAMILY_PREFIX + name for name in family.MEMBERS])
+    names = list(models or [terminal.FAMILY_PREFIX + name for name in family.FAMILY])
     if draft is not None:
         names.append(draft)
     if threads is None and not models:

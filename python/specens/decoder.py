@@ -65,7 +65,7 @@ class SpeculativeDecoder:
         weights: Sequence[float] | None = None,
         ensemble: str = "mixture",
         schedule: str = "alternating",
-        num_speculative_tokens: int | Sequence[int] = 4,
+        num_speculative_tokens: int | Sequence[int] | None = None,
         proposer: int | None = None,
         order: Sequence[int] | None = None,
         draft: Any = None,
@@ -84,7 +84,9 @@ class SpeculativeDecoder:
             ensemble: "mixture" or "product"; see `specens_kernels.ensembles`.
             schedule: "plain", "component", "speculative" or "alternating"; see `schedules.py`.
             num_speculative_tokens: >= 1. Tokens per proposal; for "alternating" also one number per
-                member, in `order` (a single number is the first one's; the others propose 1).
+                member, in `order` (a single number is the first one's; the others propose 1). None
+                is 4 for "speculative" and 1 for "alternating", which then never makes more calls
+                than "plain".
             proposer: "speculative": the member that drafts. None is the cheapest, or `draft`.
             order: "alternating": the rotation, default proposer first. None is cheapest first.
             draft: "speculative": a causal LM outside the ensemble that drafts.
@@ -226,10 +228,12 @@ class SpeculativeDecoder:
     def _schedule(
         self,
         name: str,
-        num_speculative_tokens: int | Sequence[int],
+        num_speculative_tokens: int | Sequence[int] | None,
         proposer: int | None,
         order: Sequence[int] | None,
     ) -> Schedule:
+        if num_speculative_tokens is None:
+            num_speculative_tokens = 4 if name == "speculative" else 1
         gammas = (
             [num_speculative_tokens]
             if isinstance(num_speculative_tokens, int)

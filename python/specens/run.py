@@ -86,17 +86,22 @@ class _Laws:
 
         Where a row has fewer laws than `count`, the rest of its rows hold anything.
         """
+        newest = self.chunks[-1]
+        if len(rows) == newest.logits.shape[0] == 1:
+            _, first, held = newest.places.get(rows[0], (0, 0, 0))
+            if 0 <= (offset := begins[0] - first) <= held - count:
+                return newest.logits[:, offset : offset + count]
         pieces = [self._pieces(row, begin, count) for row, begin in zip(rows, begins, strict=True)]
-        first = pieces[0]
-        if first and all(
-            len(mine) == len(first)
+        head = pieces[0]
+        if head and all(
+            len(mine) == len(head)
             and all(
                 a[0] is b[0] and a[2:] == b[2:] and a[1] == k and len(a[0].logits) == len(rows)
-                for a, b in zip(mine, first, strict=True)
+                for a, b in zip(mine, head, strict=True)
             )
             for k, mine in enumerate(pieces)
         ):
-            parts = [chunk.logits[:, at : at + size] for chunk, _, at, size in first]
+            parts = [chunk.logits[:, at : at + size] for chunk, _, at, size in head]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         sample_chunk = next(mine for mine in pieces if mine)[0][0].logits
         laws = sample_chunk.new_empty(len(rows), count, sample_chunk.shape[-1])
@@ -230,11 +235,9 @@ class Run:
 
     def propose(self, member: int, rows: Sequence[Row], counts: Sequence[int]) -> None:
         """Append counts[k] tokens drawn from the member one by one; fewer where the text ends."""
+        counts = [min(n, self.room(row)) for row, n in zip(rows, counts, strict=True)]
         for step in range(max(counts, default=0)):
             active = [row for row, n in zip(rows, counts, strict=True) if step < n]
-            active = [row for row in active if self.room(row) > 0]
-            if not active:
-                return
             self.feed(member, active)
             self.draw(member, active)
 
@@ -336,15 +339,9 @@ class Run:
 
     def _commit(self, verification: Verification, verdict: Verdict) -> dict[int, list[int]]:
         """Append what was emitted, cut where a row ends, and take back what was not kept."""
-        # The turn's one copy from device to host.
-        packed = torch.cat(
-            (verdict.tokens, verdict.num_accepted[:, None], verdict.status[:, None]), 1
-        ).tolist()
         emitted: dict[int, list[int]] = {}
-        for k, (row, drafts) in enumerate(
-            zip(verification.rows, verification.num_drafts, strict=True)
-        ):
-            *tokens, num_accepted, status = packed[k]
+        on_host = zip(verification.rows, verification.num_drafts, *_to_host(verdict), strict=True)
+        for k, (row, drafts, tokens, num_accepted, status) in enumerate(on_host):
             new = tokens[: num_accepted + 1 if tokens[num_accepted] != PADDING else num_accepted]
             replaced = len(new) > num_accepted
             column = row.pad + row.length
@@ -456,3 +453,12 @@ class Run:
                 prefix = self.text[row.index : row.index + 1, : row.pad + start + 1 + j]
                 logits[k, j] = processors(prefix, logits[k : k + 1, j])[0]
         return logits
+
+
+def _to_host(verdict: Verdict) -> tuple[list[list[int]], list[int], list[int]]:
+    """Tokens, accepted counts and status as lists: the turn's one copy from device to host."""
+    tokens, num_accepted, status = verdict.tokens, verdict.num_accepted, verdict.status
+    if tokens.is_cpu:
+        return tokens.tolist(), num_accepted.tolist(), status.tolist()
+    packed = torch.cat((tokens, num_accepted[:, None], status[:, None]), 1).tolist()
+    return [row[:-2] for row in packed], [row[-2] for row in packed], [row[-1] for row in packed]

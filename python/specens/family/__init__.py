@@ -10,9 +10,7 @@ and add its name to `FAMILY`.
 from importlib.resources import files
 from pathlib import Path
 
-MEMBERS = ("code", "prose")
-DRAFT = "draft"
-FAMILY = (*MEMBERS, DRAFT)
+FAMILY = ("code", "prose", "draft")
 
 # What the demo and the benchmarks of the command line ask them to continue.
 PROMPTS = (
