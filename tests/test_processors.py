@@ -177,6 +177,19 @@ def test_a_processor_sees_the_prefix_of_each_position(schedule, models):
         assert set(asked) - committed, "no proposal was taken back"
 
 
+def test_component_runs_processors_for_the_member_it_draws(models):
+    """Not for the positions that a member catches up on."""
+    recorder = Recorder()
+    text = decoder(models, 3, "component", seed=0).generate(
+        **prompts((5,), VOCAB_SIZE),
+        max_new_tokens=20,
+        do_sample=True,
+        top_k=0,
+        logits_processor=LogitsProcessorList([recorder]),
+    )
+    assert recorder.prefixes == [tuple(text[0, :at].tolist()) for at in range(5, 25)]
+
+
 def test_processors_run_once_for_each_law(models):
     """A member that is never rolled back is asked about each position once."""
     recorder = Recorder()

@@ -247,6 +247,19 @@ def test_component_makes_one_call_a_token(models):
         assert abs(calls - 200 * weight) < 4 * math.sqrt(200 * weight * (1 - weight))
 
 
+def test_component_catches_up_on_any_number_of_tokens(models):
+    """A member that is seldom drawn, in rows that are far apart: text is that of a row alone."""
+    decoder = SpeculativeDecoder(models[:2], weights=[0.9, 0.1], schedule="component")
+    inputs = prompts((40, 1, 2, 38), VOCAB_SIZE)
+    settings = {"max_new_tokens": 40, "do_sample": True, "top_k": 0}
+    together = decoder.generate(**inputs, **settings, seed=0)
+    assert 0 < decoder.statistics.calls[1] < 40
+    for row, length in enumerate((40, 1, 2, 38)):
+        prompt = inputs["input_ids"][row : row + 1, 40 - length :]
+        alone = decoder.generate(prompt, **settings, seed=row, attention_mask=prompt >= 0)
+        assert torch.equal(together[row, 40:], alone[0, length:])
+
+
 def test_plain_calls_every_member_for_every_token(models):
     decoder = SpeculativeDecoder(models[:3], schedule="plain")
     write(decoder)

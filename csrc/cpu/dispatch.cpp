@@ -115,11 +115,11 @@ const char* cpu_isa() { return kernels().name; }
 
 double exponential(double x) {
   double values[1] = {x};
-  baseline::exp_f64<double, int64_t>(values);
+  baseline::exp_f64<double, uint64_t>(values);
   return values[0];
 }
 
-double logarithm(double x) { return baseline::log_f64<double, int64_t>(x); }
+double logarithm(double x) { return baseline::log_f64<double, uint64_t>(x); }
 
 float load_value(const void* row, DType dtype, int64_t index) {
   using baseline::bits;

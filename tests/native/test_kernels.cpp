@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -43,9 +44,8 @@ constexpr bool kThreadSanitizer = false;
 
 // Sizes around every block, sub-tile and tile; the last is large enough for four threads at one
 // row.
-constexpr int64_t kVocabularies[] = {2,    3,    17,    63,   64,   65,   1,
-                                     255,  1000, 70000, 1023, 1024, 1025, 1087,
-                                     2048, 4097, 8191,  8192, 8193, 20000};
+constexpr int64_t kVocabularies[] = {2,    3,    17,   63,   64,   65,   1,    255,  1000, 70000,
+                                     1023, 1024, 1025, 1087, 2048, 4097, 8191, 8192, 8193, 20000};
 constexpr int kSituations = 20 * 20;
 // A situation holds no more logits than this.
 constexpr int64_t kLogits = 330000;
@@ -319,6 +319,13 @@ void set_weights(Random& random, Situation& s) {
   }
 }
 
+// Neither an id below `count` nor the padding.
+int64_t invalid_id(Random& random, int64_t count, bool wide) {
+  const int64_t narrow[] = {-2, count, count + 1, INT32_MIN, INT32_MAX};
+  if (!wide || random.one_in(2)) return random.pick(narrow);
+  return random.pick({int64_t{1} << 40, INT64_MIN, INT64_MAX, (int64_t{1} << 32) - 1});
+}
+
 void set_drafts(Random& random, Situation& s) {
   s.draft_tokens = {s.batch, s.nodes, 1};
   s.wide_tokens = random.one_in(2);
@@ -337,9 +344,7 @@ void set_drafts(Random& random, Situation& s) {
       } else if (kind == 8) {
         token = random.one_in(2) ? 0 : s.vocab_size - 1;
       } else if (kind == 9) {
-        const int64_t odd[] = {-2, s.vocab_size, s.wide_tokens ? int64_t{1} << 40 : INT32_MAX,
-                               INT32_MIN};
-        token = random.pick(odd);
+        token = invalid_id(random, s.vocab_size, s.wide_tokens);
       } else if (kind == 10) {
         token = specens::kPadding;
       }
@@ -352,9 +357,8 @@ void set_drafts(Random& random, Situation& s) {
     s.draft = {make_member(random, s.batch, s.nodes + random.below(2), s.vocab_size)};
   } else if (kind < 3) {
     s.proposers = table<int64_t>(random, s.batch, s.nodes, 1, [&]() -> int64_t {
-      const int64_t odd[] = {-2, s.num_members(), s.wide_proposers ? int64_t{1} << 40 : INT32_MAX,
-                             INT32_MIN};
-      return random.one_in(16) ? random.pick(odd) : random.below(s.num_members() + 1) - 1;
+      return random.one_in(16) ? invalid_id(random, s.num_members(), s.wide_proposers)
+                               : random.below(s.num_members() + 1) - 1;
     });
   }
   s.draft_temperature = table<float>(
@@ -380,7 +384,8 @@ Situation situation(uint64_t seed) {
   Random random(seed);
   Situation s;
   s.vocab_size = kVocabularies[seed % std::size(kVocabularies)];
-  const int64_t members = 1 + random.below(4);
+  const bool many = s.vocab_size < specens::kTile && random.one_in(16);
+  const int64_t members = many ? specens::kMaxMembers : 1 + random.below(4);
   s.batch = 1 + random.below(3);
   s.nodes = random.pick({0, 1, 2, 3, 3, 5});
   if (s.vocab_size > specens::kTile) {
@@ -637,6 +642,12 @@ struct Sampled {
   }
 };
 
+struct Swept {
+  std::vector<double> total;
+
+  bool operator==(const Swept& other) const { return same(total, other.total); }
+};
+
 struct Verdict {
   std::vector<int64_t> tokens;
   std::vector<float> log_probs;
@@ -684,11 +695,11 @@ Verdict run_verify(const Situation& s, const Inputs& inputs, int threads, bool m
           status.take()};
 }
 
-std::vector<double> run_floor_sweep(const Situation& s, const Inputs& inputs, int threads) {
+Swept run_floor_sweep(const Situation& s, const Inputs& inputs, int threads) {
   const double total =
       specens::floor_sweep(inputs.ensemble().members, inputs.ensemble().num_members, s.batch,
                            s.rows, s.vocab_size, threads);
-  return {std::isnan(total) ? std::nan("") : total};
+  return {{std::isnan(total) ? std::nan("") : total}};
 }
 
 // --- what must hold
@@ -1067,8 +1078,9 @@ uint64_t run_situation(uint64_t seed) {
   const auto sweep = [&](const Inputs& inputs, int threads, bool) {
     return run_floor_sweep(s, inputs, threads);
   };
-  digest.add(repeat("floor_sweep", s, one, other, sweep,
-                    [&](const std::vector<double>& total) { check_floor_sweep(s, total[0]); }));
+  const Swept swept = repeat("floor_sweep", s, one, other, sweep,
+                             [&](const Swept& result) { check_floor_sweep(s, result.total[0]); });
+  digest.add(swept.total);
   expect(one.untouched() && other.untouched(), "an input was written to", 0);
   return digest.value();
 }
@@ -1266,9 +1278,11 @@ std::vector<uint64_t> run_on(const std::string& isa, const std::vector<Step>& al
   const size_t done = std::fread(digests.data(), sizeof(uint64_t), all.size(), file);
   std::fclose(file);
   if (status != 0 || done != all.size()) {
-    const uint64_t seed = done < all.size() ? all[done].seed : 0;
-    std::fprintf(stderr, "FAILED: %s ended with status %d after %zu of %zu steps, seed %llu\n",
-                 isa.c_str(), status, done, all.size(), static_cast<unsigned long long>(seed));
+    if (done < all.size() && all[done].run == run_situation) situation(all[done].seed);
+    std::fprintf(stderr, "FAILED: %s ended with status %d after %zu of %zu steps, seed %llu%s\n",
+                 isa.c_str(), status, done, all.size(),
+                 static_cast<unsigned long long>(done < all.size() ? all[done].seed : 0),
+                 context.about.c_str());
     std::exit(1);
   }
   return digests;
