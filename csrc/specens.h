@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The native entry points and their parameters: plain structs over addresses, shapes and strides.
-// What an op means is specens_kernels/reference.py; nothing here knows torch. Strides count elements.
-// To add an op: its parameters and entry here, its file in csrc/cpu, its binding in bindings.cpp.
+// What an op means is specens_kernels/reference.py; nothing here knows torch. Strides count
+// elements. To add an op: its parameters and entry here, its file in csrc/cpu, its binding in
+// bindings.cpp.
 #pragma once
 
 #include <cstdint>
@@ -112,16 +113,16 @@ struct VerifyParams {
   bool bonus;
   int64_t batch;
   int64_t nodes;
-  Integers draft_tokens;     // (B, N)
-  Integers proposers;        // (B, N); null data: a point mass everywhere
-  Values<float> uniforms;    // (B, N + 1, 4)
-  Logits draft_logits;       // (B, N or N + 1, V); null data: none
+  Integers draft_tokens;   // (B, N)
+  Integers proposers;      // (B, N); null data: a point mass everywhere
+  Values<float> uniforms;  // (B, N + 1, 4)
+  Logits draft_logits;     // (B, N or N + 1, V); null data: none
   Values<float> draft_temperature;
-  int64_t* tokens;           // (B, N + 1)
-  float* log_probs;          // (B, N + 1)
-  int32_t* num_accepted;     // (B,)
-  int32_t* path;             // (B, N)
-  int32_t* status;           // (B,)
+  int64_t* tokens;        // (B, N + 1)
+  float* log_probs;       // (B, N + 1)
+  int32_t* num_accepted;  // (B,)
+  int32_t* path;          // (B, N)
+  int32_t* status;        // (B,)
 };
 
 // `threads` bounds the team; results do not depend on it.

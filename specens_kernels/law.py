@@ -49,9 +49,7 @@ class Law:
     scope: str = "member"
     plausibility: float = 0.0
     vocab_size: int | None = None
-    _tensors: dict[torch.device, "_Known"] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _tensors: dict[torch.device, "_Known"] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check every number that is known now."""

@@ -182,7 +182,7 @@ def _weights(weights: Tensor) -> tuple[int, int, int, int]:
         return weights.data_ptr(), 0, 0, strides[0]
     if len(strides) == 2:
         return weights.data_ptr(), strides[0], 0, strides[1]
-    return weights.data_ptr(), *strides
+    return weights.data_ptr(), strides[0], strides[1], strides[2]
 
 
 def _per_row(value: Tensor) -> tuple[int, int, int, int]:

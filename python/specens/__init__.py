@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .abilities import Probe, probe
     from .decoder import SpeculativeDecoder, SpeculativeOutput
     from .members import Member, member
-    from .abilities import Probe, probe
     from .statistics import Statistics
 
 __all__ = [

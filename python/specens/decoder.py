@@ -7,7 +7,6 @@ What is checked about the user's arguments is checked here.
 """
 
 import functools
-import inspect
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, Status
 
-from .members import Member, member
+from .members import member
 from .processors import Stopper, Warp, per_row, split
 from .run import Run
 from .schedules import SCHEDULES, Alternating, Component, Plain, Schedule, Speculative

@@ -19,8 +19,8 @@ from rich.table import Table
 from . import family
 
 if TYPE_CHECKING:
-    from .benchmark import Row
     from .abilities import Probe
+    from .benchmark import Row
     from .statistics import Statistics
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -39,4 +39,4 @@ def shared_vocabulary(models: Sequence[Any], tokenizers: Sequence[Any] | None) -
                 f"decoder: tokenizers: expected the same token for every id, got {len(differing)} "
                 f"that differ between models 0 and {place} ({shown})"
             )
-    return min(*widths, max(first) + 1) if len(widths) > 1 else min(widths[0], max(first) + 1)
+    return min([*widths, int(max(first)) + 1])

@@ -742,7 +742,7 @@ void check_mix(const Situation& s, const Mixed& mixed) {
 }
 
 // The error of a probability whose logarithm was rounded to float, relative to it.
-double slack(double log_prob) { return 1e-5 + 1.2e-7 * std::fabs(log_prob); }
+double slack(double log_prob) { return 1e-5 + 1.2e-7 * std::min(std::fabs(log_prob), 1e3); }
 
 // Whether one uniform, up to `error`, picks [first, last) out of [begin, end).
 void check_pick(const std::vector<double>& mass, const std::vector<double>& scale, float number,
