@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specens_kernels import ENSEMBLES, Ensemble, Law, mix
+from specens_kernels import ENSEMBLES, Ensemble, Law, Status, mix
 
 INF = math.inf
 EVERY = pytest.mark.parametrize("ensemble", ENSEMBLES.values(), ids=lambda e: e.name)
@@ -144,6 +144,18 @@ def test_infinities_of_a_product_that_cancel_are_a_veto(backend: str) -> None:
     first[..., 5] = INF
     mass = probs([first, second], law)
     assert (mass[..., 5] == 1).all()
+
+
+def test_an_infinite_logit_takes_all_the_mass_of_its_member(backend: str) -> None:
+    """Before the fold if members are warped, so the others' tokens are gone; else after it."""
+    first, second = members(2)
+    first[..., 3], second[..., 3] = INF, -INF
+    log_probs, status = mix([first, second], Law((0.5, 0.5), "product"))
+    assert torch.isneginf(log_probs).all()
+    assert (status == Status.INFINITE_LOGITS | Status.EMPTY_LAW).all()
+    mass = probs([first, second], Law((0.5, 0.5), "product", scope="ensemble"))
+    assert (mass[..., 3] == 0).all()
+    assert (mass[..., :3] > 0).all()
 
 
 def test_no_member_vetoes_a_token_of_a_mixture(backend: str) -> None:

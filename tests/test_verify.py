@@ -294,12 +294,13 @@ def test_nodes_that_hang_nowhere_are_not_visited(backend: str) -> None:
     """A parent that is no earlier node is never reached, whatever its number; the root has none."""
     logits = [torch.randn(3, 5, 20)]
     draft = torch.randint(0, 20, (3, 4))
-    numbers = coins(3, 4, 0.1)
+    numbers = coins(3, 4, 0.0)
     lost = draft.clone()
-    lost[:, 1] = lost[:, 3] = PADDING
-    expected = verify(logits, lost, numbers, Law(), parents=ints(-1, 0, 0, 1, 0))
+    lost[:, 0] = lost[:, 2] = PADDING
+    expected = verify(logits, lost, numbers, Law(), parents=ints(-1, 0, 0, 0, 2))
+    assert expected.path[:, :2].tolist() == [[2, 4]] * 3
     for nowhere in (-1, -7, 99, 2**31 - 1, -(2**31)):
-        parents = ints(0, 0, nowhere, 1, nowhere)
+        parents = ints(0, nowhere, 0, nowhere, 2)
         assert_same(verify(logits, draft, numbers, Law(), parents=parents), expected)
 
 
@@ -457,6 +458,33 @@ def test_a_draft_has_its_own_temperature(backend: str, temperature: Tensor) -> N
     assert not torch.equal(default.tokens, expected.tokens)
 
 
+def test_each_row_has_its_own_draft_temperature(backend: str) -> None:
+    logits = [2 * torch.randn(6, 3, 30) for _ in range(2)]
+    draft = logits[1][:, :2].argmax(-1)
+    numbers = coins(6, 2, 0.7)
+    temperature = torch.linspace(0.3, 2.0, 6)
+    together = verify(
+        logits,
+        draft,
+        numbers,
+        Law(HALVES),
+        draft_logits=logits[1],
+        draft_temperature=temperature,
+    )
+    for b in range(6):
+        row = slice(b, b + 1)
+        alone = verify(
+            [member[row] for member in logits],
+            draft[row],
+            numbers[row],
+            Law(HALVES),
+            draft_logits=logits[1][row],
+            draft_temperature=temperature[b],
+        )
+        assert_same(together, alone, row)
+    assert together.num_accepted.max() > together.num_accepted.min()
+
+
 def test_no_proposer_is_a_point_mass(backend: str) -> None:
     logits = [torch.randn(6, 3, 30)]
     draft = torch.randint(0, 30, (6, 2))
@@ -511,6 +539,19 @@ def test_greedy_emits_the_argmax_whatever_the_draft(backend: str, how: str) -> N
                 assert verdict.num_accepted[b] == matches
                 assert verdict.tokens[b, : matches + 1].tolist() == best[b, : matches + 1].tolist()
             assert not verdict.status.any()
+
+
+def test_a_greedy_row_does_not_look_at_the_draft(backend: str) -> None:
+    logits = torch.randn(2, 3, 9)
+    verdict = verify(
+        [logits],
+        logits[:, :2].argmax(-1),
+        coins(2, 2, TOP),
+        Law(temperature=0.0),
+        draft_logits=torch.full((2, 2, 9), NAN),
+    )
+    assert verdict.num_accepted.tolist() == [2, 2]
+    assert verdict.status.tolist() == [0, 0]
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens(backend: str) -> None:

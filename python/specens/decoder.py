@@ -159,6 +159,7 @@ class SpeculativeDecoder:
         loop = functools.partial(self, streamer=streamer, seed=seed)
         return self.models[0].generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
 
+    # Not inference_mode: what a model keeps of a forward must stay usable outside of it.
     @torch.no_grad()
     def __call__(
         self,
@@ -192,30 +193,29 @@ class SpeculativeDecoder:
             )
         statistics = Statistics([m.name for m in self.members])
         stopper = Stopper(stopping_criteria, generation_config)
-        with torch.inference_mode():
-            run = Run(
-                self.members,
-                num_ensemble=self.num_ensemble,
-                law=self._law(warp),
-                member_laws=[self._member_law(warp)] * len(self.members),
-                schedule=self.schedule,
-                acceptance=self.acceptance,
-                lenience=self.lenience,
-                input_ids=input_ids,
-                lengths=lengths,
-                seeds=self._seeds(seed if seed is not None else self.seed, input_ids),
-                processors=per_row(processors, batch),
-                stopper=stopper,
-                statistics=statistics,
-            )
-            began = time.perf_counter()
-            while run.rows:
-                emitted = run.turn()
-                if streamer is not None:
-                    streamer.put(torch.tensor(emitted[0]))
-            statistics.decode_seconds = time.perf_counter() - began
+        run = Run(
+            self.members,
+            num_ensemble=self.num_ensemble,
+            law=self._law(warp),
+            member_laws=[self._member_law(warp)] * len(self.members),
+            schedule=self.schedule,
+            acceptance=self.acceptance,
+            lenience=self.lenience,
+            input_ids=input_ids,
+            lengths=lengths,
+            seeds=self._seeds(seed if seed is not None else self.seed, input_ids),
+            processors=per_row(processors, batch),
+            stopper=stopper,
+            statistics=statistics,
+        )
+        began = time.perf_counter()
+        while run.rows:
+            emitted = run.turn()
             if streamer is not None:
-                streamer.end()
+                streamer.put(torch.tensor(emitted[0]))
+        statistics.decode_seconds = time.perf_counter() - began
+        if streamer is not None:
+            streamer.end()
         if statistics.status:
             names = ", ".join(str(bit.name) for bit in Status if bit & statistics.status)
             _logger.warning("generate: degenerate logits: %s", names)
