@@ -115,6 +115,9 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: Stream | int, *, index: i
         raise _wrong("uniforms", "positions", f"(B={seeds.shape[0]}, T) or (1, T)", positions)
     if seeds.device != positions.device:
         raise _wrong("uniforms", "positions", f"device {seeds.device}", positions)
+    for name, value in (("stream", int(stream)), ("index", index)):
+        if not 0 <= value < 2**32:
+            raise ValueError(f"uniforms: {name}: expected an integer in [0, 2^32), got {value}")
     numbers: Tensor = _op_uniforms(seeds, positions, int(stream), index)
     return numbers
 
@@ -249,8 +252,14 @@ def verify(
             raise _wrong("verify", "draft_logits", "contiguous rows", draft_logits)
     if draft_temperature is not None:
         shape = draft_temperature.shape
-        if len(shape) > 1 or (len(shape) == 1 and shape[0] not in (1, batch)):
-            raise _wrong("verify", "draft_temperature", f"() or (B={batch},)", draft_temperature)
+        if (
+            len(shape) > 1
+            or (len(shape) == 1 and shape[0] not in (1, batch))
+            or draft_temperature.dtype not in _FLOATS
+            or draft_temperature.device != device
+        ):
+            expected = f"() or (B={batch},) float on {device}"
+            raise _wrong("verify", "draft_temperature", expected, draft_temperature)
         draft_temperature = draft_temperature.reshape(-1)
     return Verdict(
         *_op_verify(

@@ -24,6 +24,8 @@ from .ensembles import ENSEMBLES
 TILE = 8192
 SUB_TILE = 1024
 PADDING = -1
+# A residual of less mass than this, of a target of mass 1, is rounding: it is empty.
+LEAST_RESIDUAL = 2.0**-40
 
 # Status bits, one word a row: what a degenerate input did. Only what was consulted is reported.
 NAN_LOGITS = 1  # a NaN logit; it counted as -inf
@@ -418,7 +420,7 @@ class _Sequence(NamedTuple):
             if self.coins[child] * draft[token] < kept[token]:
                 return _Step(child, None, log_probs, status)
             residual = (mass - kept).clamp(min=0)
-            if residual.sum() > 0:
+            if residual.sum() > LEAST_RESIDUAL * mass.sum():
                 mass = residual / residual.sum()
             elif not greedy and mass.sum() > 0:
                 status |= EMPTY_RESIDUAL

@@ -362,9 +362,10 @@ def two_tokens(count: int, draft_stream: Stream) -> tuple[Tensor, Tensor]:
     return torch.bincount(tokens[:, 0] * 4 + second, minlength=16), joint.flatten()
 
 
-FEWER = [("native", 200_000), pytest.param("reference", 800, marks=pytest.mark.slow)]
+FEWER = [("native", 200_000), ("reference", 800)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "count"), FEWER, indirect=["backend"])
 def test_two_tokens_drafted_and_verified_with_one_seed_fit_the_target(
     backend: str, count: int
@@ -373,6 +374,7 @@ def test_two_tokens_drafted_and_verified_with_one_seed_fit_the_target(
     assert laws.chi_square(counts, joint).p_value > P_VALUE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "count"), FEWER, indirect=["backend"])
 def test_that_fit_rejects_numbers_shared_by_draft_and_residual(backend: str, count: int) -> None:
     counts, joint = two_tokens(count, Stream.VERIFY)

@@ -12,6 +12,8 @@ namespace {
 
 // Below this total the rounding of single precision would show in a residual's masses.
 constexpr double kLeastSingleResidual = 1e-4;
+// Less than this is rounding, and the residual empty; the reference's LEAST_RESIDUAL.
+constexpr double kLeastResidual = 0x1p-40;
 
 constexpr int kSubTilesPerPiece = 8;
 
@@ -69,7 +71,7 @@ bool Residual::measure_point() {
   fill(false, sub_tile, buffer);
   std::copy_n(target_.masses(), target_.sub_tiles(), masses_.get());
   masses_[sub_tile] = sum(buffer, target_.count(sub_tile));
-  return sum(masses_.get(), target_.sub_tiles()) > 0.0;
+  return sum(masses_.get(), target_.sub_tiles()) > kLeastResidual;
 }
 
 bool Residual::measure_dense(bool single) {
@@ -87,7 +89,7 @@ bool Residual::measure_dense(bool single) {
         fill(true, sub_tile, buffer);
         masses_[index] = sum(buffer, target_.count(sub_tile));
       });
-  return sum(masses_.get(), target_.sub_tiles()) > (single ? kLeastSingleResidual : 0.0);
+  return sum(masses_.get(), target_.sub_tiles()) > (single ? kLeastSingleResidual : kLeastResidual);
 }
 
 bool Residual::draw_from(bool dense, const double (&numbers)[3], int64_t* token) {

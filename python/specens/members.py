@@ -260,6 +260,10 @@ class SlotMember(Member):
             first = to_device(starts, self.device)
             positions = first[:, None] + self._positions.narrow(1, 0, q)
             plan.slots = positions
+        if min(counts) < q:
+            # Padding takes its row's last position: the next ones may be more than the model has.
+            lasts = [start + max(count, 1) - 1 for start, count in zip(starts, counts, strict=True)]
+            positions = torch.minimum(positions, to_device(lasts, self.device)[:, None])
         if self._masks.skip(plan, q):
             mask = self._masks.nothing
         else:
