@@ -323,7 +323,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: verify(
             two(), DRAFT, NUMBERS, HALVES, draft_logits=two()[0], draft_temperature=torch.ones(3)
         ),
-        "verify: draft_temperature: expected () or (B=2,), got (3,) float32 on cpu",
+        "verify: draft_temperature: expected () or (B=2,) float on cpu, got (3,) float32 on cpu",
     ),
 ]
 

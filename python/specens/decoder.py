@@ -241,6 +241,12 @@ class SpeculativeDecoder:
         single = isinstance(num_speculative_tokens, int)
         if not gammas or any(not isinstance(n, int) or n < 1 for n in gammas):
             raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
+        for argument, value, user in (
+            ("proposer", proposer, "speculative"),
+            ("order", order, "alternating"),
+        ):
+            if value is not None and name != user:
+                raise _wrong(argument, f"None for schedule {name!r}", value)
         size = self.num_ensemble
         by_cost = sorted(range(size), key=lambda m: _num_parameters(self.models[m]))
         if name == "plain":
