@@ -907,6 +907,11 @@ def test_a_call_leaves_no_memory_behind(models):
             {"schedule": "speculative", "proposer": -1},
             "decoder: proposer: expected None with a draft, else 0 to 1, got -1",
         ),
+        ({"proposer": 0}, "decoder: proposer: expected None for schedule 'alternating', got 0"),
+        (
+            {"schedule": "speculative", "order": [0, 1]},
+            r"decoder: order: expected None for schedule 'speculative', got \[0, 1\]",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(options, message, models):
