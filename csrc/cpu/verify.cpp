@@ -12,8 +12,11 @@ namespace {
 
 // Below this total the rounding of single precision would show in a residual's masses.
 constexpr double kLeastSingleResidual = 1e-4;
-// Less than this is rounding, and the residual empty; the reference's LEAST_RESIDUAL.
-constexpr double kLeastResidual = 0x1p-40;
+
+// A residual of less mass is rounding, and empty: of normalisers, good to about 1e-7, where two laws
+// are compared, else of doubles (LEAST_RESIDUAL of the reference).
+constexpr double kLeastDenseResidual = 0x1p-22;
+constexpr double kLeastPointResidual = 0x1p-40;
 
 constexpr int kSubTilesPerPiece = 8;
 
@@ -71,7 +74,7 @@ bool Residual::measure_point() {
   fill(false, sub_tile, buffer);
   std::copy_n(target_.masses(), target_.sub_tiles(), masses_.get());
   masses_[sub_tile] = sum(buffer, target_.count(sub_tile));
-  return sum(masses_.get(), target_.sub_tiles()) > kLeastResidual;
+  return sum(masses_.get(), target_.sub_tiles()) > kLeastPointResidual;
 }
 
 bool Residual::measure_dense(bool single) {
@@ -89,7 +92,8 @@ bool Residual::measure_dense(bool single) {
         fill(true, sub_tile, buffer);
         masses_[index] = sum(buffer, target_.count(sub_tile));
       });
-  return sum(masses_.get(), target_.sub_tiles()) > (single ? kLeastSingleResidual : kLeastResidual);
+  return sum(masses_.get(), target_.sub_tiles()) >
+         (single ? kLeastSingleResidual : kLeastDenseResidual);
 }
 
 bool Residual::draw_from(bool dense, const double (&numbers)[3], int64_t* token) {

@@ -962,6 +962,7 @@ class Walk {
     const double enough = kept(s_, mass[child], draft[child]);
     const double least = error * std::max(coin, enough) + 1e-300;
     expect(accepted ? coin < enough + least : coin >= enough - least, "accepted", accepted);
+    expect(!accepted || row[child] > -kInf, "a token without mass was accepted", double(child));
     if (accepted) return;
     double total = 0.0;
     std::vector<double> residual(mass.size()), scale(mass.size());
