@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module specens_kernels._C: each function takes one flat list of addresses, strides and numbers,
-// in the order that specens_kernels/native.py writes them, and releases the GIL while it runs. Python
-// has checked every shape; what is checked here is that the two files agree.
+// The module specens_kernels._C: each function takes one flat list of addresses, strides and
+// numbers, in the order that specens_kernels/native.py writes them, and releases the GIL while it
+// runs. Python has checked every shape; what is checked here is that the two files agree.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

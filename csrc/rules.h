@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Acceptance rules and ensembles: the arithmetic of specens_kernels/acceptance.py and ensembles.py,
-// for scalars, vectors and CUDA threads alike, and the names under which Python finds it. To add one:
-// its functor, its id, its line in the table and in the dispatch below.
+// for scalars, vectors and CUDA threads alike, and the names under which Python finds it. To add
+// one: its functor, its id, its line in the table and in the dispatch below.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -15,7 +15,8 @@ namespace specens {
 SPECENS_HOST_DEVICE float minimum(float a, float b) { return a < b ? a : b; }
 SPECENS_HOST_DEVICE double minimum(double a, double b) { return a < b ? a : b; }
 
-// --- acceptance rules: kept(target, draft, lenience), the mass of each token that is kept ---------
+// --- acceptance rules: kept(target, draft, lenience), the mass of each token that is kept
+// ---------
 
 struct Rejection {
   template <typename T>
@@ -65,7 +66,8 @@ SPECENS_HOST_DEVICE auto with_rule(RuleId id, Function&& function) {
   }
 }
 
-// --- ensembles: fold(folded, value, weight), starting at 0 ----------------------------------------
+// --- ensembles: fold(folded, value, weight), starting at 0
+// ----------------------------------------
 
 struct WeightedSum {
   template <typename T>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The leaf kernels, each over one sub-tile of one row, and the choice among their builds. What stands
-// above this line is scalar C++; what stands below it, kernels.inc, is built once per instruction set,
-// with the same lanes and the same roundings in each, so that every set gives the same bits.
+// The leaf kernels, each over one sub-tile of one row, and the choice among their builds. What
+// stands above this line is scalar C++; what stands below it, kernels.inc, is built once per
+// instruction set, with the same lanes and the same roundings in each, so that every set gives the
+// same bits.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,8 @@ struct Span {
   int count;  // 1 to kSubTile
 };
 
-// Largest value of a sub-tile, and the sum of exp((value - max) / temperature). The sum is NaN if the
-// sub-tile holds a NaN or +inf; an empty sub-tile is {-inf, 0}.
+// Largest value of a sub-tile, and the sum of exp((value - max) / temperature). The sum is NaN if
+// the sub-tile holds a NaN or +inf; an empty sub-tile is {-inf, 0}.
 struct Peak {
   double max;
   double sum;
@@ -55,17 +56,18 @@ enum class Cleaning {
   kMask,      // values below the threshold become -inf, the rest 0
 };
 
-// Values below `cutoff` have no mass. Buffers hold kSubTile elements or more; what lies between `count`
-// and the next multiple of kLanes is written, and has no mass. Sums over a sub-tile (statistics and
-// residual) are made of single-precision exponentials and good to about 1e-8; masses are good to a few
-// units of the last place of a double.
+// Values below `cutoff` have no mass. Buffers hold kSubTile elements or more; what lies between
+// `count` and the next multiple of kLanes is written, and has no mass. Sums over a sub-tile
+// (statistics and residual) are made of single-precision exponentials and good to about 1e-8;
+// masses are good to a few units of the last place of a double.
 struct Kernels {
   const char* name;
   Peak (*statistics)(const Span& span, float cutoff, double inverse_temperature);
   // `statistics` without the sum, which is 1 or 0, or NaN.
   Peak (*maximum)(const Span& span);
   void (*clean)(const Span& span, Cleaning cleaning, float threshold, float* out);
-  // out += weight * value: -inf below the cutoff and for -inf, NaN for NaN. True if a NaN or +inf was seen.
+  // out += weight * value: -inf below the cutoff and for -inf, NaN for NaN. True if a NaN or +inf
+  // was seen.
   bool (*add_logits)(const Span& span, float cutoff, double weight, double* out);
   // out += weight * exp(law(value)).
   void (*add_masses)(const Span& span, float cutoff, const Affine& law, double weight, double* out);
@@ -79,7 +81,8 @@ struct Kernels {
   void (*below)(const double* values, int count, double cutoff, double top, float* out);
   // values = log(value), -inf for 0.
   void (*logarithms)(double* values, int count);
-  // Sum of max(target - kept(target, draft), 0); part `draft_part` of the target is the draft's law.
+  // Sum of max(target - kept(target, draft), 0); part `draft_part` of the target is the draft's
+  // law.
   double (*residual)(const Term* target, int count, const Term& draft, int draft_part, RuleId rule,
                      double lenience);
 };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k, top-p and min-p as one threshold on the value, found without sorting: values are counted, or
-// their masses added up, in buckets of equal width from the top down; the bucket in which the count
-// or the mass is reached is divided again, until what is left in it fits a small array.
+// Top-k, top-p and min-p as one threshold on the value, found without sorting: values are counted,
+// or their masses added up, in buckets of equal width from the top down; the bucket in which the
+// count or the mass is reached is divided again, until what is left in it fits a small array.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -41,8 +41,7 @@ struct Range {
 class Search {
  public:
   // Looks at the values >= floor of `law`.
-  Search(const Law& law, const Team& team, double floor)
-      : law_(law), team_(team), floor_(floor) {}
+  Search(const Law& law, const Team& team, double floor) : law_(law), team_(team), floor_(floor) {}
 
   // The k-th largest value; -inf if there are fewer.
   double kth_largest(int64_t k) { return descend(false, static_cast<double>(k)); }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Laws: sweeps, normalisers, single tokens and single sub-tiles. A sweep of healthy rows runs without
-// branches; a NaN or +inf shows in its sums and sends the law through `repair` and a second sweep.
+// Laws: sweeps, normalisers, single tokens and single sub-tiles. A sweep of healthy rows runs
+// without branches; a NaN or +inf shows in its sums and sends the law through `repair` and a second
+// sweep.
 #include "law.h"
 
 #include <cmath>
@@ -36,7 +37,8 @@ float round_up(double x) {
   return nearest < x ? std::nextafterf(nearest, kInfinityF) : nearest;
 }
 
-// --- what a law is --------------------------------------------------------------------------------
+// --- what a law is
+// --------------------------------------------------------------------------------
 
 void Law::attach(int64_t vocab_size, Peak* peaks, double* masses) {
   vocab_size_ = vocab_size;
@@ -132,12 +134,12 @@ double Law::lse() const {
   return infinite_ ? kInfinity : top_ * inverse_temperature_ + log_sum_;
 }
 
-// --- sweeps ---------------------------------------------------------------------------------------
+// --- sweeps
+// ---------------------------------------------------------------------------------------
 
 Span Law::span(const Source& source, int sub_tile, float* scratch) const {
   const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
-  const Span raw = {source.row + begin * element_size(source.dtype), source.dtype,
-                    count(sub_tile)};
+  const Span raw = {source.row + begin * element_size(source.dtype), source.dtype, count(sub_tile)};
   if (source.cleaning == Cleaning::kNone) return raw;
   kernels().clean(raw, source.cleaning, source.threshold, scratch);
   return {scratch, DType::kFloat32, raw.count};
@@ -193,8 +195,7 @@ void Law::scan(int sub_tile) {
 }
 
 void Law::scan_all(const Team& team) {
-  team.for_each(sub_tiles_, kSubTilesPerPiece,
-                [&](int, int64_t s) { scan(static_cast<int>(s)); });
+  team.for_each(sub_tiles_, kSubTilesPerPiece, [&](int, int64_t s) { scan(static_cast<int>(s)); });
 }
 
 bool Law::odd() const {
@@ -288,7 +289,8 @@ void measure(Law* const* laws, int count, const Team& team, bool tops_only) {
   for (int k = 0; k < count; ++k) laws[k]->normalise();
 }
 
-// --- tokens ---------------------------------------------------------------------------------------
+// --- tokens
+// ---------------------------------------------------------------------------------------
 
 double Law::value(int64_t token) const {
   if (is_mixture_) {
@@ -354,14 +356,15 @@ double Law::bound(int sub_tile) const {
 
 // Looks into sub-tiles from the highest bound down, until no bound is left that exceeds the best.
 int64_t Law::mixture_argmax(double* best) const {
-  // The peaks of a mixture are free before it is warped, and all that is needed of them is unpacked.
+  // The peaks of a mixture are free before it is warped, and all that is needed of them is
+  // unpacked.
   std::unique_ptr<double[]> bounds(new double[sub_tiles_]);
   for (int s = 0; s < sub_tiles_; ++s) bounds[s] = bound(s);
   *best = -1.0;
   int64_t token = 0;
   for (;;) {
-    const int s = static_cast<int>(std::max_element(bounds.get(), bounds.get() + sub_tiles_) -
-                                   bounds.get());
+    const int s =
+        static_cast<int>(std::max_element(bounds.get(), bounds.get() + sub_tiles_) - bounds.get());
     if (!(bounds[s] >= *best * (1.0 - kBoundSlack)) || bounds[s] < 0.0) return token;
     bounds[s] = -1.0;
     double masses[kSubTile] = {};
@@ -375,7 +378,8 @@ int64_t Law::mixture_argmax(double* best) const {
   }
 }
 
-// --- sub-tiles ------------------------------------------------------------------------------------
+// --- sub-tiles
+// ------------------------------------------------------------------------------------
 
 double Law::lower_bound(int sub_tile) const {
   return is_mixture_ ? masses_[sub_tile] : peaks_[sub_tile].max;
@@ -436,7 +440,8 @@ double Law::residual(int sub_tile, const Law& draft, RuleId rule, double lenienc
   return kernels().residual(terms, size, drafted, draft_part, rule, lenience);
 }
 
-// --- rows -----------------------------------------------------------------------------------------
+// --- rows
+// -----------------------------------------------------------------------------------------
 
 bool greedy_row(const Ensemble& ensemble, int64_t batch) {
   for (int k = 0; k < ensemble.num_members; ++k) {
@@ -666,9 +671,9 @@ double floor_sweep(const Logits* members, int num_members, int64_t batch, int64_
       const int64_t begin = piece % sub_tiles * kSubTile;
       const int64_t count = std::min<int64_t>(kSubTile, vocab_size - begin);
       const auto* data = static_cast<const char*>(row_of(member, row / rows, row % rows));
-      peaks[piece] = kernels().statistics({data + begin * element_size(member.dtype), member.dtype,
-                                           static_cast<int>(count)},
-                                          -kInfinityF, 1.0);
+      peaks[piece] = kernels().statistics(
+          {data + begin * element_size(member.dtype), member.dtype, static_cast<int>(count)},
+          -kInfinityF, 1.0);
     });
   });
   double total = 0.0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The laws at one row, without a vocabulary-sized buffer: a `Law` knows its rows, its normaliser and
-// the mass of each sub-tile, and computes anything else again from the logits. `RowLaws` makes the
-// ensemble's law and a proposer's at one (batch, row) after another; every op goes through it.
+// The laws at one row, without a vocabulary-sized buffer: a `Law` knows its rows, its normaliser
+// and the mass of each sub-tile, and computes anything else again from the logits. `RowLaws` makes
+// the ensemble's law and a proposer's at one (batch, row) after another; every op goes through it.
 #pragma once
 
 #include <cstdint>
@@ -38,9 +38,11 @@ struct Filter {
 };
 
 // One law over the vocabulary, of either kind:
-// * logits: a weighted sum of sources (one of weight 1 for a member alone), then the temperature and
+// * logits: a weighted sum of sources (one of weight 1 for a member alone), then the temperature
+// and
 //   the filter;
-// * a mixture of such laws, and, if it is warped, its logarithm, then the temperature and the filter.
+// * a mixture of such laws, and, if it is warped, its logarithm, then the temperature and the
+// filter.
 class Law {
  public:
   // Storage for a peak and a mass for each sub-tile, the latter rounded up to kLanes.
@@ -81,8 +83,8 @@ class Law {
   // The most probable token, the lowest id on ties; 0 if there is none.
   int64_t argmax() const;
 
-  // Before the temperature and the filter: an upper bound of a sub-tile's values, a lower bound of its
-  // largest, and the values themselves, -inf where there is no mass.
+  // Before the temperature and the filter: an upper bound of a sub-tile's values, a lower bound of
+  // its largest, and the values themselves, -inf where there is no mass.
   double upper_bound(int sub_tile) const { return peaks_[sub_tile].max; }
   double lower_bound(int sub_tile) const;
   void values(int sub_tile, double* out) const;
@@ -90,8 +92,8 @@ class Law {
   // Fillers of a buffer of kSubTile elements.
   void add_masses(int sub_tile, double weight, double* out) const;
   void log_probabilities(int sub_tile, double* out) const;
-  // The sum over a sub-tile of what a rule leaves of this law, in single precision; a warped mixture
-  // has no such sum.
+  // The sum over a sub-tile of what a rule leaves of this law, in single precision; a warped
+  // mixture has no such sum.
   bool has_single_precision() const { return !is_mixture_ || !warped_; }
   double residual(int sub_tile, const Law& draft, RuleId rule, double lenience) const;
 
@@ -133,11 +135,11 @@ class Law {
   double temperature_;
   double inverse_temperature_;
   Filter filter_;
-  bool hard_;           // temperature 0: the largest values share the mass
+  bool hard_;  // temperature 0: the largest values share the mass
   bool infinite_wins_;
-  bool repaired_;       // what `repair` found is taken care of
-  bool infinite_;       // the largest value is +inf; `top_` is then 0
-  bool cut_;            // the cutoff is known
+  bool repaired_;  // what `repair` found is taken care of
+  bool infinite_;  // the largest value is +inf; `top_` is then 0
+  bool cut_;       // the cutoff is known
   double cutoff_;
   double top_;
   double log_sum_;
@@ -145,8 +147,8 @@ class Law {
   int32_t status_;
 };
 
-// Sweeps the rows of these laws of logits and normalises them; with `tops_only`, finds their largest
-// values and cutoffs and no more.
+// Sweeps the rows of these laws of logits and normalises them; with `tops_only`, finds their
+// largest values and cutoffs and no more.
 void measure(Law* const* laws, int count, const Team& team, bool tops_only = false);
 
 // The least value of a law that its filter keeps; filters.cpp.
@@ -272,8 +274,8 @@ inline DrawNumbers draw_numbers(const Values<float>& uniforms, int64_t batch, in
 // The token that a block of uniforms draws; 0 from an empty law.
 int64_t draw_from(const Law& law, const Values<float>& uniforms, int64_t batch, int64_t row);
 
-// Calls function(laws, index) for every index below `count`, each about `sweeps` rows of work: on one
-// thread each where there are enough of them, else one after another with the whole team.
+// Calls function(laws, index) for every index below `count`, each about `sweeps` rows of work: on
+// one thread each where there are enough of them, else one after another with the whole team.
 template <typename Function>
 void for_each_row(const Ensemble& ensemble, int64_t count, int64_t sweeps, int threads,
                   const Function& function) {

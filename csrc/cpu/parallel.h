@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Threads: one parallel region for each call of an op, in which thread 0 runs the op and the others
-// help with its loops. Nobody waits for a helper that has not come, so a busy core costs its own share
-// and no more. A piece of a loop is a fixed part of the problem and is reduced in a fixed order
-// afterwards, whoever computed it: the number of threads never shows in a result.
+// help with its loops. Nobody waits for a helper that has not come, so a busy core costs its own
+// share and no more. A piece of a loop is a fixed part of the problem and is reduced in a fixed
+// order afterwards, whoever computed it: the number of threads never shows in a result.
 #pragma once
 
 #include <algorithm>

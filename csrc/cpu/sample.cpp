@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// `sample`: one sweep of a row for its law, then the walk to a token, which reads one sub-tile again.
+// `sample`: one sweep of a row for its law, then the walk to a token, which reads one sub-tile
+// again.
 #include "law.h"
 
 namespace specens {

@@ -32,10 +32,10 @@ void uniforms(const UniformsParams& params) {
     const auto seed = static_cast<uint64_t>(params.seeds.at(b));
     for (int64_t t = 0; t < params.rows; ++t) {
       const auto position = static_cast<uint64_t>(params.positions.at(b, t));
-      const Words block = philox({{static_cast<uint32_t>(position),
-                                   static_cast<uint32_t>(position >> 32), params.stream,
-                                   params.index}},
-                                 seed);
+      const Words block =
+          philox({{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
+                   params.stream, params.index}},
+                 seed);
       float* out = params.out + (b * params.rows + t) * 4;
       for (int i = 0; i < 4; ++i) out[i] = static_cast<float>(block.word[i] >> 8) * 0x1p-24f;
     }

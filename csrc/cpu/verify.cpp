@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// `verify` for chains: row after row, a sweep for the laws, then the draft token's coin against a few
-// gathered probabilities; the first rejection, or the end of the chain, emits a token and stops. Only
-// a rejected dense draft costs a second sweep, of its own row, for the residual's sub-tile masses.
+// `verify` for chains: row after row, a sweep for the laws, then the draft token's coin against a
+// few gathered probabilities; the first rejection, or the end of the chain, emits a token and
+// stops. Only a rejected dense draft costs a second sweep, of its own row, for the residual's
+// sub-tile masses.
 #include <cmath>
 #include <memory>
 
@@ -13,8 +14,8 @@ namespace {
 // Below this total the rounding of single precision would show in a residual's masses.
 constexpr double kLeastSingleResidual = 1e-4;
 
-// A residual of less mass is rounding, and empty: of normalisers, good to about 1e-7, where two laws
-// are compared, else of doubles (LEAST_RESIDUAL of the reference).
+// A residual of less mass is rounding, and empty: of normalisers, good to about 1e-7, where two
+// laws are compared, else of doubles (LEAST_RESIDUAL of the reference).
 constexpr double kLeastDenseResidual = 0x1p-22;
 constexpr double kLeastPointResidual = 0x1p-40;
 
@@ -78,20 +79,18 @@ bool Residual::measure_point() {
 }
 
 bool Residual::measure_dense(bool single) {
-  laws_.team().for_each(
-      target_.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
-        const int sub_tile = static_cast<int>(index);
-        masses_[index] = 0.0;
-        if (target_.masses()[index] == 0.0) return;
-        if (single) {
-          masses_[index] =
-              target_.residual(sub_tile, laws_.draft(), params_.rule, params_.lenience);
-          return;
-        }
-        double buffer[kSubTile];
-        fill(true, sub_tile, buffer);
-        masses_[index] = sum(buffer, target_.count(sub_tile));
-      });
+  laws_.team().for_each(target_.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
+    const int sub_tile = static_cast<int>(index);
+    masses_[index] = 0.0;
+    if (target_.masses()[index] == 0.0) return;
+    if (single) {
+      masses_[index] = target_.residual(sub_tile, laws_.draft(), params_.rule, params_.lenience);
+      return;
+    }
+    double buffer[kSubTile];
+    fill(true, sub_tile, buffer);
+    masses_[index] = sum(buffer, target_.count(sub_tile));
+  });
   return sum(masses_.get(), target_.sub_tiles()) >
          (single ? kLeastSingleResidual : kLeastDenseResidual);
 }
@@ -99,8 +98,8 @@ bool Residual::measure_dense(bool single) {
 bool Residual::draw_from(bool dense, const double (&numbers)[3], int64_t* token) {
   masses_.reset(new double[target_.sub_tiles()]);
   const bool single = target_.has_single_precision() && !laws_.draft_is_empty();
-  const bool found = dense ? (single && measure_dense(true)) || measure_dense(false)
-                           : measure_point();
+  const bool found =
+      dense ? (single && measure_dense(true)) || measure_dense(false) : measure_point();
   if (!found) return false;
   *token = draw(masses_.get(), target_.vocab_size(), numbers,
                 [&](int sub_tile, double* out) { fill(dense, sub_tile, out); });
@@ -111,7 +110,9 @@ bool Residual::draw_from(bool dense, const double (&numbers)[3], int64_t* token)
 class Walk {
  public:
   Walk(const VerifyParams& params, RowLaws& laws, int64_t batch)
-      : params_(params), laws_(laws), batch_(batch),
+      : params_(params),
+        laws_(laws),
+        batch_(batch),
         greedy_(params.rule == RuleId::kGreedy || greedy_row(params.ensemble, batch)) {}
 
   void run();
@@ -169,7 +170,8 @@ int64_t Walk::replacement(int64_t row, int64_t token, const Proposal& proposal) 
   if (laws_.target().empty()) return 0;
   int64_t drawn = 0;
   Residual residual(params_, laws_, token);
-  if (residual.draw_from(proposal.dense(), draw_numbers(params_.uniforms, batch_, row).value, &drawn)) {
+  if (residual.draw_from(proposal.dense(), draw_numbers(params_.uniforms, batch_, row).value,
+                         &drawn)) {
     return drawn;
   }
   status_ |= kEmptyResidual;
