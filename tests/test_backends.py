@@ -220,3 +220,30 @@ def test_threads_do_not_matter(backend: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@pytest.mark.slow
+@BACKENDS
+@pytest.mark.parametrize("vocab_size", [4_096, 49_152, 151_936, 262_144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_vocabularies(backend: str, dtype: torch.dtype, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    for ensemble, weights in (("mixture", (0.3, 0.7)), ("product", (1.5, -0.5))):
+        law = Law(weights, ensemble, temperature=0.8, vocab_size=vocab_size)
+        logits = [
+            (3 * torch.randn(2, 5, vocab_size + 64 * m, generator=generator)).to(dtype)
+            for m in range(2)
+        ]
+        numbers = torch.randint(2**24, (2, 5, 4), generator=generator) * 2.0**-24
+        drawn = sample(logits, numbers.flip(0), law, member=0).tokens
+        with specens_kernels.backend("reference"):
+            assert torch.equal(drawn, sample(logits, numbers.flip(0), law, member=0).tokens)
+        drafts, proposers = drawn[:, :4], torch.zeros(1, 4, dtype=torch.int32)
+        verdict = verify(logits, drafts, numbers, law, proposers=proposers)
+        with specens_kernels.backend("reference"):
+            expected = verify(logits, drafts, numbers, law, proposers=proposers)
+        for mine, true in zip(verdict, expected, strict=True):
+            if mine.is_floating_point():
+                torch.testing.assert_close(mine, true, **CLOSE)
+            else:
+                assert torch.equal(mine, true)
