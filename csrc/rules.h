@@ -15,8 +15,8 @@ namespace specens {
 SPECENS_HOST_DEVICE float minimum(float a, float b) { return a < b ? a : b; }
 SPECENS_HOST_DEVICE double minimum(double a, double b) { return a < b ? a : b; }
 
-// --- acceptance rules: kept(target, draft, lenience), the mass of each token that is kept
-// ---------
+// --- acceptance rules ---
+// kept(target, draft, lenience): the mass of each token that is kept.
 
 struct Rejection {
   template <typename T>
@@ -66,8 +66,8 @@ SPECENS_HOST_DEVICE auto with_rule(RuleId id, Function&& function) {
   }
 }
 
-// --- ensembles: fold(folded, value, weight), starting at 0
-// ----------------------------------------
+// --- ensembles ---
+// fold(folded, value, weight), starting at 0.
 
 struct WeightedSum {
   template <typename T>

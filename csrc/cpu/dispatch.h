@@ -39,6 +39,14 @@ struct Affine {
   double operator()(double value) const { return (value - top) * inverse_temperature - log_sum; }
 };
 
+// Part of a weighted sum of logits on one sub-tile. A mask is one, too.
+struct Logit {
+  Span span;
+  float cutoff;
+  double weight;
+};
+constexpr int kMaxTerms = kMaxMembers + 1;
+
 // Part of a mixture on one sub-tile: share * law(value), where weight = share * exp(-log_sum).
 struct Term {
   Span span;
@@ -48,10 +56,15 @@ struct Term {
   double weight;
 };
 
-// How a member's values are rewritten before they are read.
+// Thresholds that a sweep weighs at once, and what it adds up: ones, or exp((value - top) /
+// temperature) in single or double precision.
+constexpr int kEdges = 8;
+enum class Weighing { kCount, kRoughMass, kMass };
+
+// How a member's values are rewritten before they are read; NaN becomes -inf but in kNone.
 enum class Cleaning {
   kNone,
-  kNan,       // NaN becomes -inf
+  kNan,
   kInfinite,  // +inf becomes 0, the rest -inf
   kMask,      // values below the threshold become -inf, the rest 0
 };
@@ -66,9 +79,16 @@ struct Kernels {
   // `statistics` without the sum, which is 1 or 0, or NaN.
   Peak (*maximum)(const Span& span);
   void (*clean)(const Span& span, Cleaning cleaning, float threshold, float* out);
-  // out += weight * value: -inf below the cutoff and for -inf, NaN for NaN. True if a NaN or +inf
-  // was seen.
-  bool (*add_logits)(const Span& span, float cutoff, double weight, double* out);
+  // out = the weighted sum of terms of one dtype: -inf where one is below its cutoff or -inf, NaN
+  // where one is NaN. True if a NaN or +inf was seen.
+  bool (*fold)(const Logit* terms, int count, double* out);
+  // The values in [low, high), in some fixed order; returns their number. `out` has kSubTile +
+  // kLanes elements.
+  int (*collect)(const Span& span, float low, float high, float* out);
+  // For each of kEdges edges, the number of values >= edge, or if `by_mass` their sum of
+  // exp((value - top) * inverse_temperature), in single precision.
+  void (*weigh)(float* values, int count, const float* edges, bool by_mass, const Affine& law,
+                double* out);
   // out += weight * exp(law(value)).
   void (*add_masses)(const Span& span, float cutoff, const Affine& law, double weight, double* out);
   // NaN becomes -inf; if `infinite`, +inf becomes 0 and the rest -inf.
@@ -81,10 +101,13 @@ struct Kernels {
   void (*below)(const double* values, int count, double cutoff, double top, float* out);
   // values = log(value), -inf for 0.
   void (*logarithms)(double* values, int count);
-  // Sum of max(target - kept(target, draft), 0); part `draft_part` of the target is the draft's
-  // law.
+  // Sum of max(target - kept(target, draft), 0), of spans of one dtype; part `draft_part` of the
+  // target is the draft's law.
   double (*residual)(const Term* target, int count, const Term& draft, int draft_part, RuleId rule,
                      double lenience);
+  // Places where the sum of the parts, in single precision, lies in [low, high]; returns their
+  // number.
+  int (*select)(const Term* parts, int count, float low, float high, uint16_t* out);
 };
 
 // The kernels in use: SPECENS_CPU_ISA's, or the best that this machine can run. Throws

@@ -4,6 +4,7 @@
 // sweep.
 #include "law.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace specens {
@@ -13,6 +14,11 @@ constexpr float kInfinityF = std::numeric_limits<float>::infinity();
 
 // Fetching a finished sub-tile costs too little to be worth less than this many at a time.
 constexpr int kSubTilesPerPiece = 8;
+
+// Single-precision masses of a mixture are closer than this to the true ones, unless they are
+// negligible.
+constexpr double kCandidateSlack = 1e-5;
+constexpr double kNegligible = 1e-30;
 
 // The order of rounding in bounds of mixtures differs from that of the masses they bound.
 constexpr double kBoundSlack = 1e-12;
@@ -37,8 +43,7 @@ float round_up(double x) {
   return nearest < x ? std::nextafterf(nearest, kInfinityF) : nearest;
 }
 
-// --- what a law is
-// --------------------------------------------------------------------------------
+// --- what a law is ---
 
 void Law::attach(int64_t vocab_size, Peak* peaks, double* masses) {
   vocab_size_ = vocab_size;
@@ -126,6 +131,11 @@ void Law::finish_warped(double temperature, const Filter& filter, const Team& te
   normalise();
 }
 
+bool Law::is_made_of(const Law& part) const {
+  return is_mixture_ && !warped_ &&
+         std::find(parts_, parts_ + num_parts_, &part) != parts_ + num_parts_;
+}
+
 double Law::value_top() const { return infinite_ ? kInfinity : top_; }
 
 double Law::lse() const {
@@ -134,12 +144,15 @@ double Law::lse() const {
   return infinite_ ? kInfinity : top_ * inverse_temperature_ + log_sum_;
 }
 
-// --- sweeps
-// ---------------------------------------------------------------------------------------
+// --- sweeps ---
+
+Span Law::raw_span(const Source& source, int sub_tile) const {
+  const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
+  return {source.row + begin * element_size(source.dtype), source.dtype, count(sub_tile)};
+}
 
 Span Law::span(const Source& source, int sub_tile, float* scratch) const {
-  const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
-  const Span raw = {source.row + begin * element_size(source.dtype), source.dtype, count(sub_tile)};
+  const Span raw = raw_span(source, sub_tile);
   if (source.cleaning == Cleaning::kNone) return raw;
   kernels().clean(raw, source.cleaning, source.threshold, scratch);
   return {scratch, DType::kFloat32, raw.count};
@@ -148,17 +161,38 @@ Span Law::span(const Source& source, int sub_tile, float* scratch) const {
 float Law::member_cutoff() const { return std::max(sources_[0].cutoff, round_up(cutoff_)); }
 
 bool Law::fold(int sub_tile, double* out) const {
-  bool odd = false;
   const int size = count(sub_tile);
-  std::fill_n(out, size, 0.0);
-  std::fill(out + size, out + padded(size), -kInfinity);
+  bool plain = true;
   for (int k = 0; k < num_sources_; ++k) {
-    const Source& source = sources_[k];
-    float scratch[kSubTile];
-    odd |= kernels().add_logits(span(source, sub_tile, scratch), source.cutoff, source.weight, out);
+    plain &= sources_[k].dtype == sources_[0].dtype && sources_[k].cleaning == Cleaning::kNone;
   }
+  bool odd = false;
+  if (num_sources_ == 0) {
+    std::fill_n(out, size, 0.0);
+  } else if (plain) {
+    odd = fold_spans(sub_tile, nullptr, out);
+  } else {
+    float scratch[kMaxTerms][kSubTile];
+    odd = fold_spans(sub_tile, scratch, out);
+  }
+  std::fill(out + size, out + padded(size), -kInfinity);
   if (repaired_) kernels().settle(out, size, infinite_ && !one_member());
   return odd && !repaired_;
+}
+
+// With `scratch`, every source is rewritten there first.
+bool Law::fold_spans(int sub_tile, float (*scratch)[kSubTile], double* out) const {
+  Logit terms[kMaxTerms];
+  for (int k = 0; k < num_sources_; ++k) {
+    const Source& source = sources_[k];
+    Span here = raw_span(source, sub_tile);
+    if (scratch != nullptr) {
+      kernels().clean(here, source.cleaning, source.threshold, scratch[k]);
+      here = {scratch[k], DType::kFloat32, here.count};
+    }
+    terms[k] = {here, source.cutoff, source.weight};
+  }
+  return kernels().fold(terms, num_sources_, out);
 }
 
 void Law::values(int sub_tile, double* out) const {
@@ -178,7 +212,7 @@ void Law::scan(int sub_tile) {
   } else if (!is_mixture_ && one_member()) {
     float scratch[kSubTile];
     const Span here = span(sources_[0], sub_tile, scratch);
-    peak = has_cutoff() && !cut_
+    peak = has_cutoff() && !cut_ && !filter_.by_mass()
                ? kernels().maximum(here)
                : kernels().statistics(here, member_cutoff(), inverse_temperature_);
   } else {
@@ -264,6 +298,24 @@ void Law::normalise() {
   log_sum_ = logarithm(sum);
 }
 
+void Law::refine(const Team& team) {
+  if (empty_) return;
+  if (is_mixture_ && !warped_) return;
+  log_sum_ = 0.0;
+  team.for_each(sub_tiles_, kSubTilesPerPiece, [&](int, int64_t index) {
+    const int s = static_cast<int>(index);
+    double masses[kSubTile];
+    std::fill_n(masses, padded(count(s)), 0.0);
+    if (masses_[s] > 0.0) add_masses(s, 1.0, masses);
+    masses_[s] = 0.0;
+    for (int i = 0; i < count(s); ++i) masses_[s] += masses[i];
+  });
+  double sum = 0.0;
+  for (int s = 0; s < sub_tiles_; ++s) sum += masses_[s];
+  for (int s = 0; s < sub_tiles_; ++s) masses_[s] /= sum;
+  log_sum_ = logarithm(sum);
+}
+
 void measure(Law* const* laws, int count, const Team& team, bool tops_only) {
   if (count == 0) return;
   const int sub_tiles = laws[0]->sub_tiles_;
@@ -289,8 +341,102 @@ void measure(Law* const* laws, int count, const Team& team, bool tops_only) {
   for (int k = 0; k < count; ++k) laws[k]->normalise();
 }
 
-// --- tokens
-// ---------------------------------------------------------------------------------------
+// --- searches ---
+
+double Law::lower_bound(int sub_tile) const {
+  return is_mixture_ ? masses_[sub_tile] : peaks_[sub_tile].max;
+}
+
+double Law::rough_mass() const {
+  if (is_mixture_) return temperature_ == 1.0 ? exponential(-top_) : std::nan("");
+  double sum = 0.0;
+  for (int s = 0; s < sub_tiles_; ++s) {
+    if (peaks_[s].sum == 0.0) continue;
+    sum += peaks_[s].sum * exponential((peaks_[s].max - top_) * inverse_temperature_);
+  }
+  return sum;
+}
+
+int Law::collect_member(int sub_tile, double low, double high, float* out) const {
+  float scratch[kSubTile];
+  const float least = std::max(round_up(low), sources_[0].cutoff);
+  return kernels().collect(span(sources_[0], sub_tile, scratch), least, round_up(high), out);
+}
+
+// The values of a mixture that may lie in [low, high): candidates are found in single precision,
+// and only they are looked at.
+int Law::mixture_candidates(int sub_tile, double low, double high, double* out) const {
+  float scratch[kMaxMembers][kSubTile];
+  Term terms[kMaxMembers];
+  for (int k = 0; k < num_parts_; ++k) {
+    terms[k] = parts_[k]->term(sub_tile, shares_[k], scratch[k]);
+  }
+  const double least = exponential(low) * (1.0 - kCandidateSlack);
+  const double most = exponential(std::min(high, 1.0)) * (1.0 + kCandidateSlack);
+  uint16_t places[kSubTile];
+  const int size =
+      kernels().select(terms, num_parts_, least < kNegligible ? 0.0f : static_cast<float>(least),
+                       static_cast<float>(most), places);
+  std::fill_n(out, padded(size), 0.0);
+  for (int k = 0; k < num_parts_; ++k) {
+    const Term& term = terms[k];
+    float gathered[kSubTile];
+    for (int i = 0; i < size; ++i) {
+      gathered[i] = load_value(term.span.data, term.span.dtype, places[i]);
+    }
+    kernels().add_masses({gathered, DType::kFloat32, size}, term.cutoff, term.law, shares_[k], out);
+  }
+  kernels().logarithms(out, size);
+  return size;
+}
+
+int Law::collect(int sub_tile, double low, double high, double* out) const {
+  if (!is_mixture_ && one_member()) {
+    float found[kSubTile + kLanes];
+    const int size = collect_member(sub_tile, low, high, found);
+    std::copy_n(found, size, out);
+    return size;
+  }
+  const int size = is_mixture_ ? mixture_candidates(sub_tile, low, high, out) : count(sub_tile);
+  if (!is_mixture_) values(sub_tile, out);
+  int found = 0;
+  for (int i = 0; i < size; ++i) {
+    if (out[i] >= low && out[i] < high) out[found++] = out[i];
+  }
+  return found;
+}
+
+void Law::weigh(int sub_tile, const double* edges, double high, Weighing weighing,
+                double* out) const {
+  if (!is_mixture_ && one_member() && weighing != Weighing::kMass) {
+    float found[kSubTile + kLanes], least[kEdges];
+    const int size = collect_member(sub_tile, edges[kEdges - 1], high, found);
+    for (int i = 0; i < kEdges; ++i) least[i] = round_up(edges[i]);
+    kernels().weigh(found, size, least, weighing != Weighing::kCount, affine(), out);
+    return;
+  }
+  double found[kSubTile], masses[kSubTile];
+  const int size = collect(sub_tile, edges[kEdges - 1], high, found);
+  std::fill_n(masses, size, 1.0);
+  if (weighing != Weighing::kCount) {
+    std::copy_n(found, size, masses);
+    std::fill(masses + size, masses + padded(size), -kInfinity);
+    kernels().score_masses(masses, size, -kInfinity, {top_, inverse_temperature_, 0.0});
+  }
+  const int whole = (size + 7) / 8 * 8;
+  std::fill(found + size, found + whole, 0.0);
+  std::fill(masses + size, masses + whole, 0.0);
+  for (int e = 0; e < kEdges; ++e) {
+    double sums[8] = {};
+    for (int i = 0; i < whole; i += 8) {
+      for (int j = 0; j < 8; ++j) sums[j] += found[i + j] >= edges[e] ? masses[i + j] : 0.0;
+    }
+    out[e] =
+        ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  }
+}
+
+// --- tokens ---
 
 double Law::value(int64_t token) const {
   if (is_mixture_) {
@@ -378,12 +524,7 @@ int64_t Law::mixture_argmax(double* best) const {
   }
 }
 
-// --- sub-tiles
-// ------------------------------------------------------------------------------------
-
-double Law::lower_bound(int sub_tile) const {
-  return is_mixture_ ? masses_[sub_tile] : peaks_[sub_tile].max;
-}
+// --- sub-tiles ---
 
 void Law::add_masses(int sub_tile, double weight, double* out) const {
   if (empty_) return;
@@ -429,19 +570,25 @@ double Law::residual(int sub_tile, const Law& draft, RuleId rule, double lenienc
   const Law* self = this;
   const Law* const* parts = is_mixture_ ? parts_ : &self;
   const int size = is_mixture_ ? num_parts_ : 1;
-  float scratch[kMaxMembers + 1][kSubTile];
-  Term terms[kMaxMembers];
+  float scratch[kMaxTerms][kSubTile];
+  Term terms[kMaxTerms];
   int draft_part = -1;
   for (int k = 0; k < size; ++k) {
     if (parts[k] == &draft) draft_part = k;
     terms[k] = parts[k]->term(sub_tile, is_mixture_ ? shares_[k] : 1.0, scratch[k]);
   }
-  const Term drafted = draft.term(sub_tile, 1.0, scratch[kMaxMembers]);
-  return kernels().residual(terms, size, drafted, draft_part, rule, lenience);
+  terms[size] = draft.term(sub_tile, 1.0, scratch[size]);
+  bool one_dtype = true;
+  for (int k = 0; k < size; ++k) one_dtype &= terms[k].span.dtype == terms[size].span.dtype;
+  for (int k = 0; k <= size && !one_dtype; ++k) {
+    if (terms[k].span.dtype == DType::kFloat32) continue;
+    kernels().clean(terms[k].span, Cleaning::kNone, 0.0f, scratch[k]);
+    terms[k].span = {scratch[k], DType::kFloat32, terms[k].span.count};
+  }
+  return kernels().residual(terms, size, terms[size], draft_part, rule, lenience);
 }
 
-// --- rows
-// -----------------------------------------------------------------------------------------
+// --- rows ---
 
 bool greedy_row(const Ensemble& ensemble, int64_t batch) {
   for (int k = 0; k < ensemble.num_members; ++k) {
@@ -527,6 +674,16 @@ void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposa
     measure_mixture(batch, row, warp, pending, count);
   } else {
     measure_product(batch, row, warp, pending, count);
+  }
+}
+
+void RowLaws::refine() {
+  const int last = ensemble_.num_members + 1;
+  // The values of a warped mixture, and so its cutoff, come from its parts as they are.
+  for (int k = 0; k <= last; ++k) {
+    Law& law = laws_[k];
+    const bool part = k < ensemble_.num_members && target_->is_made_of(law);
+    if (&law == target_ || &law == draft_ || part) law.refine(team_);
   }
 }
 

@@ -35,6 +35,7 @@ struct Filter {
   double min_p = 0.0;
 
   bool active() const { return top_k > 0 || top_p < 1.0 || min_p > 0.0; }
+  bool by_mass() const { return top_p < 1.0; }
 };
 
 // One law over the vocabulary, of either kind:
@@ -60,7 +61,12 @@ class Law {
   void finish();
   void finish_warped(double temperature, const Filter& filter, const Team& team);
 
+  // Computes the normaliser again in double precision.
+  void refine(const Team& team);
+
   bool empty() const { return empty_; }
+  // An unwarped mixture with this part.
+  bool is_made_of(const Law& part) const;
   int32_t status() const { return status_; }
   double top() const { return top_; }
   // The largest value as it was given, which `top` is not if it is +inf.
@@ -89,6 +95,15 @@ class Law {
   double lower_bound(int sub_tile) const;
   void values(int sub_tile, double* out) const;
 
+  // The values in [low, high) of a sub-tile, for a finite low; returns their number.
+  int collect(int sub_tile, double low, double high, double* out) const;
+  // The weight of the values in [edge, high) of a sub-tile for each of kEdges descending edges:
+  // their number, or the sum of exp((value - top) / temperature), if that is rough good to 1e-7.
+  void weigh(int sub_tile, const double* edges, double high, Weighing weighing, double* out) const;
+  // An estimate, good to 1e-7, of all mass before the filter, in the same unit; NaN if there is
+  // none.
+  double rough_mass() const;
+
   // Fillers of a buffer of kSubTile elements.
   void add_masses(int sub_tile, double weight, double* out) const;
   void log_probabilities(int sub_tile, double* out) const;
@@ -103,7 +118,11 @@ class Law {
   bool one_member() const { return num_sources_ == 1 && sources_[0].weight == 1.0; }
   bool has_cutoff() const { return hard_ || filter_.active(); }
   Affine affine() const { return {top_, inverse_temperature_, log_sum_}; }
+  Span raw_span(const Source& source, int sub_tile) const;
   Span span(const Source& source, int sub_tile, float* scratch) const;
+  bool fold_spans(int sub_tile, float (*scratch)[kSubTile], double* out) const;
+  int collect_member(int sub_tile, double low, double high, float* out) const;
+  int mixture_candidates(int sub_tile, double low, double high, double* out) const;
   float member_cutoff() const;
   double value(int64_t token) const;
   void warp(double temperature, const Filter& filter);
@@ -126,7 +145,7 @@ class Law {
 
   int num_sources_;
   int num_parts_;
-  Source sources_[kMaxMembers + 1];
+  Source sources_[kMaxTerms];
   const Law* parts_[kMaxMembers];
   double shares_[kMaxMembers];
   bool is_mixture_;
@@ -176,6 +195,9 @@ class RowLaws {
   void measure_target(int64_t batch, int64_t row, const Proposal& proposal);
   // Makes the law of one member alone.
   void measure_member(int64_t batch, int64_t row, int member);
+
+  // Makes the normalisers of both exact up to double precision.
+  void refine();
 
   const Law& target() const { return *target_; }
   const Law& draft() const { return *draft_; }

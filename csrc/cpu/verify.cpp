@@ -14,17 +14,15 @@ namespace {
 // Below this total the rounding of single precision would show in a residual's masses.
 constexpr double kLeastSingleResidual = 1e-4;
 
-// A residual of less mass is rounding, and empty: of normalisers, good to about 1e-7, where two
-// laws are compared, else of doubles (LEAST_RESIDUAL of the reference).
-constexpr double kLeastDenseResidual = 0x1p-22;
-constexpr double kLeastPointResidual = 0x1p-40;
+// A residual of less mass is rounding, and empty; the reference's LEAST_RESIDUAL.
+constexpr double kLeastResidual = 0x1p-40;
 
 constexpr int kSubTilesPerPiece = 8;
 
 // max(target - kept, 0) for whole sub-tiles, where the draft is a law or a single token.
 class Residual {
  public:
-  Residual(const VerifyParams& params, const RowLaws& laws, int64_t token)
+  Residual(const VerifyParams& params, RowLaws& laws, int64_t token)
       : params_(params), laws_(laws), target_(laws.target()), token_(token) {}
 
   // The token that replaces a rejected draft; false if the residual is empty.
@@ -36,7 +34,7 @@ class Residual {
   void fill(bool dense, int sub_tile, double* out) const;
 
   const VerifyParams& params_;
-  const RowLaws& laws_;
+  RowLaws& laws_;
   const Law& target_;
   int64_t token_;
   std::unique_ptr<double[]> masses_;
@@ -75,10 +73,12 @@ bool Residual::measure_point() {
   fill(false, sub_tile, buffer);
   std::copy_n(target_.masses(), target_.sub_tiles(), masses_.get());
   masses_[sub_tile] = sum(buffer, target_.count(sub_tile));
-  return sum(masses_.get(), target_.sub_tiles()) > kLeastPointResidual;
+  return sum(masses_.get(), target_.sub_tiles()) > kLeastResidual;
 }
 
 bool Residual::measure_dense(bool single) {
+  // Two laws that are nearly equal differ by less than what their normalisers are good to.
+  if (!single) laws_.refine();
   laws_.team().for_each(target_.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
     const int sub_tile = static_cast<int>(index);
     masses_[index] = 0.0;
@@ -91,8 +91,7 @@ bool Residual::measure_dense(bool single) {
     fill(true, sub_tile, buffer);
     masses_[index] = sum(buffer, target_.count(sub_tile));
   });
-  return sum(masses_.get(), target_.sub_tiles()) >
-         (single ? kLeastSingleResidual : kLeastDenseResidual);
+  return sum(masses_.get(), target_.sub_tiles()) > (single ? kLeastSingleResidual : kLeastResidual);
 }
 
 bool Residual::draw_from(bool dense, const double (&numbers)[3], int64_t* token) {
