@@ -7,7 +7,7 @@ knows by then (everything but the batch size) is not looked at again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,33 @@ from torch import Tensor
 from .ensembles import ENSEMBLES
 
 SCOPES = ("member", "ensemble")
+_FILTERS = ("top_k", "top_p", "min_p")
+
+
+class LawTensors(NamedTuple):
+    """A law's parameters as they cross the op boundary; see `Law` for what they mean.
+
+    weights: (M,), (B, M) or (B, T, M) float. temperature: (B or 1, M or 1) float.
+    top_k: (B or 1,) int32 or None. top_p, min_p: (B or 1,) float or None.
+    flat: where the native kernels note how they read the rest; None where a tensor is the caller's,
+        whose memory may move.
+    """
+
+    weights: Tensor
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+    ensemble: str
+    scope: str
+    plausibility: float
+    vocab_size: int
+    flat: list[Any] | None = None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The rest, in the order of the ops' schemas."""
+        return self[:-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +76,9 @@ class Law:
     scope: str = "member"
     plausibility: float = 0.0
     vocab_size: int | None = None
-    _tensors: dict[torch.device, "_Known"] = field(default_factory=dict, init=False, repr=False)
+    _tensors: dict[tuple[torch.device, int], LawTensors] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         """Check every number that is known now."""
@@ -99,19 +128,19 @@ class Law:
             raise _out_of_range("temperature", expected, self.temperature)
 
     def tensors(
-        self, op: str, batch: int, rows: int, members: int, device: torch.device
-    ) -> tuple[Tensor | None, ...]:
-        """weights, temperature (B or 1, M or 1), top_k, top_p, min_p as the ops take them.
+        self, op: str, batch: int, rows: int, members: int, device: torch.device, vocab_size: int
+    ) -> LawTensors:
+        """What the ops take. Made once for each device, where the law is made of numbers.
 
         Raises:
             ValueError: a shape does not fit B, T and M; the message names `op`.
         """
-        known = self._tensors.get(device)
+        known = self._tensors.get((device, vocab_size))
         if known is None:
-            known = _Known.of(self._make_tensors(device))
-            if type(known.tensors[1]) is Tensor:  # a fake one must not outlive its mode
-                self._tensors[device] = known
-        shape = known.weights
+            known = self._make_tensors(device, vocab_size)
+            if type(known.temperature) is Tensor:  # a fake one must not outlive its mode
+                self._tensors[device, vocab_size] = known
+        shape = known.weights.shape
         if (
             shape[-1] != members
             or len(shape) > 3
@@ -120,17 +149,17 @@ class Law:
         ):
             expected = f"(M={members},), (B={batch}, M) or (B, T={rows}, M)"
             raise ValueError(f"{op}: weights: expected {expected}, got {tuple(shape)}")
-        shape = known.temperature
+        shape = known.temperature.shape
         most = members if self.scope == "member" else 1
         if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (1, most):
             expected = f"(), (B={batch},) or (B or 1, {most})"
             raise ValueError(f"{op}: temperature: expected {expected}, got {tuple(shape)}")
-        for name, shape in known.filters:
-            if len(shape) != 1 or shape[0] not in (1, batch):
-                raise ValueError(f"{op}: {name}: expected (B={batch},), got {tuple(shape)}")
-        return known.tensors
+        for name, value in zip(_FILTERS, known[2:5], strict=True):
+            if value is not None and (value.dim() != 1 or value.shape[0] not in (1, batch)):
+                raise ValueError(f"{op}: {name}: expected (B={batch},), got {tuple(value.shape)}")
+        return known
 
-    def _make_tensors(self, device: torch.device) -> tuple[Tensor | None, ...]:
+    def _make_tensors(self, device: torch.device, vocab_size: int) -> LawTensors:
         def floats(value: object) -> Tensor:
             return torch.as_tensor(value, dtype=torch.float32, device=device)
 
@@ -149,25 +178,19 @@ class Law:
         min_p = None
         if isinstance(self.min_p, Tensor) or self.min_p > 0:
             min_p = floats(self.min_p).reshape(-1)
-        return floats(self.weights), temperature, top_k, top_p, min_p
-
-
-class _Known(NamedTuple):
-    """A law's tensors on one device, and the shapes of those that are not None."""
-
-    tensors: tuple[Tensor | None, ...]
-    weights: torch.Size
-    temperature: torch.Size
-    filters: tuple[tuple[str, torch.Size], ...]
-
-    @classmethod
-    def of(cls, tensors: tuple[Tensor | None, ...]) -> "_Known":
-        weights, temperature, *filters = tensors
-        assert weights is not None
-        assert temperature is not None
-        named = zip(("top_k", "top_p", "min_p"), filters, strict=True)
-        shapes = tuple((name, value.shape) for name, value in named if value is not None)
-        return cls(tensors, weights.shape, temperature.shape, shapes)
+        given = (self.weights, self.temperature, self.top_k, self.top_p, self.min_p)
+        return LawTensors(
+            floats(self.weights),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            self.ensemble,
+            self.scope,
+            self.plausibility,
+            vocab_size,
+            None if any(isinstance(value, Tensor) for value in given) else [],
+        )
 
 
 def _unknown(argument: str, got: str, known: Sequence[str]) -> ValueError:

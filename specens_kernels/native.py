@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, empty, float32, get_num_threads, int32, int64
 
+from .law import LawTensors
+
 # torch has loaded the OpenMP runtime that `_C` needs, so `_C` comes after it.
 try:
     from . import _C
@@ -63,11 +65,11 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tenso
     return out
 
 
-def mix(logits: list[Tensor], *law: Any) -> tuple[Tensor, Tensor]:
+def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
-    flat = _ensemble(logits, *law)
+    flat = _members(logits) + _law(law)
     batch, rows = logits[0].shape[:2]
-    log_probs = empty(batch, rows, law[-1], dtype=float32)
+    log_probs = empty(batch, rows, law.vocab_size, dtype=float32)
     status = empty(batch, rows, dtype=int32)
     flat += batch, rows, log_probs.data_ptr(), status.data_ptr(), get_num_threads()
     _C.mix(flat)
@@ -75,11 +77,10 @@ def mix(logits: list[Tensor], *law: Any) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    logits: list[Tensor], numbers: Tensor, *rest: Any
+    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
-    *law, member = rest
-    flat = _ensemble(logits, *law)
+    flat = _members(logits) + _law(law)
     batch, rows, _ = numbers.shape
     tokens = empty(batch, rows, dtype=int64)
     log_probs = empty(batch, rows, dtype=float32)
@@ -101,17 +102,21 @@ def verify(
     proposers: Tensor | None,
     draft_logits: Tensor | None,
     draft_temperature: Tensor | None,
-    *rest: Any,
+    law: LawTensors,
+    acceptance: str,
+    lenience: float,
+    bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
-    *law, acceptance, lenience, bonus = rest
     if parents is not None:
         raise Unsupported("trees have no native kernel")
     if acceptance not in _RULES:
         raise Unsupported(f"rule {acceptance!r} has no native kernel; add it to csrc/rules.h")
-    flat = _ensemble(logits, *law)
+    flat = _members(logits) + _law(law)
     draft = _NO_VALUES if draft_logits is None else _logits(draft_logits)
-    draft_temperature = law[1] if draft_temperature is None else draft_temperature.to(float32)
+    draft_temperature = (
+        law.temperature if draft_temperature is None else draft_temperature.to(float32)
+    )
     batch, nodes = draft_tokens.shape
     tokens = empty(batch, nodes + 1, dtype=int64)
     log_probs = empty(batch, nodes + 1, dtype=float32)
@@ -149,27 +154,17 @@ def _members(logits: Sequence[Tensor]) -> list[Any]:
     return flat
 
 
-def _ensemble(
-    logits: list[Tensor],
-    weights: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    ensemble: str,
-    scope: str,
-    plausibility: float,
-    vocab_size: int,
-) -> list[Any]:
-    if ensemble not in _ENSEMBLES:
-        raise Unsupported(f"ensemble {ensemble!r} has no native kernel; add it to csrc/rules.h")
-    flat = _members(logits)
-    flat += _weights(weights)
-    flat += _per_row(temperature)
-    flat += _NO_VALUES if top_k is None else _per_row(top_k)
-    flat += _NO_VALUES if top_p is None else _per_row(top_p)
-    flat += _NO_VALUES if min_p is None else _per_row(min_p)
-    flat += _ENSEMBLES[ensemble], scope == "member", plausibility, vocab_size
+def _law(law: LawTensors) -> list[Any]:
+    if law.flat:
+        return law.flat
+    if law.ensemble not in _ENSEMBLES:
+        raise Unsupported(f"ensemble {law.ensemble!r} has no native kernel; add it to csrc/rules.h")
+    flat: list[Any] = [*_weights(law.weights), *_per_row(law.temperature)]
+    for value in (law.top_k, law.top_p, law.min_p):
+        flat += _NO_VALUES if value is None else _per_row(value)
+    flat += _ENSEMBLES[law.ensemble], law.scope == "member", law.plausibility, law.vocab_size
+    if law.flat is not None:
+        law.flat.extend(flat)
     return flat
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import native, reference
 from .acceptance import ACCEPTANCE_RULES
-from .law import Law
-from .reference import PADDING, LawTensors
+from .law import Law, LawTensors
+from .reference import PADDING
 
 POINT_MASS = PADDING
 BACKENDS = ("auto", "native", "reference")
@@ -118,7 +118,7 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: Stream | int, *, index: i
     for name, value in (("stream", int(stream)), ("index", index)):
         if not 0 <= value < 2**32:
             raise ValueError(f"uniforms: {name}: expected an integer in [0, 2^32), got {value}")
-    numbers: Tensor = _op_uniforms(seeds, positions, int(stream), index)
+    numbers: Tensor = _call_uniforms(seeds, positions, int(stream), index)
     return numbers
 
 
@@ -137,7 +137,8 @@ def mix(logits: Sequence[Tensor], law: Law) -> tuple[Tensor, Tensor]:
 
     Source: Fu et al. 2025, arXiv:2502.01662.
     """
-    log_probs, status = _op_mix(*_members("mix", logits, law))
+    tensors, parameters = _members("mix", logits, law)
+    log_probs, status = _call_mix(tensors, parameters)
     return log_probs, status
 
 
@@ -161,12 +162,12 @@ def sample(
 
     Source: Fu et al. 2025, arXiv:2502.01662.
     """
-    tensors, *rest = _members("sample", logits, law)
+    tensors, parameters = _members("sample", logits, law)
     batch, rows = logits[0].shape[0], logits[0].shape[1]
     _check_uniforms("sample", uniforms, batch, rows, logits[0].device)
     if member is not None and not 0 <= member < len(logits):
         raise ValueError(f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}")
-    return Sample(*_op_sample(tensors, uniforms, *rest, -1 if member is None else member))
+    return Sample(*_call_sample(tensors, uniforms, parameters, -1 if member is None else member))
 
 
 def verify(
@@ -218,7 +219,7 @@ def verify(
     """
     if draft_tokens.dim() != 2 or draft_tokens.dtype not in _INTEGERS:
         raise _wrong("verify", "draft_tokens", "(B, N) int32 or int64", draft_tokens)
-    tensors, *rest = _members("verify", logits, law)
+    tensors, parameters = _members("verify", logits, law)
     batch, nodes = draft_tokens.shape
     device = draft_tokens.device
     rows = nodes + 1 if bonus else nodes
@@ -242,11 +243,13 @@ def verify(
             draft_logits.dim() != 3
             or shape[0] != batch
             or shape[1] not in (nodes, nodes + 1)
-            or shape[2] < rest[-1]
+            or shape[2] < parameters.vocab_size
             or draft_logits.dtype not in _FLOATS
             or draft_logits.device != device
         ):
-            expected = f"(B={batch}, N={nodes} or N+1, V >= {rest[-1]}) float on {device}"
+            expected = (
+                f"(B={batch}, N={nodes} or N+1, V >= {parameters.vocab_size}) float on {device}"
+            )
             raise _wrong("verify", "draft_logits", expected, draft_logits)
         if draft_logits.stride(-1) != 1 and shape[2] > 1:
             raise _wrong("verify", "draft_logits", "contiguous rows", draft_logits)
@@ -262,7 +265,7 @@ def verify(
             raise _wrong("verify", "draft_temperature", expected, draft_temperature)
         draft_temperature = draft_temperature.reshape(-1)
     return Verdict(
-        *_op_verify(
+        *_call_verify(
             tensors,
             draft_tokens,
             uniforms,
@@ -270,7 +273,7 @@ def verify(
             proposers,
             draft_logits,
             draft_temperature,
-            *rest,
+            parameters,
             acceptance,
             lenience,
             bonus,
@@ -355,20 +358,6 @@ _lib.define(
 )
 
 
-def _reference_mix(logits: list[Tensor], *law: Any) -> tuple[Tensor, Tensor]:
-    return reference.mix(logits, LawTensors(*law))
-
-
-def _reference_sample(logits: list[Tensor], numbers: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return reference.sample(logits, numbers, LawTensors(*rest[:-1]), rest[-1])
-
-
-def _reference_verify(logits: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    drafts, law, how = rest[:6], LawTensors(*rest[6:15]), rest[15:]
-    run: Callable[..., tuple[Tensor, ...]] = reference.verify
-    return run(logits, *drafts, law, *how)
-
-
 def _fake_uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
     shape = (seeds.shape[0], positions.shape[1], 4)
     return torch.empty(shape, dtype=torch.float32, device=positions.device)
@@ -399,21 +388,62 @@ def _fake_verify(logits: list[Tensor], draft_tokens: Tensor, *rest: Any) -> tupl
 
 
 def _register(
-    name: str, reference_op: Callable[..., Any], native_op: Callable[..., Any], fake: Any
-) -> Any:
+    name: str,
+    reference_op: Callable[..., Any],
+    native_op: Callable[..., Any],
+    fake: Any,
+    law_at: int | None,
+) -> Callable[..., Any]:
+    """Register one op, whose `LawTensors` is argument `law_at`; returns the function to call."""
     reference_op = torch.no_grad()(reference_op)
     _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    _lib.impl(name, reference_op, "CompositeExplicitAutograd")
-    if native.AVAILABLE:
-        _lib.impl(name, _native_or_reference(name, native_op, reference_op), "CPU")
+    _lib.impl(name, _unpacked(reference_op, law_at), "CompositeExplicitAutograd")
     torch.library.register_fake(f"specens::{name}", fake, lib=_lib)
-    return getattr(torch.ops.specens, name).default
+    op: Callable[..., Any] = getattr(torch.ops.specens, name).default
+    on_cpu = None
+    if native.AVAILABLE:
+        on_cpu = _native_or_reference(name, native_op, reference_op)
+        _lib.impl(name, _unpacked(on_cpu, law_at), "CPU")
+
+    def call(*arguments: Any) -> Any:
+        first = arguments[0]
+        if on_cpu is not None and _nobody_listens([first] if isinstance(first, Tensor) else first):
+            return on_cpu(*arguments)
+        if law_at is None:
+            return op(*arguments)
+        return op(*arguments[:law_at], *arguments[law_at].arguments, *arguments[law_at + 1 :])
+
+    return call
 
 
-_op_uniforms = _register("uniforms", reference.uniforms, native.uniforms, _fake_uniforms)
-_op_mix = _register("mix", _reference_mix, native.mix, _fake_mix)
-_op_sample = _register("sample", _reference_sample, native.sample, _fake_sample)
-_op_verify = _register("verify", _reference_verify, native.verify, _fake_verify)
+def _unpacked(implementation: Callable[..., Any], law_at: int | None) -> Callable[..., Any]:
+    """The implementation under the schema's signature, where the law is nine arguments."""
+    if law_at is None:
+        return implementation
+    end = law_at + len(LawTensors._fields) - 1
+
+    def run(*arguments: Any) -> Any:
+        law = LawTensors(*arguments[law_at:end])
+        return implementation(*arguments[:law_at], law, *arguments[end:])
+
+    return run
+
+
+def _nobody_listens(tensors: list[Tensor]) -> bool:
+    """Whether the dispatcher would only call the CPU's implementation, at twice a call's cost."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+_call_uniforms = _register("uniforms", reference.uniforms, native.uniforms, _fake_uniforms, None)
+_call_mix = _register("mix", reference.mix, native.mix, _fake_mix, 1)
+_call_sample = _register("sample", reference.sample, native.sample, _fake_sample, 2)
+_call_verify = _register("verify", reference.verify, native.verify, _fake_verify, 7)
 
 if not native.AVAILABLE:
     _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)
@@ -427,8 +457,8 @@ def _wrong(op: str, argument: str, expected: str, got: Tensor) -> ValueError:
     return ValueError(f"{op}: {argument}: expected {expected}, got {found}")
 
 
-def _members(op: str, logits: Any, law: Law) -> tuple[Any, ...]:
-    """The checked logits and the law's parameters, in the order of the schemas."""
+def _members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
+    """The checked logits and the law's parameters."""
     if isinstance(logits, Tensor) or len(logits) == 0:
         raise ValueError(f"{op}: logits: expected a list of M >= 1 tensors, got {type(logits)}")
     first = logits[0]
@@ -448,8 +478,7 @@ def _members(op: str, logits: Any, law: Law) -> tuple[Any, ...]:
             raise _wrong(op, f"logits[{m}]", expected, tensor)
         if tensor.stride()[2] != 1 and size[2] > 1:
             raise _wrong(op, f"logits[{m}]", "contiguous rows", tensor)
-    numbers = law.tensors(op, shape[0], shape[1], len(logits), device)
-    return list(logits), *numbers, law.ensemble, law.scope, law.plausibility, vocab_size
+    return list(logits), law.tensors(op, shape[0], shape[1], len(logits), device, vocab_size)
 
 
 def _check_uniforms(op: str, numbers: Tensor, batch: int, rows: int, device: torch.device) -> None:

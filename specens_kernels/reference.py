@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .ensembles import ENSEMBLES
+from .law import LawTensors
 
 TILE = 8192
 SUB_TILE = 1024
@@ -37,24 +38,6 @@ EMPTY_RESIDUAL = 16  # rejected, yet target <= kept everywhere; the target stays
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-
-
-class LawTensors(NamedTuple):
-    """The law's parameters as they cross the op boundary; see `ops.Law` for what they mean.
-
-    weights: (M,), (B, M) or (B, T, M) float. temperature: (B or 1, M or 1) float.
-    top_k: (B or 1,) int32 or None. top_p, min_p: (B or 1,) float or None.
-    """
-
-    weights: Tensor
-    temperature: Tensor
-    top_k: Tensor | None
-    top_p: Tensor | None
-    min_p: Tensor | None
-    ensemble: str
-    scope: str
-    plausibility: float
-    vocab_size: int
 
 
 # --- uniforms -------------------------------------------------------------------------------------

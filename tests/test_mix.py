@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from specens_kernels import ENSEMBLES, Law, Status, mix, reference
-from specens_kernels.reference import LawTensors
 
 INF, NAN = math.inf, math.nan
 
@@ -104,11 +103,8 @@ def test_every_width_and_type_agrees_with_the_reference(
     logits = [(3 * torch.randn(2, 3, vocab_size)).to(dtype) for _ in range(2)]
     law = Law((0.4, 0.6), temperature=(0.8, 1.1), top_k=50)
     log_probs, status = mix(logits, law)
-    tensors = law.tensors("mix", 2, 3, 2, log_probs.device)
-    expected, _ = reference.mix(
-        [member.double() for member in logits],
-        LawTensors(*tensors, "mixture", "member", 0.0, vocab_size),
-    )
+    parameters = law.tensors("mix", 2, 3, 2, log_probs.device, vocab_size)
+    expected, _ = reference.mix([member.double() for member in logits], parameters)
     torch.testing.assert_close(log_probs, expected.float(), **CLOSE)
     assert not status.any()
 

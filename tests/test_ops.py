@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import specens_kernels
 from specens_kernels import (
@@ -74,7 +75,7 @@ def inputs(batch: int = 2, vocab_size: int = 11) -> tuple[list[Tensor], Tensor, 
 def op_calls() -> list[Any]:
     """Every op with every optional argument given and left out."""
     logits, numbers, draft = inputs()
-    law = (*LAW.tensors("test", 2, 3, 2, draft.device), "mixture", "member", 0.0, 11)
+    law = LAW.tensors("test", 2, 3, 2, draft.device, 11).arguments
     bare = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None, "product", "ensemble", 0.1, 9)
     lenient = ("lenient", 0.9, True)
     parents = torch.tensor([[-1, 0, 0]], dtype=torch.int32)
@@ -383,8 +384,7 @@ def test_each_backend_runs_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("the reference ran")
 
-    for name in ("mix", "sample", "verify"):
-        monkeypatch.setattr(ops.reference, name, refuse)
+    monkeypatch.setattr(ops.reference, "target_law", refuse)  # every op asks for it
     for run in (run_mix, run_sample, run_chain):
         for name in ("auto", "native") if native.AVAILABLE else ():
             with specens_kernels.backend(name):
@@ -487,3 +487,33 @@ def test_an_unknown_backend_in_the_environment_stops_the_import() -> None:
     assert done.returncode != 0
     expected = "SPECENS_BACKEND: expected one of auto, native, reference, got 'cuda'"
     assert f"ValueError: {expected}" in done.stderr
+
+
+# --- the dispatcher -------------------------------------------------------------------------------
+
+
+class Listener(TorchDispatchMode):
+    """Counts the calls of this package's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard += [str(func)] * (func.namespace == "specens")
+        return func(*args, **(kwargs or {}))
+
+
+@RUNS
+def test_whoever_listens_hears_every_op(run: Callable[..., Any]) -> None:
+    """The short way to the CPU's kernels is taken only where nobody could tell."""
+    arguments = inputs()
+    expected = run(*arguments)
+    with Listener() as listener:
+        found = run(*arguments)
+    assert len(listener.heard) == 1
+    with torch.profiler.profile() as profile:
+        run(*arguments)
+    assert [event.key for event in profile.key_averages() if event.key.startswith("specens::")]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from specens_kernels import Law, Sample, Status, mix, reference, sample
-from specens_kernels.reference import LawTensors
 
 INF, NAN = math.inf, math.nan
 TILE, SUB_TILE = 8192, 1024
@@ -50,8 +49,7 @@ def test_the_law_by_exact_inversion(options: dict[str, Any], member: int | None)
 
     def tokens_at(points: Tensor) -> Tensor:
         count = len(points)
-        tensors = law.tensors("sample", count, 1, 2, points.device)
-        arguments = LawTensors(*tensors, law.ensemble, law.scope, law.plausibility, 5)
+        arguments = law.tensors("sample", count, 1, 2, points.device, 5)
         rows = [row.expand(count, 1, 5) for row in logits]
         drawn = reference.sample(
             rows, numbers_of(0.3, 0.6, points), arguments, -1 if member is None else member
@@ -178,8 +176,7 @@ def test_every_backend_draws_the_same_token(
     law = Law((0.25, 0.75), **options)
     numbers = torch.rand(8, 4, 4)
     drawn = sample(logits, numbers, law)
-    tensors = law.tensors("sample", 8, 4, 2, numbers.device)
-    arguments = LawTensors(*tensors, law.ensemble, law.scope, law.plausibility, vocab_size)
+    arguments = law.tensors("sample", 8, 4, 2, numbers.device, vocab_size)
     expected = Sample(*reference.sample(logits, numbers, arguments, -1))
     assert torch.equal(drawn.tokens, expected.tokens)
     torch.testing.assert_close(drawn.log_probs, expected.log_probs, atol=2e-5, rtol=1e-5)

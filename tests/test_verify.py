@@ -22,7 +22,6 @@ from specens_kernels import (
     uniforms,
     verify,
 )
-from specens_kernels.reference import LawTensors
 
 INF, NAN = math.inf, math.nan
 TOP = 1 - 2.0**-24  # the largest number in [0, 1) that `uniforms` returns
@@ -757,8 +756,7 @@ def test_every_backend_emits_what_the_reference_emits(
     law = Law(weights, **options)
     rows = [member[:, :nodes] for member in logits]
     draft = sample(rows, torch.rand(batch, nodes, 4), law, member=0).tokens
-    tensors = law.tensors("verify", batch, nodes + 1, members, draft.device)
-    arguments = LawTensors(*tensors, law.ensemble, law.scope, law.plausibility, vocab_size)
+    arguments = law.tensors("verify", batch, nodes + 1, members, draft.device, vocab_size)
     parents = None if tree is None else ints(*tree)[None]
     apart = (shared + torch.randn_like(shared)).to(dtype)
     drawn = torch.zeros(1, nodes, dtype=torch.int32)

@@ -17,7 +17,6 @@ from laws import POINT, SEPARATE, Call, Case
 from torch import Tensor
 
 from specens_kernels import Law, Stream, reference, sample, uniforms, verify
-from specens_kernels.reference import LawTensors
 
 FINE = 2.0**-44  # spacing of float64 numbers that rounding in the ops does not blur
 GRID = 2.0**-24
@@ -128,7 +127,7 @@ def in_float64(case: Case, module: ModuleType = reference, **wrong: float | str)
     def run(call: Call) -> tuple[Tensor, Tensor]:
         batch, rows, _ = call.logits[0].shape
         law = law_of(case, batch)
-        tensors = law.tensors("verify", batch, rows, case.members, call.draft_tokens.device)
+        device = call.draft_tokens.device
         temperature = case.draft_temperature
         verdict = module.verify(
             call.logits,
@@ -138,7 +137,7 @@ def in_float64(case: Case, module: ModuleType = reference, **wrong: float | str)
             call.proposers,
             call.draft_logits,
             None if temperature is None else torch.tensor([temperature]),
-            LawTensors(*tensors, law.ensemble, law.scope, law.plausibility, case.vocab_size),
+            law.tensors("verify", batch, rows, case.members, device, case.vocab_size),
             wrong.get("acceptance", case.acceptance),
             wrong.get("lenience", 1.0),
             case.bonus,

@@ -50,7 +50,7 @@ class Row:
         return self.length + len(self.pending)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Chunk:
     """The logits of one forward: row k's are the laws of tokens first[k] to first[k] + count[k]."""
 
@@ -90,7 +90,8 @@ class _Laws:
         if len(rows) == newest.logits.shape[0] == 1:
             _, first, held = newest.places.get(rows[0], (0, 0, 0))
             if 0 <= (offset := begins[0] - first) <= held - count:
-                return newest.logits[:, offset : offset + count]
+                logits = newest.logits
+                return logits if logits.shape[1] == count else logits.narrow(1, offset, count)
         pieces = [self._pieces(row, begin, count) for row, begin in zip(rows, begins, strict=True)]
         head = pieces[0]
         if head and all(
@@ -171,6 +172,7 @@ class Run:
         # Columns past max_length are proposals that can never be committed.
         self.text = input_ids.new_zeros(batch, stopper.max_length + schedule.lookahead + 1)
         self.text[:, :width] = input_ids
+        self._text_rows = self.text[:, None].unbind()
         self.log_probs: list[list[Tensor]] = [[] for _ in range(batch)]
         self.rows = [Row(b, width - n, n) for b, n in enumerate(lengths)]
         self.finished: list[Row] = []
@@ -187,9 +189,10 @@ class Run:
         span = self.text.shape[1] - self.rows[0].pad - self._base[0] + 1
         base = torch.tensor(self._base, device=self.device)
         positions = base[:, None] + torch.arange(span, device=self.device)
-        self._verify_numbers = uniforms(seeds, positions, Stream.VERIFY)
+        self._verify_numbers = uniforms(seeds, positions, Stream.VERIFY)[:, None].unbind()
         self._draft_numbers = [
-            uniforms(seeds, positions, Stream.DRAFT, index=m) for m in range(len(self.members))
+            uniforms(seeds, positions, Stream.DRAFT, index=m)[:, None].unbind()
+            for m in range(len(self.members))
         ]
         coins = uniforms(seeds.cpu(), positions.cpu(), Stream.COMPONENT)[..., 0]
         weights = self.law.weights
@@ -201,17 +204,14 @@ class Run:
             self._components.clamp_(max=len(weights) - 1)
 
     def _numbers(
-        self, numbers: Tensor, rows: Sequence[Row], begins: list[int], count: int
+        self, numbers: Sequence[Tensor], rows: Sequence[Row], begins: list[int], count: int
     ) -> Tensor:
         """(R, count, 4) blocks for positions begins[k] on."""
-        if len(rows) == 1:
-            at = begins[0] - self._base[rows[0].index]
-            index = rows[0].index
-            return numbers[index : index + 1, at : at + count]
-        at_rows = [begin - self._base[row.index] for row, begin in zip(rows, begins, strict=True)]
-        columns = torch.tensor(at_rows, device=self.device)[:, None]
-        columns = columns + torch.arange(count, device=self.device)
-        return numbers[self._indices(rows)[:, None], columns]
+        parts = [
+            numbers[row.index].narrow(1, begin - self._base[row.index], count)
+            for row, begin in zip(rows, begins, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # --- what schedules ask -----------------------------------------------------------------------
 
@@ -412,18 +412,18 @@ class Run:
     def _tokens(self, rows: Sequence[Row], begins: list[int], count: int) -> Tensor:
         """(R, count) int64: the rows' tokens begins[k] on."""
         if len(rows) == 1:
-            index, at = rows[0].index, rows[0].pad + begins[0]
-            return self.text[index : index + 1, at : at + count]
+            row = rows[0]
+            return self._text_rows[row.index].narrow(1, row.pad + begins[0], count)
         return self.text[self._indices(rows)[:, None], self._columns(rows, begins, count)]
 
     def _write(self, rows: Sequence[Row], begins: list[int], tokens: Tensor) -> None:
         """Put tokens (R, n) at begins[k] on."""
+        width = tokens.shape[1]
         if len(rows) == 1:
-            index, at = rows[0].index, rows[0].pad + begins[0]
-            self.text[index : index + 1, at : at + tokens.shape[1]] = tokens
+            row = rows[0]
+            self._text_rows[row.index].narrow(1, row.pad + begins[0], width).copy_(tokens)
         else:
-            columns = self._columns(rows, begins, tokens.shape[1])
-            self.text[self._indices(rows)[:, None], columns] = tokens
+            self.text[self._indices(rows)[:, None], self._columns(rows, begins, width)] = tokens
 
     def _proposers(self, rows: Sequence[Row], counts: Sequence[int], width: int) -> Tensor:
         """(R or 1, width) int32: which member each draft was drawn from."""
