@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,14 @@ from torch import Tensor
 from . import native, reference
 from .acceptance import ACCEPTANCE_RULES
 from .law import Law, LawTensors
+from .native import Unsupported
 from .reference import PADDING
 
 POINT_MASS = PADDING
-BACKENDS = ("auto", "native", "reference")
+# For each type of device, the backends that "auto" tries, the best first.
+_PREFERRED = {"cpu": ("native",)}
+_MODULES = {"native": native}
+BACKENDS = ("auto", *_MODULES, "reference")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -238,32 +243,9 @@ def verify(
     if draft_logits is not None:
         if proposers is not None:
             raise ValueError("verify: proposers: expected None beside draft_logits, got a tensor")
-        shape = draft_logits.shape
-        if (
-            draft_logits.dim() != 3
-            or shape[0] != batch
-            or shape[1] not in (nodes, nodes + 1)
-            or shape[2] < parameters.vocab_size
-            or draft_logits.dtype not in _FLOATS
-            or draft_logits.device != device
-        ):
-            expected = (
-                f"(B={batch}, N={nodes} or N+1, V >= {parameters.vocab_size}) float on {device}"
-            )
-            raise _wrong("verify", "draft_logits", expected, draft_logits)
-        if draft_logits.stride(-1) != 1 and shape[2] > 1:
-            raise _wrong("verify", "draft_logits", "contiguous rows", draft_logits)
+        _check_draft_logits(draft_logits, batch, nodes, parameters.vocab_size, device)
     if draft_temperature is not None:
-        shape = draft_temperature.shape
-        if (
-            len(shape) > 1
-            or (len(shape) == 1 and shape[0] not in (1, batch))
-            or draft_temperature.dtype not in _FLOATS
-            or draft_temperature.device != device
-        ):
-            expected = f"() or (B={batch},) float on {device}"
-            raise _wrong("verify", "draft_temperature", expected, draft_temperature)
-        draft_temperature = draft_temperature.reshape(-1)
+        draft_temperature = _per_row("draft_temperature", draft_temperature, batch, device)
     return Verdict(
         *_call_verify(
             tensors,
@@ -296,17 +278,17 @@ _backend = _backend_from_environment()
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every op inside the block, for CPU tensors.
+    """Choose the implementation of every op inside the block.
 
     Args:
-        name: "auto" (native where it can, else the reference), "native" (raises
-            NotImplementedError where it cannot) or "reference".
+        name: "auto" (for CPU tensors native; what that cannot do, and other devices, the
+            reference), "native" (raises NotImplementedError where it cannot) or "reference".
     """
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "native" and not native.AVAILABLE:
-        raise NotImplementedError(f"backend: {native.REASON}")
+    if name in _MODULES:
+        _available(name)
     before, _backend = _backend, name
     try:
         yield
@@ -314,26 +296,37 @@ def backend(name: str) -> Iterator[None]:
         _backend = before
 
 
-def _native_or_reference(
-    name: str, native_op: Callable[..., Any], reference_op: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The CPU implementation of one op; says once, in the log, why it left the native kernels."""
+def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The implementation of one op on one type of device; what a backend refuses goes to the next.
+
+    Why a backend was left is said once, in the log.
+    """
     logged: set[str] = set()
 
     def run(*arguments: Any) -> Any:
         if _backend == "reference":
             return reference_op(*arguments)
-        try:
-            return native_op(*arguments)
-        except native.Unsupported as reason:
-            if _backend == "native":
-                raise
-            if str(reason) not in logged:
-                logged.add(str(reason))
-                _logger.info("%s: %s; the reference runs instead", name, reason)
-            return reference_op(*arguments)
+        if _backend != "auto":
+            return getattr(_available(_backend), name)(*arguments)
+        for each in _PREFERRED[device]:
+            module = _MODULES[each]
+            if not module.AVAILABLE:
+                continue
+            try:
+                return getattr(module, name)(*arguments)
+            except Unsupported as reason:
+                if str(reason) not in logged:
+                    logged.add(str(reason))
+                    _logger.info("%s: %s; the reference runs instead", name, reason)
+        return reference_op(*arguments)
 
     return run
+
+
+def _available(name: str) -> ModuleType:
+    if not _MODULES[name].AVAILABLE:
+        raise Unsupported(f"backend: {name}: {_MODULES[name].REASON}")
+    return _MODULES[name]
 
 
 # --- schemas, fakes, registration -----------------------------------------------------------------
@@ -388,27 +381,23 @@ def _fake_verify(logits: list[Tensor], draft_tokens: Tensor, *rest: Any) -> tupl
 
 
 def _register(
-    name: str,
-    reference_op: Callable[..., Any],
-    native_op: Callable[..., Any],
-    fake: Any,
-    law_at: int | None,
+    name: str, reference_op: Callable[..., Any], fake: Any, law_at: int | None
 ) -> Callable[..., Any]:
     """Register one op, whose `LawTensors` is argument `law_at`; returns the function to call."""
     reference_op = torch.no_grad()(reference_op)
     _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _lib.impl(name, _unpacked(reference_op, law_at), "CompositeExplicitAutograd")
     torch.library.register_fake(f"specens::{name}", fake, lib=_lib)
+    runs = {device: _first_that_can(name, reference_op, device) for device in _PREFERRED}
+    for device, run in runs.items():
+        _lib.impl(name, _unpacked(run, law_at), device.upper())
     op: Callable[..., Any] = getattr(torch.ops.specens, name).default
-    on_cpu = None
-    if native.AVAILABLE:
-        on_cpu = _native_or_reference(name, native_op, reference_op)
-        _lib.impl(name, _unpacked(on_cpu, law_at), "CPU")
 
     def call(*arguments: Any) -> Any:
         first = arguments[0]
-        if on_cpu is not None and _nobody_listens([first] if isinstance(first, Tensor) else first):
-            return on_cpu(*arguments)
+        tensors = [first] if isinstance(first, Tensor) else first
+        if _nobody_listens(tensors):
+            return runs[tensors[0].device.type](*arguments)
         if law_at is None:
             return op(*arguments)
         return op(*arguments[:law_at], *arguments[law_at].arguments, *arguments[law_at + 1 :])
@@ -430,20 +419,20 @@ def _unpacked(implementation: Callable[..., Any], law_at: int | None) -> Callabl
 
 
 def _nobody_listens(tensors: list[Tensor]) -> bool:
-    """Whether the dispatcher would only call the CPU's implementation, at twice a call's cost."""
+    """Whether the dispatcher would only call one of our functions, at twice a call's cost."""
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
+        and all(type(tensor) is Tensor and tensor.device.type in _PREFERRED for tensor in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._autograd._profiler_enabled()
     )
 
 
-_call_uniforms = _register("uniforms", reference.uniforms, native.uniforms, _fake_uniforms, None)
-_call_mix = _register("mix", reference.mix, native.mix, _fake_mix, 1)
-_call_sample = _register("sample", reference.sample, native.sample, _fake_sample, 2)
-_call_verify = _register("verify", reference.verify, native.verify, _fake_verify, 7)
+_call_uniforms = _register("uniforms", reference.uniforms, _fake_uniforms, None)
+_call_mix = _register("mix", reference.mix, _fake_mix, 1)
+_call_sample = _register("sample", reference.sample, _fake_sample, 2)
+_call_verify = _register("verify", reference.verify, _fake_verify, 7)
 
 if not native.AVAILABLE:
     _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)
@@ -507,3 +496,34 @@ def _broadcast(
         expected = f"(B={batch} or 1, {columns}) int32 or int64 on {device}"
         raise _wrong("verify", argument, expected, value)
     return value
+
+
+def _check_draft_logits(
+    draft: Tensor, batch: int, nodes: int, vocab_size: int, device: torch.device
+) -> None:
+    shape = draft.shape
+    if (
+        draft.dim() != 3
+        or shape[0] != batch
+        or shape[1] not in (nodes, nodes + 1)
+        or shape[2] < vocab_size
+        or draft.dtype not in _FLOATS
+        or draft.device != device
+    ):
+        expected = f"(B={batch}, N={nodes} or N+1, V >= {vocab_size}) float on {device}"
+        raise _wrong("verify", "draft_logits", expected, draft)
+    if draft.stride(-1) != 1 and shape[2] > 1:
+        raise _wrong("verify", "draft_logits", "contiguous rows", draft)
+
+
+def _per_row(argument: str, value: Tensor, batch: int, device: torch.device) -> Tensor:
+    """(1,) or (B,), of (), (1,) or (B,)."""
+    shape = value.shape
+    if (
+        len(shape) > 1
+        or (len(shape) == 1 and shape[0] not in (1, batch))
+        or value.dtype not in _FLOATS
+        or value.device != device
+    ):
+        raise _wrong("verify", argument, f"() or (B={batch},) float on {device}", value)
+    return value.reshape(-1)

@@ -29,6 +29,15 @@ def seed() -> int:
     return 0
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny models are fastest so, and their sums the same in every run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["reference", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the implementation that every op runs on."""

@@ -10,7 +10,6 @@ import copy
 import gc
 import itertools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,17 +36,11 @@ from specens.run import Run
 from specens.schedules import Alternating, Speculative
 from specens_kernels import Law, mix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB_SIZE = 24
 RAGGED = (5, 9, 3, 1, 7)
 SCHEDULES = ("speculative", "draft", "alternating")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from specens.abilities import Probe, probe
 from specens.cache import Masks
 from specens.members import CropMember, Member, ReplayMember, SlotMember, member
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = {"slot": SlotMember, "crop": CropMember, "replay": ReplayMember}
 
 # Grouped matrix products of transformers' experts have no float64 kernel.
@@ -50,14 +52,6 @@ VISIBLE = 20 * TOLERANCE[torch.float32]  # the least error of a fault that must 
 
 # Softmax, scans or routing run in float32 in these whatever the dtype: they have its tolerance.
 FLOAT32_INSIDE = {"gemma2", "bloom", "mpt", "llama4_text", "mamba", "mamba2", "falcon_h1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dtype_of(name: str) -> torch.dtype:

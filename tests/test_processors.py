@@ -8,7 +8,6 @@ it to OPTIONS.
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,17 +36,11 @@ from transformers.generation import logits_process
 from specens import SpeculativeDecoder
 from specens.processors import STATEFUL, Warp, per_row, split
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB_SIZE = 24
 RAGGED = (5, 9, 3, 1, 7)
 SCHEDULES = ("speculative", "draft", "alternating")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

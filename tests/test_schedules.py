@@ -9,7 +9,6 @@ same comparison. To test a schedule, add a `Case`.
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +22,8 @@ from specens import run as run_module
 from specens.run import Row, Run
 from specens.schedules import SCHEDULES, Alternating
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB_SIZE = 5
 LENGTH = 4  # tokens whose law is compared; more are written, so that the end changes nothing
 ROWS = 2000
@@ -32,14 +33,6 @@ ROWS = 2000
 HONEST = 1e-4
 # A wrong decoder must be told from a right one by far, not by luck.
 WRONG = 1e-7
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Members share a vocabulary, or are refused with the ids that differ; padding does not count."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -14,13 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from specens import SpeculativeDecoder
 from specens.vocabulary import shared_vocabulary
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tokenizer(size: int, **other: int) -> PreTrainedTokenizerFast:

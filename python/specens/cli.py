@@ -192,29 +192,9 @@ def generate(
     found = []
     with terminal.progress("prompts", len(prompts) if as_json and lines else 0) as step:
         for i, (one, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            stream = terminal.TextStream(tokenizer, None if as_json else terminal.write_text)
-            sequences = decoder.generate(
-                ids,
-                attention_mask=ids.new_ones(ids.shape),
-                streamer=stream,
-                tokenizer=tokenizer,
-                stop_strings=stop or None,
-                seed=first_seed + i,
-                **arguments,
-            )
-            assert decoder.statistics is not None
-            found.append(decoder.statistics)
-            if as_json:
-                terminal.write_json(
-                    {
-                        "prompt": one,
-                        "text": stream.text,
-                        "token_ids": sequences[0, ids.shape[1] :].tolist(),
-                        "seed": first_seed + i,
-                        "statistics": decoder.statistics.as_dict(),
-                    }
-                )
-            else:
+            options = arguments | {"stop_strings": stop or None, "seed": first_seed + i}
+            found.append(_continue(decoder, tokenizer, one, ids, options, as_json))
+            if not as_json:
                 terminal.write_text("\n" if i == len(prompts) - 1 else "\n\n")
             step()
     if not as_json:
@@ -222,6 +202,30 @@ def generate(
         console = terminal.errors()
         console.print(terminal.members_table(whole))
         console.print(f"{terminal.summary(whole)}\nseed {first_seed}")
+
+
+def _continue(
+    decoder: Any, tokenizer: Any, prompt: str, ids: Any, options: dict[str, Any], as_json: bool
+) -> Any:
+    """Write one prompt's continuation as it comes, or its JSON at the end; its statistics."""
+    from . import terminal
+
+    stream = terminal.TextStream(tokenizer, None if as_json else terminal.write_text)
+    mask = ids.new_ones(ids.shape)
+    sequences = decoder.generate(
+        ids, attention_mask=mask, streamer=stream, tokenizer=tokenizer, **options
+    )
+    if as_json:
+        terminal.write_json(
+            {
+                "prompt": prompt,
+                "text": stream.text,
+                "token_ids": sequences[0, ids.shape[1] :].tolist(),
+                "seed": options["seed"],
+                "statistics": decoder.statistics.as_dict(),
+            }
+        )
+    return decoder.statistics
 
 
 @app.command()
