@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random calls of the ops, as hard as models and mistakes can make them, and how to compare them.
+
+A call is a seed: the same seed gives the same arguments. What a backend returns is compared with
+the reference: tokens, counts, paths and status exactly, numbers up to single precision. To cover a
+new argument, draw it in `call`.
+"""
+
+import math
+import random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import specens_kernels
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, mix, sample, verify
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OPS = {"mix": mix, "sample": sample, "verify": verify}
+EXACT = {"mix": (1,), "sample": (0, 3), "verify": (0, 2, 3, 4)}  # the rest is rounded to float32
+SMALL, TILES, REAL = (2, 3, 17, 100), (1023, 1024, 1025, 4096, 8193), (49152, 151936, 262144)
+
+
+class Call(NamedTuple):
+    """One call of an op, and how a failure names it."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    name: str
+
+    def run(self, backend: str) -> tuple[Tensor, ...]:
+        with specens_kernels.backend(backend):
+            return tuple(OPS[self.op](*self.arguments, **self.options))
+
+
+class Dice(random.Random):
+    """Random arguments; `seed` makes torch's generator, too."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def happens(self, probability: float) -> bool:
+        return self.random() < probability
+
+    def uniform_tensor(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def logits(self, batch: int, rows: int, vocab_size: int) -> Tensor:
+        """Of any kind that a model or a mistake may produce, in rows with any gap between them."""
+        width = vocab_size + self.choice([0, 0, 1, 7, 64])
+        shape, dtype = (batch, rows, width), self.choice(DTYPES)
+        scale = self.choice([0.05, 2.0, 3.0, 12.0])
+        values = torch.randn(shape, generator=self.generator) * scale
+        if self.happens(0.2):
+            values = (values * 2).round() / 2
+        if self.happens(0.2):
+            values[..., self.randrange(vocab_size)] += 12
+        broken = self.choice([None] * 12 + [-math.inf, -math.inf, math.nan, math.inf, "min", "row"])
+        if broken == "row":
+            values[self.randrange(batch)] = -math.inf
+        elif broken is not None:
+            value = torch.finfo(dtype).min if broken == "min" else broken
+            common = value in (-math.inf, torch.finfo(dtype).min)
+            values[self.uniform_tensor(*shape) < (0.5 if common else 2 / width)] = value
+        values = values.to(dtype)
+        if self.happens(0.3):
+            wide = torch.full((batch + 1, rows + 2, width + 3), math.nan, dtype=dtype)
+            wide[1:, 1:-1, 1:-2] = values
+            values = wide[1:, 1:-1, 1:-2]
+        return values
+
+    def law(self, batch: int, rows: int, members: int, vocab_size: int) -> Law:
+        ensemble, scope = self.choice(sorted(ENSEMBLES)), self.choice(["member", "ensemble"])
+        shape = (*self.choice([(), (batch,), (batch, rows)]), members)
+        weights = self.uniform_tensor(*shape) + 0.05
+        if self.happens(0.2):
+            weights[self.uniform_tensor(*shape) < 0.4] = 0.0
+        if ensemble == "mixture":
+            weights[..., self.randrange(members)] += 0.1
+            weights /= weights.sum(-1, keepdim=True)
+        elif self.happens(0.5):
+            weights[..., -1] = -weights[..., -1]
+        columns = self.choice([1, members if scope == "member" else 1])
+        temperature = 0.2 + 1.5 * self.uniform_tensor(self.choice([1, batch]), columns)
+        if self.happens(0.4):
+            temperature[self.uniform_tensor(*temperature.shape) < 0.4] = 0.0
+        options: dict[str, Any] = {"temperature": self.choice([1.0, 0.0, temperature, temperature])}
+        if self.happens(0.3):
+            counts = torch.randint(-1, 60, (batch,), generator=self.generator)
+            options["top_k"] = self.choice([1, 5, 50, vocab_size // 2 + 1, vocab_size + 9, counts])
+        if self.happens(0.3):
+            options["top_p"] = self.choice([0.1, 0.9, 0.999, 1.1 * self.uniform_tensor(batch)])
+        if self.happens(0.2):
+            options["min_p"] = self.choice([0.01, 0.1, 0.6, 0.5 * self.uniform_tensor(batch)])
+        if ensemble == "product" and self.happens(0.3):
+            options["plausibility"] = self.choice([0.01, 0.1, 1.0])
+        return Law(weights, ensemble, scope=scope, vocab_size=vocab_size, **options)
+
+    def numbers(self, *shape: int) -> Tensor:
+        numbers = torch.randint(2**24, shape, generator=self.generator) * 2.0**-24
+        if self.happens(0.2):
+            numbers[self.uniform_tensor(*shape) < 0.3] = self.choice([0.0, 1 - 2.0**-24])
+        return numbers
+
+    def drafts(self, sources: Tensor, vocab_size: int) -> Tensor:
+        """Likely tokens of (B, N, V) logits; some are anything, some missing."""
+        batch, nodes = sources.shape[:2]
+        values = sources[..., :vocab_size].float().nan_to_num(-1e9, 1e9, -1e9)
+        likely = values.topk(min(3, vocab_size), -1).indices
+        tokens = likely[..., self.randrange(likely.shape[-1])] if nodes else likely[..., 0]
+        any_token = torch.randint(-2, vocab_size + 2, tokens.shape, generator=self.generator)
+        tokens = torch.where(self.uniform_tensor(batch, nodes) < 0.1, any_token, tokens)
+        if self.happens(0.3):
+            lengths = torch.randint(0, nodes + 1, (batch, 1), generator=self.generator)
+            tokens = tokens.masked_fill(torch.arange(nodes) >= lengths, -1)
+        return tokens.to(self.choice([torch.int32, torch.int64]))
+
+
+def call(seed: int, sizes: tuple[int, ...]) -> Call:
+    dice = Dice(seed)
+    vocab_size, batch = dice.choice(sizes), dice.choice([1, 1, 2, 3])
+    nodes, members = dice.choice([0, 1, 2, 5]), dice.choice([1, 2, 2, 3, 4])
+    op = dice.choice(["mix", "sample", "verify", "verify", "verify"])
+    bonus = nodes == 0 or dice.happens(0.8)
+    rows = nodes + 1 if bonus or op != "verify" else nodes
+    logits = [dice.logits(batch, rows, vocab_size) for _ in range(members)]
+    law = dice.law(batch, rows, members, vocab_size)
+    name = f"{op}, seed {seed}: {law}"
+    if op == "mix":
+        return Call(op, (logits, law), {}, name)
+    if op == "sample":
+        member = dice.choice([None, None, dice.randrange(members)])
+        return Call(op, (logits, dice.numbers(batch, rows, 4), law), {"member": member}, name)
+    options: dict[str, Any] = {
+        "acceptance": dice.choice(sorted(ACCEPTANCE_RULES)),
+        "lenience": dice.choice([1.0, 0.7]),
+        "bonus": bonus,
+    }
+    sources = logits[0][:, :nodes]
+    proposal = dice.choice(["members", "logits", "points"])
+    if proposal == "members":
+        member = dice.randrange(members)
+        proposers = torch.full((dice.choice([1, batch]), nodes), member)
+        if dice.happens(0.3):
+            proposers = torch.randint(-2, members + 1, (batch, nodes), generator=dice.generator)
+        options["proposers"] = proposers.to(dice.choice([torch.int32, torch.int64]))
+        sources = logits[member][:, :nodes]
+    elif proposal == "logits":
+        options["draft_logits"] = dice.logits(batch, nodes + 1, vocab_size)
+        sources = options["draft_logits"][:, :nodes]
+        temperatures = [None, torch.tensor(0.8), dice.uniform_tensor(batch)]
+        options["draft_temperature"] = dice.choice(temperatures)
+    tokens = dice.drafts(sources, vocab_size)
+    arguments = (logits, tokens, dice.numbers(batch, nodes + 1, 4), law)
+    return Call(op, arguments, options, name)
+
+
+def check(one: Call, backend: str) -> None:
+    """The backend's results are the reference's."""
+    expected, found = one.run("reference"), one.run(backend)
+    for i, (right, ours) in enumerate(zip(expected, found, strict=True)):
+        close = {} if i in EXACT[one.op] else {"atol": 1e-5, "rtol": 3e-6}
+        torch.testing.assert_close(
+            ours, right, **(close or {"atol": 0, "rtol": 0}), msg=lambda m: f"{one.name}\n{m}"
+        )
