@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=harness.numbers, default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--budget-s", type=float, default=120.0, help="most seconds per mode")
+    parser.add_argument("--budget-s", type=float, default=30.0, help="most seconds per mode")
     parser.add_argument("--profile", action="store_true", help="where our time goes, and no result")
     options = parser.parse_args(arguments)
     if not native.AVAILABLE:

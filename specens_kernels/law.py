@@ -5,8 +5,9 @@ A law is built once and used for many calls: its numbers are checked when it is 
 knows by then (everything but the batch size) is not looked at again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ class LawTensors(NamedTuple):
     weights: (M,), (B, M) or (B, T, M) float. temperature: (B or 1, M or 1) float.
     top_k: (B or 1,) int32 or None. top_p, min_p: (B or 1,) float or None.
     flat: where the native kernels note how they read the rest; None where a tensor is the caller's,
-        whose memory may move.
+        which may change.
     """
 
     weights: Tensor
@@ -76,12 +77,11 @@ class Law:
     scope: str = "member"
     plausibility: float = 0.0
     vocab_size: int | None = None
-    _tensors: dict[tuple[torch.device, int], LawTensors] = field(
-        default_factory=dict, init=False, repr=False
-    )
 
     def __post_init__(self) -> None:
         """Check every number that is known now."""
+        # Not a field: a copy of a law makes tensors of its own.
+        object.__setattr__(self, "_tensors", {})
         if self.ensemble not in ENSEMBLES:
             raise _unknown("ensemble", self.ensemble, sorted(ENSEMBLES))
         if self.scope not in SCOPES:
@@ -93,14 +93,21 @@ class Law:
         if not isinstance(self.weights, Tensor):
             self._check_weights([float(weight) for weight in self.weights])
         self._check_temperature()
-        if not isinstance(self.top_k, Tensor) and self.top_k < 0:
-            raise _out_of_range("top_k", "a count >= 0", self.top_k)
+        top_k: Any = self.top_k
+        if not isinstance(top_k, (Tensor, Integral)) or (
+            isinstance(top_k, Integral) and not 0 <= int(top_k) < 2**31
+        ):
+            raise _out_of_range("top_k", "a count in [0, 2^31)", top_k)
         if not isinstance(self.top_p, Tensor) and not 0.0 < self.top_p <= 1.0:
             raise _out_of_range("top_p", "a mass in (0, 1]", self.top_p)
         if not isinstance(self.min_p, Tensor) and not 0.0 <= self.min_p < 1.0:
             raise _out_of_range("min_p", "a ratio in [0, 1)", self.min_p)
         if self.vocab_size is not None and self.vocab_size < 1:
             raise _out_of_range("vocab_size", "a count >= 1", self.vocab_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle take along: not the tensors, nor the addresses noted there."""
+        return self.__dict__ | {"_tensors": {}}
 
     def _check_weights(self, weights: list[float]) -> None:
         if not weights or any(
@@ -116,11 +123,8 @@ class Law:
     def _check_temperature(self) -> None:
         if isinstance(self.temperature, Tensor):
             return
-        values = (
-            [self.temperature]
-            if isinstance(self.temperature, (int, float))
-            else list(self.temperature)
-        )
+        given: Any = self.temperature
+        values = [float(given)] if isinstance(given, Real) else list(given)
         if any(not 0.0 <= value < float("inf") for value in values):
             raise _out_of_range("temperature", "finite numbers >= 0", self.temperature)
         if self.scope == "ensemble" and len(values) != 1:
@@ -135,11 +139,12 @@ class Law:
         Raises:
             ValueError: a shape does not fit B, T and M; the message names `op`.
         """
-        known = self._tensors.get((device, vocab_size))
+        tensors: dict[tuple[torch.device, int], LawTensors] = self.__dict__["_tensors"]
+        known = tensors.get((device, vocab_size))
         if known is None:
             known = self._make_tensors(device, vocab_size)
-            if type(known.temperature) is Tensor:  # a fake one must not outlive its mode
-                self._tensors[device, vocab_size] = known
+            if known.flat is not None and nobody_listens([known.weights, known.temperature]):
+                tensors[device, vocab_size] = known
         shape = known.weights.shape
         if (
             shape[-1] != members
@@ -191,6 +196,22 @@ class Law:
             vocab_size,
             None if any(isinstance(value, Tensor) for value in given) else [],
         )
+
+
+def nobody_listens(tensors: Iterable[Tensor]) -> bool:
+    """Whether torch would only pass these tensors on: no mode, transform, trace or profile."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and all(
+            type(tensor) is Tensor and not tensor.is_neg() and not tensor._is_zerotensor()
+            for tensor in tensors
+        )
+    )
 
 
 def _unknown(argument: str, got: str, known: Sequence[str]) -> ValueError:

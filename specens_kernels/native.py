@@ -34,6 +34,7 @@ else:
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_VALUES = (0, 0, 0, 0)
+_CPU = torch.device("cpu")  # said, for the default may be another one
 
 
 class Unsupported(NotImplementedError):
@@ -54,7 +55,7 @@ def floor_sweep(logits: Sequence[Tensor], vocab_size: int) -> float:
 def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
     """See `reference.uniforms`."""
     batch, rows = seeds.shape[0], positions.shape[1]
-    out = empty(batch, rows, 4, dtype=float32)
+    out = empty(batch, rows, 4, dtype=float32, device=_CPU)
     batch_stride, row_stride = positions.stride()
     if positions.shape[0] == 1:
         batch_stride = 0
@@ -69,8 +70,8 @@ def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
     flat = _members(logits) + _law(law)
     batch, rows = logits[0].shape[:2]
-    log_probs = empty(batch, rows, law.vocab_size, dtype=float32)
-    status = empty(batch, rows, dtype=int32)
+    log_probs = empty(batch, rows, law.vocab_size, dtype=float32, device=_CPU)
+    status = empty(batch, rows, dtype=int32, device=_CPU)
     flat += batch, rows, log_probs.data_ptr(), status.data_ptr(), get_num_threads()
     _C.mix(flat)
     return log_probs, status
@@ -82,10 +83,10 @@ def sample(
     """See `reference.sample`."""
     flat = _members(logits) + _law(law)
     batch, rows, _ = numbers.shape
-    tokens = empty(batch, rows, dtype=int64)
-    log_probs = empty(batch, rows, dtype=float32)
-    lse = empty(batch, rows, dtype=float32)
-    status = empty(batch, rows, dtype=int32)
+    tokens = empty(batch, rows, dtype=int64, device=_CPU)
+    log_probs = empty(batch, rows, dtype=float32, device=_CPU)
+    lse = empty(batch, rows, dtype=float32, device=_CPU)
+    status = empty(batch, rows, dtype=int32, device=_CPU)
     flat += member, batch, rows, numbers.data_ptr()
     flat += numbers.stride()
     flat += tokens.data_ptr(), log_probs.data_ptr(), lse.data_ptr(), status.data_ptr()
@@ -118,11 +119,11 @@ def verify(
         law.temperature if draft_temperature is None else draft_temperature.to(float32)
     )
     batch, nodes = draft_tokens.shape
-    tokens = empty(batch, nodes + 1, dtype=int64)
-    log_probs = empty(batch, nodes + 1, dtype=float32)
-    num_accepted = empty(batch, dtype=int32)
-    path = empty(batch, nodes, dtype=int32)
-    status = empty(batch, dtype=int32)
+    tokens = empty(batch, nodes + 1, dtype=int64, device=_CPU)
+    log_probs = empty(batch, nodes + 1, dtype=float32, device=_CPU)
+    num_accepted = empty(batch, dtype=int32, device=_CPU)
+    path = empty(batch, nodes, dtype=int32, device=_CPU)
+    status = empty(batch, dtype=int32, device=_CPU)
     flat += _RULES[acceptance], lenience, bonus, batch, nodes
     flat += _integers(draft_tokens)
     flat += _NO_VALUES if proposers is None else _integers(proposers)
@@ -141,6 +142,8 @@ def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         raise Unsupported(f"logits of {tensor.dtype} have no native kernel")
+    if tensor._is_zerotensor():
+        raise Unsupported("logits without memory have no native kernel")
     batch_stride, row_stride, _ = tensor.stride()
     return tensor.data_ptr(), dtype, batch_stride, row_stride
 
@@ -164,7 +167,7 @@ def _law(law: LawTensors) -> list[Any]:
         flat += _NO_VALUES if value is None else _per_row(value)
     flat += _ENSEMBLES[law.ensemble], law.scope == "member", law.plausibility, law.vocab_size
     if law.flat is not None:
-        law.flat.extend(flat)
+        law.flat[:] = flat  # at once: threads may share a law
     return flat
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import native, reference
 from .acceptance import ACCEPTANCE_RULES
-from .law import Law, LawTensors
+from .law import Law, LawTensors, nobody_listens
 from .native import Unsupported
 from .reference import PADDING
 
@@ -278,7 +278,7 @@ _backend = _backend_from_environment()
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every op inside the block.
+    """Choose the implementation of every op inside the block, for the whole process.
 
     Args:
         name: "auto" (for CPU tensors native; what that cannot do, and other devices, the
@@ -317,7 +317,7 @@ def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) ->
             except Unsupported as reason:
                 if str(reason) not in logged:
                     logged.add(str(reason))
-                    _logger.info("%s: %s; the reference runs instead", name, reason)
+                    _logger.warning("%s: %s; another backend runs instead", name, reason)
         return reference_op(*arguments)
 
     return run
@@ -394,15 +394,26 @@ def _register(
     op: Callable[..., Any] = getattr(torch.ops.specens, name).default
 
     def call(*arguments: Any) -> Any:
-        first = arguments[0]
-        tensors = [first] if isinstance(first, Tensor) else first
-        if _nobody_listens(tensors):
+        tensors = list(_tensors(arguments))
+        # The dispatcher would only call one of our functions, at twice a small call's cost.
+        if tensors[0].device.type in runs and nobody_listens(tensors):
             return runs[tensors[0].device.type](*arguments)
         if law_at is None:
             return op(*arguments)
         return op(*arguments[:law_at], *arguments[law_at].arguments, *arguments[law_at + 1 :])
 
     return call
+
+
+def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    """All of them, but a law's own."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from argument
+        elif isinstance(argument, LawTensors) and argument.flat is None:
+            yield from _tensors(argument[:5])
 
 
 def _unpacked(implementation: Callable[..., Any], law_at: int | None) -> Callable[..., Any]:
@@ -416,17 +427,6 @@ def _unpacked(implementation: Callable[..., Any], law_at: int | None) -> Callabl
         return implementation(*arguments[:law_at], law, *arguments[end:])
 
     return run
-
-
-def _nobody_listens(tensors: list[Tensor]) -> bool:
-    """Whether the dispatcher would only call one of our functions, at twice a call's cost."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(tensor) is Tensor and tensor.device.type in _PREFERRED for tensor in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._autograd._profiler_enabled()
-    )
 
 
 _call_uniforms = _register("uniforms", reference.uniforms, _fake_uniforms, None)
@@ -452,7 +452,7 @@ def _members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
         raise ValueError(f"{op}: logits: expected a list of M >= 1 tensors, got {type(logits)}")
     first = logits[0]
     shape, device = first.shape, first.device
-    vocab_size = law.vocab_size or min([tensor.shape[-1] for tensor in logits])
+    vocab_size = law.vocab_size or max(min([tensor.shape[-1:].numel() for tensor in logits]), 1)
     for m, tensor in enumerate(logits):
         size = tensor.shape
         if (

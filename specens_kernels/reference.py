@@ -12,6 +12,7 @@ first, then its schema in `ops.py`. Three ideas carry everything:
   the next child's target, and in the end the law of the emitted token.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ SUB_TILE = 1024
 PADDING = -1
 # A residual of less mass than this, of a target of mass 1, is rounding: it is empty.
 LEAST_RESIDUAL = 2.0**-40
+# Log-probabilities closer than this, in nats, are tied where the most probable token is asked for.
+TIE = 2.0**-40
 
 # Status bits, one word a row: what a degenerate input did. Only what was consulted is reported.
 NAN_LOGITS = 1  # a NaN logit; it counted as -inf
@@ -251,7 +254,7 @@ def _implausible(expert: Tensor, temperature: Tensor, law: LawTensors) -> Tensor
     if law.plausibility <= 0:
         return torch.zeros_like(expert, dtype=torch.bool)
     scale = _or_one(temperature) if law.scope == "member" else torch.ones_like(temperature)
-    log_plausibility = torch.tensor(law.plausibility, dtype=torch.float64).log().item()
+    log_plausibility = math.log(law.plausibility)
     return expert < expert.amax(-1, keepdim=True) + scale * log_plausibility
 
 
@@ -278,9 +281,12 @@ def collapse(log_probs: Tensor) -> Tensor:
 
 
 def first_argmax(values: Tensor) -> Tensor:
-    """Index of the largest value, the lowest on ties, which torch.argmax does not promise."""
+    """Index of the largest value, the lowest on ties, which torch.argmax does not promise.
+
+    The order in which members are added up must not break a tie: values within TIE are equal.
+    """
     ids = torch.arange(values.shape[-1], device=values.device)
-    tied = values == values.amax(-1, keepdim=True)
+    tied = values >= values.amax(-1, keepdim=True) - TIE
     return torch.where(tied, ids, values.shape[-1]).amin(-1)
 
 
@@ -469,15 +475,16 @@ def verify(
     """Tokens, log-probabilities, accepted counts, path and status; see `ops.verify`."""
     batch, nodes = draft_tokens.shape
     device = draft_tokens.device
-    tokens = torch.full((batch, nodes + 1), PADDING, dtype=torch.int64)
-    log_probs = torch.zeros(batch, nodes + 1, dtype=torch.float32)
-    num_accepted = torch.zeros(batch, dtype=torch.int32)
-    path = torch.full((batch, nodes), PADDING, dtype=torch.int32)
-    status = torch.zeros(batch, dtype=torch.int32)
+    host = torch.device("cpu")
+    tokens = torch.full((batch, nodes + 1), PADDING, dtype=torch.int64, device=host)
+    log_probs = torch.zeros(batch, nodes + 1, dtype=torch.float32, device=host)
+    num_accepted = torch.zeros(batch, dtype=torch.int32, device=host)
+    path = torch.full((batch, nodes), PADDING, dtype=torch.int32, device=host)
+    status = torch.zeros(batch, dtype=torch.int32, device=host)
     if parents is None:  # a chain is a tree in which node i hangs off node i - 1
-        parents = torch.arange(-1, nodes)[None]
+        parents = torch.arange(-1, nodes, device=host)[None]
     if proposers is None:
-        proposers = torch.full((1, nodes), PADDING)
+        proposers = torch.full((1, nodes), PADDING, device=host)
     if draft_temperature is None:
         draft_temperature = law.temperature[:, 0]
     for b in range(batch):

@@ -69,3 +69,35 @@ def test_greedy_takes_the_lowest_of_tied_tokens_in_any_tile(backend: str, ensemb
     with specens_kernels.backend(backend):
         drawn = sample([logits, logits.clone()], torch.rand(1, 3, 4), law)
     assert drawn.tokens.tolist() == [[0, 8191, 1023]]
+
+
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_greedy_between_confident_members_that_disagree(backend: str, first: int) -> None:
+    """The best two tokens differ by what single-precision normalisers cannot tell."""
+    for seed in range(first, first + 100):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(2, 1, 1, 17, generator=generator)
+        best = torch.randint(17, (2, 1, 1, 1), generator=generator)
+        members = list(logits.scatter_add(-1, best, torch.full(best.shape, 20.0)).unbind())
+        law = Law((0.5, 0.5), temperature=0.0)
+        one = Call("sample", (members, torch.zeros(1, 1, 4), law), {}, f"seed {seed}")
+        check(one, backend)
+
+
+def test_greedy_ties_do_not_depend_on_the_order_of_a_sum(backend: str) -> None:
+    members = [torch.tensor([[[-1.0, 2.0, 19.0]]]), torch.tensor([[[-1.0, 19.0, 2.0]]])]
+    for logits in (members, members[::-1]):
+        with specens_kernels.backend(backend):
+            drawn = sample(logits, torch.zeros(1, 1, 4), Law((0.5, 0.5), temperature=0.0))
+        assert drawn.tokens.item() == 1
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, -0.5)], ids=str)
+def test_a_nan_that_a_filter_would_pass_over_is_seen(
+    backend: str, weights: tuple[float, ...]
+) -> None:
+    for vocab_size in (2048, 8192):
+        members = [3 * torch.randn(1, 4, vocab_size) for _ in weights]
+        members[0][0, :, 777] = torch.nan
+        law = Law(weights, "product", top_k=3, plausibility=0.1)
+        check(Call("mix", (members, law), {}, f"{weights}, {vocab_size}"), backend)

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Law`: what it refuses, the tensors it makes, and that it makes them once."""
 
+import copy
+import dataclasses
 import math
+import pickle
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from specens_kernels import Law
+from specens_kernels import Law, mix
 
 CPU = torch.device("cpu")
 
@@ -41,7 +47,8 @@ def tensors(law: Law, batch: int = 2, rows: int = 3, members: int = 2) -> tuple[
             {"temperature": (1.0, 0.5), "scope": "ensemble"},
             "temperature: expected one number for scope 'ensemble', got",
         ),
-        ({"top_k": -1}, "top_k: expected a count >= 0, got -1"),
+        ({"top_k": -1}, r"top_k: expected a count in \[0, 2\^31\), got -1"),
+        ({"top_k": 2.5}, r"top_k: expected a count in \[0, 2\^31\), got 2\.5"),
         ({"top_p": 0.0}, r"top_p: expected a mass in \(0, 1\], got 0\.0"),
         ({"top_p": 1.1}, r"top_p: expected a mass in \(0, 1\], got 1\.1"),
         ({"top_p": math.nan}, r"top_p: expected a mass in \(0, 1\], got nan"),
@@ -163,3 +170,60 @@ def test_a_law_is_frozen_and_hashable() -> None:
     with pytest.raises(AttributeError):
         law.scope = "ensemble"  # type: ignore[misc]
     assert {law: 1}[law] == 1
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda law: pickle.loads(pickle.dumps(law)), dataclasses.replace],
+    ids=["copy", "deepcopy", "pickle", "replace"],
+)
+def test_a_copy_of_a_used_law_has_memory_of_its_own(copied: Callable[[Law], Law]) -> None:
+    law = Law((0.9, 0.1), temperature=0.5)
+    logits = [torch.randn(1, 1, 50) for _ in range(2)]
+    expected = mix(logits, law)[0]
+    other = copied(law)
+    here = law.tensors("mix", 1, 1, 2, CPU, 50)
+    there = other.tensors("mix", 1, 1, 2, CPU, 50)
+    assert here.weights.data_ptr() != there.weights.data_ptr()
+    assert torch.equal(mix(logits, other)[0], expected)
+    assert other.tensors("mix", 1, 1, 2, CPU, 50).flat is not here.flat
+    assert Law(**dataclasses.asdict(law)).weights == law.weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_changed_tensor_is_seen_whatever_its_dtype(dtype: torch.dtype) -> None:
+    temperature = torch.full((1,), 0.5, dtype=dtype)
+    law = Law((0.9, 0.1), temperature=temperature)
+    logits = [torch.randn(1, 1, 50) for _ in range(2)]
+    before = mix(logits, law)[0]
+    temperature.fill_(2.0)
+    assert not torch.equal(mix(logits, law)[0], before)
+    assert torch.equal(mix(logits, law)[0], mix(logits, Law((0.9, 0.1), temperature=2.0))[0])
+
+
+def test_threads_may_share_a_new_law() -> None:
+    logits = [torch.randn(1, 1, 50) for _ in range(2)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(50):
+            law = Law((0.9, 0.1), temperature=0.5)
+            threads = [threading.Thread(target=mix, args=(logits, law)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            mix(logits, law)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_transformed_call_leaves_nothing_in_a_law() -> None:
+    law, logits = Law((0.9, 0.1), temperature=0.5), torch.randn(1, 1, 8)
+
+    def run(values: Tensor) -> Tensor:
+        return mix([values, values], law)[0]
+
+    torch.func.functionalize(run)(logits)
+    expected = mix([logits, logits], Law((0.9, 0.1), temperature=0.5))[0]
+    assert torch.equal(run(logits), expected)

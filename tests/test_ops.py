@@ -517,3 +517,36 @@ def test_whoever_listens_hears_every_op(run: Callable[..., Any]) -> None:
     assert [event.key for event in profile.key_averages() if event.key.startswith("specens::")]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_op() -> None:
+    logits = torch.randn(1, 1, 8)
+    traced = torch.jit.trace(lambda values: mix([values], Law())[0], (logits,))
+    assert torch.equal(traced(2 * logits), mix([2 * logits], Law())[0])
+
+
+def test_tensors_that_are_not_what_they_look_like(backend: str) -> None:
+    logits = torch.randn(1, 1, 8)
+    negative = mix([torch._neg_view(logits)], Law())[0]
+    assert torch.equal(negative, mix([-logits], Law())[0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.rand(1, 1, 4)
+        assert type(sample([logits], fake, Law()).tokens) is type(fake)
+
+
+def test_another_default_device_changes_nothing(backend: str) -> None:
+    logits, numbers, draft = inputs()
+    proposers = torch.zeros(2, dtype=torch.int32)
+
+    def everything() -> list[Tensor]:
+        verdict = verify(logits, draft, numbers, LAW, proposers=proposers)
+        drawn = sample(logits, numbers, LAW)
+        return [*verdict, *drawn, *mix(logits, LAW), uniforms(SEEDS, POSITIONS, 0)]
+
+    expected = everything()
+    with torch.device("meta"):
+        found = everything()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

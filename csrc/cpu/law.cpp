@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 namespace specens {
 namespace {
@@ -19,6 +20,11 @@ constexpr int kSubTilesPerPiece = 8;
 // negligible.
 constexpr double kCandidateSlack = 1e-5;
 constexpr double kNegligible = 1e-30;
+
+// Log-probabilities this close, in nats, are tied; the reference's TIE. Single-precision
+// normalisers cannot tell apart what is nearer than the second.
+constexpr double kTie = 0x1p-40;
+constexpr double kNearTie = 1e-6;
 
 // The order of rounding in bounds of mixtures differs from that of the masses they bound.
 constexpr double kBoundSlack = 1e-12;
@@ -78,6 +84,11 @@ Source& Law::add_source(const void* row, DType dtype, double weight) {
   return source;
 }
 
+void Law::set_nan(Source& source) {
+  source.cleaning = Cleaning::kNan;
+  status_ |= kNanLogits;
+}
+
 void Law::set_mixture() {
   is_mixture_ = true;
   warped_ = false;
@@ -111,8 +122,7 @@ void Law::finish() {
 void Law::finish_warped(double temperature, const Filter& filter, const Team& team) {
   finish();
   if (empty_) return;
-  double best;
-  mixture_argmax(&best);
+  const double best = mixture_argmax(0.0).mass;
   warped_ = true;
   warp(temperature, filter);
   top_ = logarithm(best);
@@ -470,24 +480,20 @@ double Law::probability(int64_t token) const {
   return mass;
 }
 
-int64_t Law::argmax() const {
-  if (empty_) return 0;
-  if (is_mixture_) {
-    double best;
-    return mixture_argmax(&best);
-  }
-  // Values that the normalisation rounds to one log-probability are tied.
+Argmax Law::argmax(double tie) const {
+  if (empty_) return {};
+  if (is_mixture_) return mixture_argmax(tie);
   const Affine law = affine();
-  const double best = law(top_);
+  const double best = law(top_) - kTie;
   for (int s = 0; s < sub_tiles_; ++s) {
     if (law(peaks_[s].max) < best) continue;
     double scores[kSubTile];
     values(s, scores);
     for (int i = 0; i < count(s); ++i) {
-      if (law(scores[i]) >= best) return static_cast<int64_t>(s) * kSubTile + i;
+      if (law(scores[i]) >= best) return {static_cast<int64_t>(s) * kSubTile + i};
     }
   }
-  return 0;
+  return {};
 }
 
 // No token of the sub-tile has more mass than this in a mixture.
@@ -500,28 +506,35 @@ double Law::bound(int sub_tile) const {
   return bound;
 }
 
-// Looks into sub-tiles from the highest bound down, until no bound is left that exceeds the best.
-int64_t Law::mixture_argmax(double* best) const {
+// Looks into sub-tiles from the highest bound down, until no bound is left that reaches the best.
+Argmax Law::mixture_argmax(double tie) const {
   // The peaks of a mixture are free before it is warped, and all that is needed of them is
   // unpacked.
   std::unique_ptr<double[]> bounds(new double[sub_tiles_]);
   for (int s = 0; s < sub_tiles_; ++s) bounds[s] = bound(s);
-  *best = -1.0;
-  int64_t token = 0;
+  const double least = 1.0 - std::max(tie, kBoundSlack);
+  Argmax found = {0, -1.0, false};
+  std::vector<Argmax> seen;  // what came close to the best of its time
   for (;;) {
     const int s =
         static_cast<int>(std::max_element(bounds.get(), bounds.get() + sub_tiles_) - bounds.get());
-    if (!(bounds[s] >= *best * (1.0 - kBoundSlack)) || bounds[s] < 0.0) return token;
+    if (!(bounds[s] >= found.mass * least) || bounds[s] < 0.0) break;
     bounds[s] = -1.0;
     double masses[kSubTile] = {};
     for (int k = 0; k < num_parts_; ++k) parts_[k]->add_masses(s, shares_[k], masses);
-    const double* first = std::max_element(masses, masses + count(s));
-    const int64_t id = static_cast<int64_t>(s) * kSubTile + (first - masses);
-    if (*first > *best || (*first == *best && id < token)) {
-      *best = *first;
-      token = id;
+    found.mass = std::max(found.mass, *std::max_element(masses, masses + count(s)));
+    for (int i = 0; i < count(s); ++i) {
+      if (masses[i] < found.mass * (1.0 - tie)) continue;
+      seen.push_back({static_cast<int64_t>(s) * kSubTile + i, masses[i], false});
     }
   }
+  int ties = 0;
+  for (const Argmax& one : seen) {
+    if (one.mass < found.mass * (1.0 - tie)) continue;
+    if (ties++ == 0 || one.token < found.token) found.token = one.token;
+  }
+  found.tied = ties > 1;
+  return found;
 }
 
 // --- sub-tiles ---
@@ -687,6 +700,13 @@ void RowLaws::refine() {
   }
 }
 
+int64_t RowLaws::argmax() {
+  const Argmax found = target_->argmax(kNearTie);
+  if (!found.tied) return found.token;
+  refine();
+  return target_->argmax(kTie).token;
+}
+
 void RowLaws::measure_mixture(int64_t batch, int64_t row, const Warp& warp, Law** pending,
                               int count) {
   const bool by_member = ensemble_.warp_members;
@@ -751,6 +771,7 @@ void RowLaws::add_fold_sources(Law& law, int64_t batch, int64_t row, const Warp&
   const bool by_member = e.warp_members;
   // Members whose values are cut before they are folded are looked at on their own first.
   Law* alone[kMaxMembers];
+  bool known[kMaxMembers] = {};
   int count = 0;
   for (int k = 0; k < e.num_members; ++k) {
     const double temperature = by_member ? warp.temperature(e, batch, k) : 1.0;
@@ -759,6 +780,7 @@ void RowLaws::add_fold_sources(Law& law, int64_t batch, int64_t row, const Warp&
     if (!cut && !(k == 0 && e.plausibility > 0.0)) continue;
     set_member(laws_[k], batch, row, k, temperature, by_member ? warp.filter : Filter{});
     alone[count++] = &laws_[k];
+    known[k] = true;
   }
   measure(alone, count, team_, /*tops_only=*/true);
   for (int k = 0; k < e.num_members; ++k) {
@@ -780,6 +802,7 @@ void RowLaws::add_fold_sources(Law& law, int64_t batch, int64_t row, const Warp&
       continue;
     }
     Source& source = law.add_source(data, e.members[k].dtype, hard ? weight : weight / temperature);
+    if (known[k] && (laws_[k].status() & kNanLogits) != 0) law.set_nan(source);
     if (by_member && (warp.filter.active() || hard)) least = std::max(least, laws_[k].cutoff());
     source.cutoff = round_up(least);
   }

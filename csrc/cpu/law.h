@@ -38,12 +38,18 @@ struct Filter {
   bool by_mass() const { return top_p < 1.0; }
 };
 
+// A most probable token, and whether another one ties with it; the mass is a mixture's only.
+struct Argmax {
+  int64_t token = 0;
+  double mass = 0.0;
+  bool tied = false;
+};
+
 // One law over the vocabulary, of either kind:
 // * logits: a weighted sum of sources (one of weight 1 for a member alone), then the temperature
-// and
-//   the filter;
+//   and the filter;
 // * a mixture of such laws, and, if it is warped, its logarithm, then the temperature and the
-// filter.
+//   filter.
 class Law {
  public:
   // Storage for a peak and a mass for each sub-tile, the latter rounded up to kLanes.
@@ -54,6 +60,9 @@ class Law {
   Source& add_source(const void* row, DType dtype, double weight);
   // What a +inf does to a source of several: it leaves that source nothing else.
   void set_infinite_wins() { infinite_wins_ = true; }
+
+  // What was found of a source when it was looked at alone: a cutoff would pass over its NaNs.
+  void set_nan(Source& source);
 
   // A mixture: its parts follow, measured, then `finish` or `finish_warped`.
   void set_mixture();
@@ -86,8 +95,8 @@ class Law {
   const double* masses() const { return masses_; }
   double probability(int64_t token) const;
   double log_probability(int64_t token) const;
-  // The most probable token, the lowest id on ties; 0 if there is none.
-  int64_t argmax() const;
+  // The most probable token, the lowest id of those within `tie` nats; 0 if there is none.
+  Argmax argmax(double tie) const;
 
   // Before the temperature and the filter: an upper bound of a sub-tile's values, a lower bound of
   // its largest, and the values themselves, -inf where there is no mass.
@@ -135,7 +144,7 @@ class Law {
   void find_cutoff(const Team& team);
   void normalise();
   double bound(int sub_tile) const;
-  int64_t mixture_argmax(double* best) const;
+  Argmax mixture_argmax(double tie) const;
   Term term(int sub_tile, double share, float* scratch) const;
 
   int64_t vocab_size_;
@@ -195,6 +204,9 @@ class RowLaws {
   void measure_target(int64_t batch, int64_t row, const Proposal& proposal);
   // Makes the law of one member alone.
   void measure_member(int64_t batch, int64_t row, int member);
+
+  // The target's most probable token, the lowest id on ties.
+  int64_t argmax();
 
   // Makes the normalisers of both exact up to double precision.
   void refine();

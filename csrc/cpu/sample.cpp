@@ -15,7 +15,7 @@ void sample_row(const SampleParams& params, RowLaws& laws, int64_t batch, int64_
   const Law& law = laws.target();
   int64_t token = 0;
   if (!law.empty()) {
-    token = greedy_row(params.ensemble, batch) ? law.argmax()
+    token = greedy_row(params.ensemble, batch) ? laws.argmax()
                                                : draw_from(law, params.uniforms, batch, row);
   }
   const int64_t place = batch * params.rows + row;

@@ -192,7 +192,7 @@ bool Walk::step(int64_t row) {
   const Law& target = laws_.target();
   status_ |= laws_.status() | laws_.draft_status() | (target.empty() ? kEmptyLaw : 0) |
              (child && !valid ? kInvalidDraft : 0);
-  if (greedy_) best_ = target.argmax();
+  if (greedy_) best_ = laws_.argmax();
   const int64_t token = valid ? params_.draft_tokens.at(batch_, row) : kPadding;
   if (valid && accepts(row, token, proposal)) {
     emit(row, token);
