@@ -16,7 +16,9 @@ namespace specens {
 constexpr int kFields = 8;  // members that a kernel takes
 constexpr int kWarps = 8;   // of a block; a warp sweeps one sub-tile, so a block sweeps a tile
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kPerLane = kSubTile / kLanes;
+constexpr int kPerLane = 16;  // values that a lane holds at once
+constexpr int kRound = kPerLane * kLanes;
+constexpr int kRounds = kSubTile / kRound;  // for a warp to go through a sub-tile
 static_assert(kWarps == kSubTilesPerTile, "a block sweeps a tile");
 
 constexpr int kNobody = -1;
@@ -216,12 +218,12 @@ __device__ __forceinline__ void load_eight(const Field& field, int64_t first, fl
   }
 }
 
-// A lane's share of a sub-tile: kPerLane values in groups of eight, a warp's width apart.
+// A lane's share of a round: kPerLane values in groups of eight, a warp's width apart.
 __device__ __forceinline__ int lane_token(int i) {
   return i / 8 * (8 * kLanes) + lane_id() * 8 + i % 8;
 }
 
-// The share of a lane, NaN as -inf and -inf beyond the vocabulary; returns the status bits.
+// The share of a lane in the round from `begin` on, NaN as -inf and -inf beyond the vocabulary; returns the status bits.
 __device__ inline int32_t load_lane(const Field& field, int64_t begin, int64_t vocab_size,
                                     float (&out)[kPerLane]) {
   const bool aligned = is_aligned(field.data);
@@ -246,7 +248,7 @@ __device__ inline int32_t load_lane(const Field& field, int64_t begin, int64_t v
   return flags;
 }
 
-// The values of a lane's share of a sub-tile, in double precision.
+// The values of a lane's share of a round, in double precision.
 __device__ inline void lane_values(const Row& row, int64_t begin, int64_t vocab_size,
                                    double (&values)[kPerLane]) {
 #pragma unroll

@@ -5,7 +5,7 @@
 namespace specens {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) write_log_probs(Problem problem, MixParams params) {
+__global__ void __launch_bounds__(kThreads, 1) write_log_probs(Problem problem, MixParams params) {
   SPECENS_SHARED(Row, row);
   const int64_t place = blockIdx.y, vocab_size = problem.ensemble.vocab_size;
   if (warp_id() == 0) {
@@ -16,14 +16,16 @@ __global__ void __launch_bounds__(kThreads) write_log_probs(Problem problem, Mix
   if (blockIdx.x == 0 && threadIdx.x == 0) store(params.status + place, row_status(row));
   const int sub_tile = static_cast<int>(blockIdx.x) * kWarps + warp_id();
   if (sub_tile >= problem.sub_tiles) return;
-  const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
-  double values[kPerLane];
-  lane_values(row, begin, vocab_size, values);
-  float* out = params.log_probs + place * vocab_size + begin;
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile + round * kRound;
+    double values[kPerLane];
+    lane_values(row, begin, vocab_size, values);
+    float* out = params.log_probs + place * vocab_size + begin;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int at = lane_token(i);
-    if (begin + at < vocab_size) {
+    for (int i = 0; i < kPerLane; ++i) {
+      const int at = lane_token(i);
+      if (begin + at >= vocab_size) continue;
       store(out + at, static_cast<float>(value_log_mass(row, values[i])));
     }
   }

@@ -21,7 +21,7 @@ __device__ double log_sum_exp(const Problem& problem, const Row& row) {
   return field.top / temperature + field.log_sum;
 }
 
-__global__ void __launch_bounds__(kThreads) draw_tokens(Problem problem, SampleParams params) {
+__global__ void __launch_bounds__(kThreads, 1) draw_tokens(Problem problem, SampleParams params) {
   SPECENS_SHARED(SampleShared, shared);
   const int64_t place = blockIdx.x;
   Row& row = shared.row;

@@ -21,25 +21,43 @@ __device__ __forceinline__ Partial* partials_of(const Problem& problem, int64_t 
   return problem.partials + (place * problem.slots + slot) * problem.sub_tiles;
 }
 
-// Statistics of a sub-tile, of which every lane has a share.
+// Statistics of what a lane has seen of a sub-tile.
 template <typename T>
-__device__ Partial statistics(const T (&values)[kPerLane], const Field& field, int32_t flags) {
+struct LaneStats {
   T top = -HUGE_VAL;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (values[i] > top && rounded(values[i]) >= field.cutoff) top = values[i];
-  }
-  top = warp_max(top);
-  const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
   float sum = 0.0f;
+  int32_t flags = 0;
+
+  __device__ void add(const T (&values)[kPerLane], const Field& field, int32_t found) {
+    T most = top;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (!(rounded(values[i]) >= field.cutoff) || values[i] == -HUGE_VAL) continue;
-    const float distance = values[i] == top ? 0.0f : static_cast<float>(values[i] - top);
-    sum += distance == 0.0f ? 1.0f : expf(distance * inverse_temperature);
+    for (int i = 0; i < kPerLane; ++i) {
+      if (values[i] > most && rounded(values[i]) >= field.cutoff) most = values[i];
+    }
+    const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
+    sum *= scale(top, most, inverse_temperature);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (!(rounded(values[i]) >= field.cutoff) || values[i] == -HUGE_VAL) continue;
+      sum += scale(values[i], most, inverse_temperature);
+    }
+    top = most;
+    flags |= found;
   }
-  return {static_cast<double>(top), warp_sum(sum), warp_or(flags)};
-}
+
+  // Of the whole sub-tile, in every lane of the warp.
+  __device__ Partial finish(const Field& field) const {
+    const T most = warp_max(top);
+    const float here = sum * scale(top, most, static_cast<float>(field.inverse_temperature));
+    return {static_cast<double>(most), warp_sum(here), warp_or(flags)};
+  }
+
+ private:
+  static __device__ float scale(T value, T most, float inverse_temperature) {
+    const float distance = value == most ? 0.0f : static_cast<float>(value - most);
+    return distance == 0.0f ? 1.0f : expf(distance * inverse_temperature);
+  }
+};
 
 __device__ __forceinline__ void keep(const Problem& problem, int64_t place, int slot, int sub_tile,
                                      const Partial& partial) {
@@ -50,61 +68,69 @@ __device__ __forceinline__ int64_t begin_of(int sub_tile) {
   return static_cast<int64_t>(sub_tile) * kSubTile;
 }
 
-// A member of a mixture, and the proposal if it reads the same logits in another way.
-__device__ void sweep_member(const Problem& problem, const Row& row, int64_t place, int k,
+// A member of a mixture, and the proposal if it reads the same logits in another way; or, with
+// k == kSeparateDraft, the draft's logits.
+__device__ void sweep_logits(const Problem& problem, const Row& row, int64_t place, int k,
                              int sub_tile) {
-  const bool proposes = row.proposer == k, aliased = proposal_is_member(problem, row);
-  const Field& field = row.members[k];
-  if (field.weight == 0.0f && !proposes) return;
-  float logits[kPerLane];
-  const int32_t flags = load_lane(field, begin_of(sub_tile), problem.ensemble.vocab_size, logits);
-  keep(problem, place, k, sub_tile, statistics(logits, field, flags));
-  if (proposes && !aliased) {
-    keep(problem, place, problem.proposal_slot(), sub_tile,
-         statistics(logits, row.proposal, flags));
+  const bool proposes = row.proposer == k, separate = k == kSeparateDraft;
+  const Field& field = separate ? row.proposal : row.members[k];
+  if (!proposes && (separate || field.weight == 0.0f)) return;
+  const bool twice = proposes && !separate && !proposal_is_member(problem, row);
+  LaneStats<float> stats, proposal;
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    float logits[kPerLane];
+    const int64_t begin = begin_of(sub_tile) + round * kRound;
+    const int32_t flags = load_lane(field, begin, problem.ensemble.vocab_size, logits);
+    stats.add(logits, field, flags);
+    if (twice) proposal.add(logits, row.proposal, flags);
   }
-}
-
-__device__ void sweep_draft(const Problem& problem, const Row& row, int64_t place, int sub_tile) {
-  if (row.proposer != kSeparateDraft) return;
-  float logits[kPerLane];
-  const int32_t flags =
-      load_lane(row.proposal, begin_of(sub_tile), problem.ensemble.vocab_size, logits);
-  keep(problem, place, problem.proposal_slot(), sub_tile, statistics(logits, row.proposal, flags));
+  const int slot = separate ? problem.proposal_slot() : k;
+  keep(problem, place, slot, sub_tile, stats.finish(field));
+  if (twice) {
+    keep(problem, place, problem.proposal_slot(), sub_tile, proposal.finish(row.proposal));
+  }
 }
 
 // All members of a product at once, and the proposal if it is one of them.
 __device__ void sweep_product(const Problem& problem, const Row& row, int64_t place, int sub_tile,
                               bool with_proposal) {
-  double values[kPerLane];
+  LaneStats<double> stats;
+  LaneStats<float> proposal;
+  const bool by_member =
+      with_proposal && row.proposer != kNobody && row.proposer != kSeparateDraft;
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t begin = begin_of(sub_tile) + round * kRound;
+    double values[kPerLane] = {};
+    int32_t flags = 0;
+#pragma unroll 1
+    for (int k = 0; k < row.count; ++k) {
+      const Field& field = row.members[k];
+      const bool proposes = by_member && row.proposer == k;
+      const bool masks = k == 0 && row.plausible > kNoMass;
+      if (field.weight == 0.0f && !proposes && !masks) continue;
+      float logits[kPerLane];
+      const int32_t found = load_lane(field, begin, problem.ensemble.vocab_size, logits);
+      if (field.weight != 0.0f) {
+        flags |= found;
+        if ((found & kInfiniteLogits) != 0) flags |= 256 << k;
+      }
+      if (proposes) proposal.add(logits, row.proposal, found);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) values[i] = 0.0;
-  int32_t flags = 0;
-  for (int k = 0; k < row.count; ++k) {
-    const Field& field = row.members[k];
-    const bool proposes = with_proposal && row.proposer == k;
-    const bool masks = k == 0 && row.plausible > kNoMass;
-    if (field.weight == 0.0f && !proposes && !masks) continue;
-    float logits[kPerLane];
-    const int32_t here = load_lane(field, begin_of(sub_tile), problem.ensemble.vocab_size, logits);
-    if (field.weight != 0.0f) {
-      flags |= here;
-      if ((here & kInfiniteLogits) != 0) flags |= 256 << k;
+      for (int i = 0; i < kPerLane; ++i) values[i] = fold_in(row, k, values[i], logits[i]);
     }
-    if (proposes) {
-      keep(problem, place, problem.proposal_slot(), sub_tile,
-           statistics(logits, row.proposal, here));
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const bool inside = begin + lane_token(i) < problem.ensemble.vocab_size;
+      values[i] = inside ? folded(values[i]) : kNoMass;
     }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) values[i] = fold_in(row, k, values[i], logits[i]);
+    stats.add(values, row.target, flags);
   }
-  const int64_t begin = begin_of(sub_tile);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const bool inside = begin + lane_token(i) < problem.ensemble.vocab_size;
-    values[i] = inside ? folded(values[i]) : kNoMass;
+  keep(problem, place, 0, sub_tile, stats.finish(row.target));
+  if (by_member) {
+    keep(problem, place, problem.proposal_slot(), sub_tile, proposal.finish(row.proposal));
   }
-  keep(problem, place, 0, sub_tile, statistics(values, row.target, flags));
 }
 
 // Combines the partials of a slot in a fixed order; one warp.
@@ -258,15 +284,19 @@ __device__ int64_t argmax(const Problem& problem, StatsShared& shared, int64_t p
   int64_t holder = problem.ensemble.vocab_size;
   for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) {
     if (bounds_of(problem, row, place, s).high < least) continue;
-    double values[kPerLane];
-    lane_values(row, begin_of(s), problem.ensemble.vocab_size, values);
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
+      const int64_t begin = begin_of(s) + round * kRound;
+      double values[kPerLane];
+      lane_values(row, begin, problem.ensemble.vocab_size, values);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const double score = score_of(row, values[i]);
-      const int64_t token = begin_of(s) + lane_token(i);
-      if (score > nothing && beats(score, token, best, holder)) {
-        best = score;
-        holder = token;
+      for (int i = 0; i < kPerLane; ++i) {
+        const double score = score_of(row, values[i]);
+        const int64_t token = begin + lane_token(i);
+        if (score > nothing && beats(score, token, best, holder)) {
+          best = score;
+          holder = token;
+        }
       }
     }
   }
@@ -303,7 +333,7 @@ __device__ void finish_row(const Problem& problem, StatsShared& shared, int64_t 
   if (threadIdx.x == 0) store(problem.best + place, token);
 }
 
-__global__ void __launch_bounds__(kThreads) row_stats(Problem problem) {
+__global__ void __launch_bounds__(kThreads, 1) row_stats(Problem problem) {
   SPECENS_SHARED(StatsShared, shared);
   const int64_t place = blockIdx.y;
   if (warp_id() == 0) read_row(problem, place, shared.row, problem.cut);
@@ -312,9 +342,9 @@ __global__ void __launch_bounds__(kThreads) row_stats(Problem problem) {
   const int source = static_cast<int>(blockIdx.z);
   if (sub_tile < problem.sub_tiles) {
     if (source == problem.proposal_slot()) {
-      sweep_draft(problem, shared.row, place, sub_tile);
+      sweep_logits(problem, shared.row, place, kSeparateDraft, sub_tile);
     } else if (problem.is_mixture()) {
-      sweep_member(problem, shared.row, place, source, sub_tile);
+      sweep_logits(problem, shared.row, place, source, sub_tile);
     } else {
       sweep_product(problem, shared.row, place, sub_tile, true);
     }
@@ -325,7 +355,7 @@ __global__ void __launch_bounds__(kThreads) row_stats(Problem problem) {
 }
 
 // The law of a mixture that is warped as a whole, from the members' laws.
-__global__ void __launch_bounds__(kThreads) warped_stats(Problem problem) {
+__global__ void __launch_bounds__(kThreads, 1) warped_stats(Problem problem) {
   SPECENS_SHARED(StatsShared, shared);
   const int64_t place = blockIdx.y;
   Row& row = shared.row;
@@ -340,11 +370,17 @@ __global__ void __launch_bounds__(kThreads) warped_stats(Problem problem) {
   if (!row.warped) return;
   const int sub_tile = static_cast<int>(blockIdx.x) * kWarps + warp_id();
   if (sub_tile < problem.sub_tiles) {
-    double values[kPerLane];
-    lane_values(row, begin_of(sub_tile), problem.ensemble.vocab_size, values);
+    LaneStats<double> stats;
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
+      double values[kPerLane];
+      const int64_t begin = begin_of(sub_tile) + round * kRound;
+      lane_values(row, begin, problem.ensemble.vocab_size, values);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) values[i] = log(values[i]);
-    keep(problem, place, problem.warped_slot(), sub_tile, statistics(values, row.target, 0));
+      for (int i = 0; i < kPerLane; ++i) values[i] = log(values[i]);
+      stats.add(values, row.target, 0);
+    }
+    keep(problem, place, problem.warped_slot(), sub_tile, stats.finish(row.target));
   }
   if (last_block(problem.tickets + place, gridDim.x, &shared.is_last) && warp_id() == 0) {
     const int slot = problem.warped_slot();

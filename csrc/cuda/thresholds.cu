@@ -182,7 +182,7 @@ __device__ bool wanted(const Problem& problem, const Row& row, int which, bool f
   return used && (filters || !row.is_mixture);
 }
 
-__global__ void __launch_bounds__(kThreads) thresholds(Problem problem, bool of_mixture) {
+__global__ void __launch_bounds__(kThreads, 1) thresholds(Problem problem, bool of_mixture) {
   SPECENS_SHARED(ThresholdShared, shared);
   Row& row = shared.row;
   const int64_t place = blockIdx.y, b = place / problem.rows;

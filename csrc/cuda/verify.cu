@@ -163,19 +163,17 @@ __device__ __forceinline__ void add_draft(const Row& row, const float (&logits)[
   }
 }
 
-// The residual's mass in one sub-tile; one warp. Exponentials are of single precision, but for a
+// The residual's mass in a lane's share of a round. Exponentials are of single precision, but for a
 // mixture that is warped as a whole.
-__device__ double sweep_residual(const Problem& problem, const VerifyParams& params, const Row& row,
-                                 int sub_tile) {
-  const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
+__device__ double lane_residual(const Problem& problem, const VerifyParams& params, const Row& row,
+                                int64_t begin) {
   const int64_t vocab_size = problem.ensemble.vocab_size;
-  double values[kPerLane];
-  float drafted[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) values[i] = 0.0;
+  double values[kPerLane] = {};
+  float drafted[kPerLane] = {};
+#pragma unroll 1
   for (int k = 0; k <= row.count; ++k) {
-    const bool separate = k == row.count, proposes = separate || row.proposer == k;
-    if (separate && row.proposer != kSeparateDraft) continue;
+    const bool separate = k == row.count;
+    const bool proposes = row.proposer == (separate ? kSeparateDraft : k);
     const Field& field = separate ? row.proposal : row.members[k];
     const bool masks = k == 0 && row.plausible > kNoMass;
     const bool used =
@@ -209,6 +207,18 @@ __device__ double sweep_residual(const Problem& problem, const VerifyParams& par
       target = value_mass(row, target);
     }
     residual += left(params, target, static_cast<double>(drafted[i]) * scale);
+  }
+  return residual;
+}
+
+// The same in one sub-tile; one warp.
+__device__ double sweep_residual(const Problem& problem, const VerifyParams& params, const Row& row,
+                                 int sub_tile) {
+  double residual = 0.0;
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile + round * kRound;
+    residual += lane_residual(problem, params, row, begin);
   }
   return warp_sum(residual);
 }
@@ -324,7 +334,7 @@ __device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params
   return draw_residual(problem, params, row, chain, walk);
 }
 
-__global__ void __launch_bounds__(kThreads) verify_resample(Problem problem, VerifyParams params) {
+__global__ void __launch_bounds__(kThreads, 1) verify_resample(Problem problem, VerifyParams params) {
   SPECENS_SHARED(VerifyShared, shared);
   Walk& walk = shared.walk;
   Chain chain = walk_chain(problem, params, shared);
