@@ -223,7 +223,8 @@ __device__ __forceinline__ int lane_token(int i) {
   return i / 8 * (8 * kLanes) + lane_id() * 8 + i % 8;
 }
 
-// The share of a lane in the round from `begin` on, NaN as -inf and -inf beyond the vocabulary; returns the status bits.
+// The share of a lane in the round from `begin` on, NaN as -inf and -inf beyond the vocabulary;
+// returns the status bits.
 __device__ inline int32_t load_lane(const Field& field, int64_t begin, int64_t vocab_size,
                                     float (&out)[kPerLane]) {
   const bool aligned = is_aligned(field.data);

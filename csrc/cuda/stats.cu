@@ -97,8 +97,7 @@ __device__ void sweep_product(const Problem& problem, const Row& row, int64_t pl
                               bool with_proposal) {
   LaneStats<double> stats;
   LaneStats<float> proposal;
-  const bool by_member =
-      with_proposal && row.proposer != kNobody && row.proposer != kSeparateDraft;
+  const bool by_member = with_proposal && row.proposer != kNobody && row.proposer != kSeparateDraft;
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
     const int64_t begin = begin_of(sub_tile) + round * kRound;

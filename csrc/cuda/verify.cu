@@ -334,7 +334,8 @@ __device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params
   return draw_residual(problem, params, row, chain, walk);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) verify_resample(Problem problem, VerifyParams params) {
+__global__ void __launch_bounds__(kThreads, 1)
+    verify_resample(Problem problem, VerifyParams params) {
   SPECENS_SHARED(VerifyShared, shared);
   Walk& walk = shared.walk;
   Chain chain = walk_chain(problem, params, shared);

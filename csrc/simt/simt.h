@@ -423,9 +423,12 @@ class Pool {
     }
     return *fibers_[i];
   }
-  // After a fault: stacks are not unwound, so they stay.
+  // After a fault: stacks are not unwound, so what they hold stays.
   void abandon() {
-    for (auto& fiber : fibers_) (void)fiber.release();
+    static auto* abandoned = new std::vector<std::unique_ptr<Fiber>>;
+    static std::mutex guard;
+    const std::lock_guard<std::mutex> lock(guard);
+    for (auto& fiber : fibers_) abandoned->push_back(std::move(fiber));
     fibers_.clear();
   }
 
@@ -568,6 +571,7 @@ void launch(const char* name, const Grid& grid, const Body& body) {
         std::free(std::exchange(m.block.shared, nullptr));
       }
     } catch (const Error& thrown) {
+      std::free(std::exchange(m.block.shared, nullptr));
       const std::lock_guard<std::mutex> lock(guard);
       error = thrown.what();
       taken = count;
@@ -644,16 +648,23 @@ inline unsigned atomicExch(unsigned* at, unsigned value) {
 // --- asynchronous copies: nothing arrives before the wait ---
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  simt::Quiet quiet;
   simt::current->copies.push_back({to, from, bytes});
 }
 inline void __pipeline_commit() {
+  simt::Quiet quiet;
   simt::current->groups.push_back(std::exchange(simt::current->copies, {}));
 }
 inline void __pipeline_wait_prior(size_t keep) {
-  auto& groups = simt::current->groups;
-  for (; groups.size() > keep; groups.pop_front()) {
-    for (const simt::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  std::vector<simt::Copy> arrived;
+  {
+    simt::Quiet quiet;
+    auto& groups = simt::current->groups;
+    for (; groups.size() > keep; groups.pop_front()) {
+      arrived.insert(arrived.end(), groups.front().begin(), groups.front().end());
+    }
   }
+  for (const simt::Copy& copy : arrived) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
 // --- numbers ---

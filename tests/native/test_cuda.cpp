@@ -24,7 +24,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 #if defined(__SANITIZE_THREAD__)
 // A fiber costs ThreadSanitizer a millisecond.
 constexpr int64_t kVocabularies[] = {3, 1025, 8200};
-constexpr uint64_t kSituations = 10;
+constexpr uint64_t kSituations = 4;
 constexpr int kMostNodes = 1, kMostBatch = 1;
 #else
 constexpr int64_t kVocabularies[] = {2, 17, 100, 1000, 1024, 1025, 8191, 8193, 20000};
