@@ -283,19 +283,13 @@ __device__ int64_t argmax(const Problem& problem, StatsShared& shared, int64_t p
   int64_t holder = problem.ensemble.vocab_size;
   for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) {
     if (bounds_of(problem, row, place, s).high < least) continue;
-#pragma unroll 1
-    for (int round = 0; round < kRounds; ++round) {
-      const int64_t begin = begin_of(s) + round * kRound;
-      double values[kPerLane];
-      lane_values(row, begin, problem.ensemble.vocab_size, values);
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const double score = score_of(row, values[i]);
-        const int64_t token = begin + lane_token(i);
-        if (score > nothing && beats(score, token, best, holder)) {
-          best = score;
-          holder = token;
-        }
+    for (int i = lane_id(); i < kSubTile; i += kLanes) {
+      const int64_t token = begin_of(s) + i;
+      if (token >= problem.ensemble.vocab_size) break;
+      const double score = score_of(row, token_value(row, token));
+      if (score > nothing && beats(score, token, best, holder)) {
+        best = score;
+        holder = token;
       }
     }
   }
@@ -321,10 +315,13 @@ __device__ int64_t argmax(const Problem& problem, StatsShared& shared, int64_t p
   return holder < problem.ensemble.vocab_size ? holder : 0;
 }
 
+template <Space kSpace>
 __device__ void finish_row(const Problem& problem, StatsShared& shared, int64_t place) {
   combine_all(problem, shared.row, place);
   __syncthreads();
-  if (problem.folds_warped() && !problem.cut) repair(problem, shared, place);
+  if constexpr (kSpace == Space::kLogits) {
+    if (problem.folds_warped() && !problem.cut) repair(problem, shared, place);
+  }
   if (!shared.row.greedy && !problem.collapsed) return;
   if (warp_id() == 0) read_laws(problem, place, shared.row, false);
   __syncthreads();
@@ -332,7 +329,10 @@ __device__ void finish_row(const Problem& problem, StatsShared& shared, int64_t 
   if (threadIdx.x == 0) store(problem.best + place, token);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) row_stats(Problem problem) {
+// Two kernels, for mixtures and for products, because a product takes more registers.
+template <Space kSpace>
+__global__ void __launch_bounds__(kThreads, kSpace == Space::kProbs ? 2 : 1)
+    row_stats(Problem problem) {
   SPECENS_SHARED(StatsShared, shared);
   const int64_t place = blockIdx.y;
   if (warp_id() == 0) read_row(problem, place, shared.row, problem.cut);
@@ -342,14 +342,14 @@ __global__ void __launch_bounds__(kThreads, 1) row_stats(Problem problem) {
   if (sub_tile < problem.sub_tiles) {
     if (source == problem.proposal_slot()) {
       sweep_logits(problem, shared.row, place, kSeparateDraft, sub_tile);
-    } else if (problem.is_mixture()) {
+    } else if constexpr (kSpace == Space::kProbs) {
       sweep_logits(problem, shared.row, place, source, sub_tile);
     } else {
       sweep_product(problem, shared.row, place, sub_tile, true);
     }
   }
   if (last_block(problem.tickets + place, gridDim.x * gridDim.z, &shared.is_last)) {
-    finish_row(problem, shared, place);
+    finish_row<kSpace>(problem, shared, place);
   }
 }
 
@@ -398,8 +398,12 @@ void launch_stats(const Problem& problem, cudaStream_t stream) {
   const dim3 grid(tiles_of(problem), places, sources), sweep(tiles_of(problem), places);
   const dim3 threads(kThreads);
   if (problem.cut) launch_thresholds(problem, Thresholds::kBefore, stream);
-  SPECENS_LAUNCH(row_stats, grid, threads, sizeof(StatsShared), stream, problem);
-  if (!problem.is_mixture() || problem.ensemble.warp_members) return;
+  if (!problem.is_mixture()) {
+    SPECENS_LAUNCH(row_stats<Space::kLogits>, grid, threads, sizeof(StatsShared), stream, problem);
+    return;
+  }
+  SPECENS_LAUNCH(row_stats<Space::kProbs>, grid, threads, sizeof(StatsShared), stream, problem);
+  if (problem.ensemble.warp_members) return;
   if (problem.cut) launch_thresholds(problem, Thresholds::kOfMixture, stream);
   SPECENS_LAUNCH(warped_stats, sweep, threads, sizeof(StatsShared), stream, problem);
 }

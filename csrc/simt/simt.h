@@ -532,7 +532,8 @@ void launch(const char* name, const Grid& grid, const Body& body) {
       grid.blocks.z > 65535) {
     throw Error(std::string("simt: bad launch of ") + name);
   }
-  current_traffic = &traffic()[name];
+  current_traffic =
+      &traffic()[std::string(name, std::strcspn(name, "<"))];  // no template arguments
   current_traffic->launches.fetch_add(1, std::memory_order_relaxed);
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), size_t{0});
