@@ -33,14 +33,18 @@ test: dev test-native  ## Run every test this machine can run
 test-fast: dev  ## Run the tests that take less than a second
 	$(BIN)/python -m pytest -m "not slow"
 
-test-native: $(VENV)/.requirements  ## Run the native kernels under ASan and UBSan
+test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	@if [ "$(SPECENS_NATIVE)" != 1 ] && ! command -v $(CXX) >/dev/null; then \
 	  echo "No C++ compiler: the native tests are skipped."; exit 0; fi; \
 	set -ex; \
-	$(BIN)/cmake -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DSPECENS_SANITIZE=address,undefined -DSPECENS_WERROR=ON --log-level=WARNING; \
-	$(BIN)/cmake --build $(SANITIZE); \
-	$(BIN)/ctest --test-dir $(SANITIZE) --output-on-failure
+	for sanitize in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B $(SANITIZE)/$$sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DSPECENS_SANITIZE=$$sanitize -DSPECENS_WERROR=ON --log-level=WARNING; \
+	done; \
+	$(BIN)/cmake --build $(SANITIZE)/address,undefined; \
+	$(BIN)/ctest --test-dir $(SANITIZE)/address,undefined --output-on-failure; \
+	$(BIN)/cmake --build $(SANITIZE)/thread --target test_cuda; \
+	$(BIN)/ctest --test-dir $(SANITIZE)/thread -R cuda --output-on-failure
 
 lint: dev  ## Check style and types; change nothing
 	$(BIN)/ruff check
@@ -60,4 +64,4 @@ bench: dev  ## Run the three benchmarks
 
 lines:  ## Count the lines of each part
 	@for part in specens_kernels python csrc tests benchmarks; do \
-	  [ ! -d $$part ] || printf '%-16s%6d\n' $$part $$(find $$part -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' | xargs cat | wc -l); done
+	  [ ! -d $$part ] || printf '%-16s%6d\n' $$part $$(find $$part -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' | xargs cat | wc -l); done

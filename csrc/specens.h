@@ -42,7 +42,7 @@ struct Values {
   int64_t row_stride;
   int64_t member_stride;
 
-  T at(int64_t batch, int64_t row = 0, int64_t member = 0) const {
+  SPECENS_HOST_DEVICE T at(int64_t batch, int64_t row = 0, int64_t member = 0) const {
     return data[batch * batch_stride + row * row_stride + member * member_stride];
   }
 };
@@ -54,7 +54,7 @@ struct Integers {
   int64_t batch_stride;
   int64_t row_stride;
 
-  int64_t at(int64_t batch, int64_t row) const {
+  SPECENS_HOST_DEVICE int64_t at(int64_t batch, int64_t row) const {
     const int64_t offset = batch * batch_stride + row * row_stride;
     return wide ? static_cast<const int64_t*>(data)[offset]
                 : static_cast<const int32_t*>(data)[offset];

@@ -2,7 +2,7 @@
 """The native CPU kernels, under the signatures of the ops in `ops.py`.
 
 A call flattens its tensors into one list of addresses and strides, in the order that
-csrc/bindings.cpp reads, and allocates the results. What the kernels cannot do raises `Unsupported`
+csrc/arguments.h reads, and allocates the results. What the kernels cannot do raises `Unsupported`
 with the reason, and `ops.py` runs the reference instead.
 """
 
@@ -34,7 +34,6 @@ else:
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_VALUES = (0, 0, 0, 0)
-_CPU = torch.device("cpu")  # said, for the default may be another one
 
 
 class Unsupported(NotImplementedError):
@@ -54,45 +53,27 @@ def floor_sweep(logits: Sequence[Tensor], vocab_size: int) -> float:
 
 def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
     """See `reference.uniforms`."""
-    batch, rows = seeds.shape[0], positions.shape[1]
-    out = empty(batch, rows, 4, dtype=float32, device=_CPU)
-    batch_stride, row_stride = positions.stride()
-    if positions.shape[0] == 1:
-        batch_stride = 0
-    flat = [seeds.data_ptr(), seeds.stride(0), 0, 0]
-    flat += positions.data_ptr(), batch_stride, row_stride, 0
-    flat += stream, index, batch, rows, out.data_ptr()
+    flat, out = flatten_uniforms(seeds, positions, stream, index)
     _C.uniforms(flat)
     return out
 
 
 def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
-    flat = _members(logits) + _law(law)
-    batch, rows = logits[0].shape[:2]
-    log_probs = empty(batch, rows, law.vocab_size, dtype=float32, device=_CPU)
-    status = empty(batch, rows, dtype=int32, device=_CPU)
-    flat += batch, rows, log_probs.data_ptr(), status.data_ptr(), get_num_threads()
+    flat, results = flatten_mix(logits, law)
+    flat.append(get_num_threads())
     _C.mix(flat)
-    return log_probs, status
+    return results
 
 
 def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
-    flat = _members(logits) + _law(law)
-    batch, rows, _ = numbers.shape
-    tokens = empty(batch, rows, dtype=int64, device=_CPU)
-    log_probs = empty(batch, rows, dtype=float32, device=_CPU)
-    lse = empty(batch, rows, dtype=float32, device=_CPU)
-    status = empty(batch, rows, dtype=int32, device=_CPU)
-    flat += member, batch, rows, numbers.data_ptr()
-    flat += numbers.stride()
-    flat += tokens.data_ptr(), log_probs.data_ptr(), lse.data_ptr(), status.data_ptr()
+    flat, results = flatten_sample(logits, numbers, law, member)
     flat.append(get_num_threads())
     _C.sample(flat)
-    return tokens, log_probs, lse, status
+    return results
 
 
 def verify(
@@ -109,6 +90,84 @@ def verify(
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
+    flat, results = flatten_verify(
+        logits,
+        draft_tokens,
+        numbers,
+        parents,
+        proposers,
+        draft_logits,
+        draft_temperature,
+        law,
+        acceptance,
+        lenience,
+        bonus,
+    )
+    flat.append(get_num_threads())
+    _C.verify(flat)
+    return results
+
+
+# --- flat arguments, which csrc/arguments.h reads, and the results they point to ---
+
+
+def flatten_uniforms(
+    seeds: Tensor, positions: Tensor, stream: int, index: int
+) -> tuple[list[Any], Tensor]:
+    """Arguments and result of `uniforms`."""
+    batch, rows = seeds.shape[0], positions.shape[1]
+    out = empty(batch, rows, 4, dtype=float32, device=positions.device)
+    batch_stride, row_stride = positions.stride()
+    if positions.shape[0] == 1:
+        batch_stride = 0
+    flat = [seeds.data_ptr(), seeds.stride(0), 0, 0]
+    flat += positions.data_ptr(), batch_stride, row_stride, 0
+    flat += stream, index, batch, rows, out.data_ptr()
+    return flat, out
+
+
+def flatten_mix(logits: list[Tensor], law: LawTensors) -> tuple[list[Any], tuple[Tensor, Tensor]]:
+    """Arguments and results of `mix`."""
+    flat = _members(logits) + _law(law)
+    batch, rows = logits[0].shape[:2]
+    device = logits[0].device
+    log_probs = empty(batch, rows, law.vocab_size, dtype=float32, device=device)
+    status = empty(batch, rows, dtype=int32, device=device)
+    flat += batch, rows, log_probs.data_ptr(), status.data_ptr()
+    return flat, (log_probs, status)
+
+
+def flatten_sample(
+    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
+) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Arguments and results of `sample`."""
+    flat = _members(logits) + _law(law)
+    batch, rows, _ = numbers.shape
+    device = numbers.device
+    tokens = empty(batch, rows, dtype=int64, device=device)
+    log_probs = empty(batch, rows, dtype=float32, device=device)
+    lse = empty(batch, rows, dtype=float32, device=device)
+    status = empty(batch, rows, dtype=int32, device=device)
+    flat += member, batch, rows, numbers.data_ptr()
+    flat += numbers.stride()
+    flat += tokens.data_ptr(), log_probs.data_ptr(), lse.data_ptr(), status.data_ptr()
+    return flat, (tokens, log_probs, lse, status)
+
+
+def flatten_verify(
+    logits: list[Tensor],
+    draft_tokens: Tensor,
+    numbers: Tensor,
+    parents: Tensor | None,
+    proposers: Tensor | None,
+    draft_logits: Tensor | None,
+    draft_temperature: Tensor | None,
+    law: LawTensors,
+    acceptance: str,
+    lenience: float,
+    bonus: bool,
+) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Arguments and results of `verify`."""
     if parents is not None:
         raise Unsupported("trees have no native kernel")
     if acceptance not in _RULES:
@@ -119,11 +178,12 @@ def verify(
         law.temperature if draft_temperature is None else draft_temperature.to(float32)
     )
     batch, nodes = draft_tokens.shape
-    tokens = empty(batch, nodes + 1, dtype=int64, device=_CPU)
-    log_probs = empty(batch, nodes + 1, dtype=float32, device=_CPU)
-    num_accepted = empty(batch, dtype=int32, device=_CPU)
-    path = empty(batch, nodes, dtype=int32, device=_CPU)
-    status = empty(batch, dtype=int32, device=_CPU)
+    device = draft_tokens.device
+    tokens = empty(batch, nodes + 1, dtype=int64, device=device)
+    log_probs = empty(batch, nodes + 1, dtype=float32, device=device)
+    num_accepted = empty(batch, dtype=int32, device=device)
+    path = empty(batch, nodes, dtype=int32, device=device)
+    status = empty(batch, dtype=int32, device=device)
     flat += _RULES[acceptance], lenience, bonus, batch, nodes
     flat += _integers(draft_tokens)
     flat += _NO_VALUES if proposers is None else _integers(proposers)
@@ -132,9 +192,8 @@ def verify(
     flat += draft
     flat += _per_row(draft_temperature)
     flat += tokens.data_ptr(), log_probs.data_ptr(), num_accepted.data_ptr(), path.data_ptr()
-    flat += status.data_ptr(), get_num_threads()
-    _C.verify(flat)
-    return tokens, log_probs, num_accepted, path, status
+    flat.append(status.data_ptr())
+    return flat, (tokens, log_probs, num_accepted, path, status)
 
 
 def _logits(tensor: Tensor) -> tuple[int, int, int, int]:

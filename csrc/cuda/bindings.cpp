@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions `cuda_*` of a module: the lists of arguments.h, then the stream's workspace (its
+// address and bytes) and the stream; `cuda_*_workspace` takes the list alone and says how many
+// bytes are needed. `_C` has them with kernels from nvcc, `specens_simt` with the emulator's.
+#include "bindings.h"
+
+#include <string>
+
+#include "../arguments.h"
+#include "cuda.h"
+
+namespace specens {
+namespace {
+
+void raise(int code) {
+  if (code != 0) throw std::runtime_error(std::string("cuda: ") + cuda_error(code));
+}
+
+void launch_uniforms(const py::list& arguments) {
+  Reader in(arguments);
+  const UniformsParams params = read_uniforms(in);
+  auto* stream = in.address<std::remove_pointer_t<cudaStream_t>>();
+  in.finish();
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = cuda_uniforms(params, stream);
+  }
+  raise(code);
+}
+
+// Reads what follows the parameters, and launches.
+template <typename Params>
+void launch(Reader& in, const Params& params,
+            int (*launcher)(const Params&, void*, size_t, cudaStream_t)) {
+  void* workspace = in.address<void>();
+  const auto bytes = static_cast<size_t>(in.integer());
+  auto* stream = in.address<std::remove_pointer_t<cudaStream_t>>();
+  in.finish();
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = launcher(params, workspace, bytes, stream);
+  }
+  raise(code);
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  module.attr("CUDA_MAX_MEMBERS") = kCudaMaxMembers;
+  module.def("cuda_uniforms", &launch_uniforms);
+  module.def("cuda_mix", [](const py::list& arguments) {
+    Reader in(arguments);
+    launch(in, read_mix(in), &cuda_mix);
+  });
+  module.def("cuda_sample", [](const py::list& arguments) {
+    Reader in(arguments);
+    launch(in, read_sample(in), &cuda_sample);
+  });
+  module.def("cuda_verify", [](const py::list& arguments) {
+    Reader in(arguments);
+    launch(in, read_verify(in), &cuda_verify);
+  });
+  module.def("cuda_mix_workspace", [](const py::list& arguments) {
+    Reader in(arguments);
+    return cuda_mix_workspace(read_mix(in));
+  });
+  module.def("cuda_sample_workspace", [](const py::list& arguments) {
+    Reader in(arguments);
+    return cuda_sample_workspace(read_sample(in));
+  });
+  module.def("cuda_verify_workspace", [](const py::list& arguments) {
+    Reader in(arguments);
+    return cuda_verify_workspace(read_verify(in));
+  });
+}
+
+}  // namespace specens

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host code that the ops share: problems, the workspace's layout, and what an error means.
+#include "stats.cuh"
+
+namespace specens {
+namespace {
+
+constexpr size_t kAlignment = 256;
+
+// Hands out a workspace from its beginning.
+class Layout {
+ public:
+  explicit Layout(void* workspace) : base_(static_cast<char*>(workspace)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* here = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return here;
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace
+
+Problem make_problem(const Ensemble& ensemble, int64_t batch, int64_t rows) {
+  Problem problem = {};
+  problem.ensemble = ensemble;
+  problem.temperatures = ensemble.temperature;
+  problem.num_temperatures = ensemble.num_members;
+  problem.cut = ensemble.top_k.data != nullptr || ensemble.top_p.data != nullptr ||
+                ensemble.min_p.data != nullptr || ensemble.plausibility > 0.0;
+  problem.batch = batch;
+  problem.rows = rows;
+  return problem;
+}
+
+size_t attach(Problem& problem, void* workspace) {
+  const int64_t places = problem.batch * problem.rows;
+  problem.sub_tiles = static_cast<int>((problem.ensemble.vocab_size + kSubTile - 1) / kSubTile);
+  problem.slots = problem.warped_slot() + (problem.is_mixture() ? 1 : 0);
+  Layout layout(workspace);
+  // Always as many, so that tickets never lie where another problem left data.
+  problem.tickets = layout.take<unsigned>(kMaxPlaces);
+  problem.cutoffs = layout.take<float>(places * kCutoffs);
+  problem.partials = layout.take<Partial>(places * problem.slots * problem.sub_tiles);
+  problem.totals = layout.take<Total>(places * problem.slots);
+  problem.best = layout.take<int64_t>(places);
+  problem.residuals = layout.take<double>(problem.batch * problem.sub_tiles);
+  return layout.used();
+}
+
+int check(const Problem& problem, size_t needed, size_t given) {
+  if (problem.ensemble.num_members > kCudaMaxMembers) return kTooManyMembers;
+  if (problem.batch * problem.rows > kMaxPlaces) return kTooManyRows;
+  if (problem.sub_tiles > kMaxSubTiles) return kVocabularyTooLarge;
+  return needed > given ? kWorkspaceTooSmall : 0;
+}
+
+const char* cuda_error(int code) {
+  switch (code) {
+    case kWorkspaceTooSmall:
+      return "the workspace is too small";
+    case kTooManyMembers:
+      return "more members than a kernel takes";
+    case kTooManyRows:
+      return "more rows than a grid has";
+    case kVocabularyTooLarge:
+      return "a larger vocabulary than a block can hold";
+    default:
+      break;
+  }
+#if defined(SPECENS_SIMT)
+  return "unknown error";
+#else
+  if (code == cudaErrorInsufficientDriver || code == cudaErrorNoDevice) return "no CUDA driver";
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+#endif
+}
+
+}  // namespace specens

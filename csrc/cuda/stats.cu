@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0
+// `row_stats`: the one sweep over the logits that every op starts with. A block sweeps a tile of a
+// row of one source, a warp a sub-tile of it, and leaves a Partial of every field it meets; the
+// last block of the row combines them into totals. To add a field: its slot in Problem (law.cuh),
+// its partials in `sweep`, its totals in `combine`.
+#include "stats.cuh"
+
+namespace specens {
+namespace {
+
+struct StatsShared {
+  Row row;
+  bool is_last;
+  bool repairs;
+  float tops[kWarps];
+  double scores[kWarps];
+  int64_t tokens[kWarps];
+};
+
+__device__ __forceinline__ Partial* partials_of(const Problem& problem, int64_t place, int slot) {
+  return problem.partials + (place * problem.slots + slot) * problem.sub_tiles;
+}
+
+// Statistics of what a lane has seen of a sub-tile.
+template <typename T>
+struct LaneStats {
+  T top = -HUGE_VAL;
+  float sum = 0.0f;
+  int32_t flags = 0;
+
+  __device__ void add(const T (&values)[kPerLane], const Field& field, int32_t found) {
+    T most = top;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (values[i] > most && rounded(values[i]) >= field.cutoff) most = values[i];
+    }
+    const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
+    sum *= scale(top, most, inverse_temperature);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (!(rounded(values[i]) >= field.cutoff) || values[i] == -HUGE_VAL) continue;
+      sum += scale(values[i], most, inverse_temperature);
+    }
+    top = most;
+    flags |= found;
+  }
+
+  // Of the whole sub-tile, in every lane of the warp.
+  __device__ Partial finish(const Field& field) const {
+    const T most = warp_max(top);
+    const float here = sum * scale(top, most, static_cast<float>(field.inverse_temperature));
+    return {static_cast<double>(most), warp_sum(here), warp_or(flags)};
+  }
+
+ private:
+  static __device__ float scale(T value, T most, float inverse_temperature) {
+    const float distance = value == most ? 0.0f : static_cast<float>(value - most);
+    return distance == 0.0f ? 1.0f : expf(distance * inverse_temperature);
+  }
+};
+
+__device__ __forceinline__ void keep(const Problem& problem, int64_t place, int slot, int sub_tile,
+                                     const Partial& partial) {
+  if (lane_id() == 0) store(partials_of(problem, place, slot) + sub_tile, partial);
+}
+
+__device__ __forceinline__ int64_t begin_of(int sub_tile) {
+  return static_cast<int64_t>(sub_tile) * kSubTile;
+}
+
+// A member of a mixture, and the proposal if it reads the same logits in another way; or, with
+// k == kSeparateDraft, the draft's logits.
+__device__ void sweep_logits(const Problem& problem, const Row& row, int64_t place, int k,
+                             int sub_tile) {
+  const bool proposes = row.proposer == k, separate = k == kSeparateDraft;
+  const Field& field = separate ? row.proposal : row.members[k];
+  if (!proposes && (separate || field.weight == 0.0f)) return;
+  const bool twice = proposes && !separate && !proposal_is_member(problem, row);
+  LaneStats<float> stats, proposal;
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    float logits[kPerLane];
+    const int64_t begin = begin_of(sub_tile) + round * kRound;
+    const int32_t flags = load_lane(field, begin, problem.ensemble.vocab_size, logits);
+    stats.add(logits, field, flags);
+    if (twice) proposal.add(logits, row.proposal, flags);
+  }
+  const int slot = separate ? problem.proposal_slot() : k;
+  keep(problem, place, slot, sub_tile, stats.finish(field));
+  if (twice) {
+    keep(problem, place, problem.proposal_slot(), sub_tile, proposal.finish(row.proposal));
+  }
+}
+
+// All members of a product at once, and the proposal if it is one of them.
+__device__ void sweep_product(const Problem& problem, const Row& row, int64_t place, int sub_tile,
+                              bool with_proposal) {
+  LaneStats<double> stats;
+  LaneStats<float> proposal;
+  const bool by_member = with_proposal && row.proposer != kNobody && row.proposer != kSeparateDraft;
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t begin = begin_of(sub_tile) + round * kRound;
+    double values[kPerLane] = {};
+    int32_t flags = 0;
+#pragma unroll 1
+    for (int k = 0; k < row.count; ++k) {
+      const Field& field = row.members[k];
+      const bool proposes = by_member && row.proposer == k;
+      const bool masks = k == 0 && row.plausible > kNoMass;
+      if (field.weight == 0.0f && !proposes && !masks) continue;
+      float logits[kPerLane];
+      const int32_t found = load_lane(field, begin, problem.ensemble.vocab_size, logits);
+      if (field.weight != 0.0f) {
+        flags |= found;
+        if ((found & kInfiniteLogits) != 0) flags |= 256 << k;
+      }
+      if (proposes) proposal.add(logits, row.proposal, found);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) values[i] = fold_in(row, k, values[i], logits[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const bool inside = begin + lane_token(i) < problem.ensemble.vocab_size;
+      values[i] = inside ? folded(values[i]) : kNoMass;
+    }
+    stats.add(values, row.target, flags);
+  }
+  keep(problem, place, 0, sub_tile, stats.finish(row.target));
+  if (by_member) {
+    keep(problem, place, problem.proposal_slot(), sub_tile, proposal.finish(row.proposal));
+  }
+}
+
+// Combines the partials of a slot in a fixed order; one warp.
+__device__ Total combine(const Problem& problem, int64_t place, int slot,
+                         double inverse_temperature) {
+  const Partial* partials = partials_of(problem, place, slot);
+  double top = kNoMass;
+  int32_t flags = 0;
+  for (int s = lane_id(); s < problem.sub_tiles; s += kLanes) {
+    const Partial here = load_fresh(partials + s);
+    top = here.top > top ? here.top : top;
+    flags |= here.flags;
+  }
+  top = warp_max(top);
+  double sum = 0.0;
+  for (int s = lane_id(); s < problem.sub_tiles; s += kLanes) {
+    const Partial here = load_fresh(partials + s);
+    if (here.sum == 0.0f) continue;
+    sum += static_cast<double>(here.sum) * exp(shifted(here.top, top, inverse_temperature));
+  }
+  return {warp_sum(sum), top, warp_or(flags)};
+}
+
+// Every slot that was swept, a warp for each.
+__device__ void combine_all(const Problem& problem, const Row& row, int64_t place) {
+  const int proposal_slot = problem.proposal_slot();
+  for (int slot = warp_id(); slot <= proposal_slot; slot += kWarps) {
+    const bool is_proposal = slot == proposal_slot;
+    const Field& field = is_proposal      ? row.proposal
+                         : row.is_mixture ? row.members[slot]
+                                          : row.target;
+    const bool swept = is_proposal ? row.proposer != kNobody && !proposal_is_member(problem, row)
+                       : row.is_mixture ? field.weight != 0.0f || row.proposer == slot
+                                        : true;
+    if (!swept) continue;
+    const Total total = combine(problem, place, slot, field.inverse_temperature);
+    if (lane_id() == 0) store(problem.totals + place * problem.slots + slot, total);
+  }
+}
+
+// --- products whose members veto ---
+
+// The largest logit of a member; the whole block.
+__device__ float block_top(const Problem& problem, StatsShared& shared, const Field& field) {
+  float top = kNoMass;
+  for (int64_t token = threadIdx.x; token < problem.ensemble.vocab_size; token += kThreads) {
+    const float value = clean(load_raw(field, token));
+    top = value > top ? value : top;
+  }
+  top = warp_max(top);
+  if (lane_id() == 0) shared.tops[warp_id()] = top;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) top = shared.tops[w] > top ? shared.tops[w] : top;
+  __syncthreads();
+  return top;
+}
+
+// In a product of warped members, one of temperature 0 or with a +inf leaves nothing but its
+// largest values. That is rare, so it is seen when the row has been swept, and the row is swept
+// again by the one block that saw it.
+__device__ void repair(const Problem& problem, StatsShared& shared, int64_t place) {
+  Row& row = shared.row;
+  if (threadIdx.x == 0) {
+    const int32_t flags = load_fresh(&problem.totals[place * problem.slots]).flags;
+    shared.repairs = false;
+    for (int k = 0; k < row.count; ++k) {
+      Field& field = row.members[k];
+      if (field.weight == 0.0f) continue;
+      if ((flags & (256 << k)) != 0) field.cutoff = -kNoMass;
+      shared.repairs |= field.cutoff == -kNoMass || field.temperature == 0.0f;
+    }
+  }
+  __syncthreads();
+  if (shared.repairs) {
+    for (int k = 0; k < row.count; ++k) {
+      Field& field = row.members[k];
+      if (field.weight == 0.0f || field.temperature > 0.0f) continue;
+      const float top = block_top(problem, shared, field);
+      if (threadIdx.x == 0) field.cutoff = top;
+      __syncthreads();
+    }
+    for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) {
+      sweep_product(problem, row, place, s, false);
+    }
+    __syncthreads();
+    if (warp_id() == 0) {
+      const Total total = combine(problem, place, 0, row.target.inverse_temperature);
+      if (lane_id() == 0) store(problem.totals + place * problem.slots, total);
+    }
+  }
+  if (static_cast<int>(threadIdx.x) < kCutoffs) {
+    const int k = static_cast<int>(threadIdx.x);
+    const float cutoff = k < row.count ? row.members[k].cutoff : kNoMass;
+    store(problem.cutoffs + place * kCutoffs + k, cutoff);
+  }
+  __syncthreads();
+}
+
+// --- the most probable token ---
+
+// What the argmax compares: masses of a mixture, logarithms of a product's.
+__device__ __forceinline__ double score_of(const Row& row, double value) {
+  return row.is_mixture ? value : field_log_mass(row.target, value);
+}
+
+// Bounds of the best score in a sub-tile, from its partials.
+struct Bounds {
+  double low, high;
+};
+
+__device__ Bounds bounds_of(const Problem& problem, const Row& row, int64_t place, int sub_tile) {
+  if (!row.is_mixture) {
+    const double top = load_fresh(partials_of(problem, place, 0) + sub_tile).top;
+    const double score = field_log_mass(row.target, top);
+    return {score, score};
+  }
+  Bounds bounds = {0.0, 0.0};
+  for (int k = 0; k < row.count; ++k) {
+    const Field& field = row.members[k];
+    if (field.share == 0.0) continue;
+    const double top = load_fresh(partials_of(problem, place, k) + sub_tile).top;
+    const double mass = field.share * field_mass(field, top);
+    bounds.low = mass > bounds.low ? mass : bounds.low;
+    bounds.high += mass;
+  }
+  return bounds;
+}
+
+__device__ __forceinline__ bool beats(double score, int64_t token, double best, int64_t holder) {
+  return score > best || (score == best && token < holder);
+}
+
+// Reads again only the sub-tiles that can hold the most probable token.
+__device__ int64_t argmax(const Problem& problem, StatsShared& shared, int64_t place) {
+  const Row& row = shared.row;
+  if (row.empty) return 0;
+  const double nothing = row.is_mixture ? 0.0 : static_cast<double>(kNoMass);
+  double least = nothing;
+  for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
+    const double low = bounds_of(problem, row, place, s).low;
+    least = low > least ? low : least;
+  }
+  least = warp_max(least);
+  if (lane_id() == 0) shared.scores[warp_id()] = least;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) least = shared.scores[w] > least ? shared.scores[w] : least;
+  __syncthreads();
+  // The order of rounding in a bound differs from that of the masses it bounds.
+  if (row.is_mixture) least *= 1.0 - 1e-12;
+  double best = nothing;
+  int64_t holder = problem.ensemble.vocab_size;
+  for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) {
+    if (bounds_of(problem, row, place, s).high < least) continue;
+    for (int i = lane_id(); i < kSubTile; i += kLanes) {
+      const int64_t token = begin_of(s) + i;
+      if (token >= problem.ensemble.vocab_size) break;
+      const double score = score_of(row, token_value(row, token));
+      if (score > nothing && beats(score, token, best, holder)) {
+        best = score;
+        holder = token;
+      }
+    }
+  }
+  for (int bits = kLanes / 2; bits > 0; bits /= 2) {
+    const double score = __shfl_xor_sync(kAllLanes, best, bits);
+    const int64_t token = __shfl_xor_sync(kAllLanes, holder, bits);
+    if (beats(score, token, best, holder)) {
+      best = score;
+      holder = token;
+    }
+  }
+  if (lane_id() == 0) {
+    shared.scores[warp_id()] = best;
+    shared.tokens[warp_id()] = holder;
+  }
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) {
+    if (beats(shared.scores[w], shared.tokens[w], best, holder)) {
+      best = shared.scores[w];
+      holder = shared.tokens[w];
+    }
+  }
+  return holder < problem.ensemble.vocab_size ? holder : 0;
+}
+
+template <Space kSpace>
+__device__ void finish_row(const Problem& problem, StatsShared& shared, int64_t place) {
+  combine_all(problem, shared.row, place);
+  __syncthreads();
+  if constexpr (kSpace == Space::kLogits) {
+    if (problem.folds_warped() && !problem.cut) repair(problem, shared, place);
+  }
+  if (!shared.row.greedy && !problem.collapsed) return;
+  if (warp_id() == 0) read_laws(problem, place, shared.row, false);
+  __syncthreads();
+  const int64_t token = argmax(problem, shared, place);
+  if (threadIdx.x == 0) store(problem.best + place, token);
+}
+
+// Two kernels, for mixtures and for products, because a product takes more registers.
+template <Space kSpace>
+__global__ void __launch_bounds__(kThreads, kSpace == Space::kProbs ? 2 : 1)
+    row_stats(Problem problem) {
+  SPECENS_SHARED(StatsShared, shared);
+  const int64_t place = blockIdx.y;
+  if (warp_id() == 0) read_row(problem, place, shared.row, problem.cut);
+  __syncthreads();
+  const int sub_tile = static_cast<int>(blockIdx.x) * kWarps + warp_id();
+  const int source = static_cast<int>(blockIdx.z);
+  if (sub_tile < problem.sub_tiles) {
+    if (source == problem.proposal_slot()) {
+      sweep_logits(problem, shared.row, place, kSeparateDraft, sub_tile);
+    } else if constexpr (kSpace == Space::kProbs) {
+      sweep_logits(problem, shared.row, place, source, sub_tile);
+    } else {
+      sweep_product(problem, shared.row, place, sub_tile, true);
+    }
+  }
+  if (last_block(problem.tickets + place, gridDim.x * gridDim.z, &shared.is_last)) {
+    finish_row<kSpace>(problem, shared, place);
+  }
+}
+
+// The law of a mixture that is warped as a whole, from the members' laws.
+__global__ void __launch_bounds__(kThreads, 1) warped_stats(Problem problem) {
+  SPECENS_SHARED(StatsShared, shared);
+  const int64_t place = blockIdx.y;
+  Row& row = shared.row;
+  if (warp_id() == 0) {
+    read_row(problem, place, row, problem.cut);
+    const bool warped = row.warped;
+    __syncwarp();
+    read_laws(problem, place, row, false);
+    if (lane_id() == 0) row.warped = warped;
+  }
+  __syncthreads();
+  if (!row.warped) return;
+  const int sub_tile = static_cast<int>(blockIdx.x) * kWarps + warp_id();
+  if (sub_tile < problem.sub_tiles) {
+    LaneStats<double> stats;
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
+      double values[kPerLane];
+      const int64_t begin = begin_of(sub_tile) + round * kRound;
+      lane_values(row, begin, problem.ensemble.vocab_size, values);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) values[i] = log(values[i]);
+      stats.add(values, row.target, 0);
+    }
+    keep(problem, place, problem.warped_slot(), sub_tile, stats.finish(row.target));
+  }
+  if (last_block(problem.tickets + place, gridDim.x, &shared.is_last) && warp_id() == 0) {
+    const int slot = problem.warped_slot();
+    const Total total = combine(problem, place, slot, row.target.inverse_temperature);
+    if (lane_id() == 0) store(problem.totals + place * problem.slots + slot, total);
+  }
+}
+
+}  // namespace
+
+void launch_stats(const Problem& problem, cudaStream_t stream) {
+  const auto places = static_cast<unsigned>(problem.batch * problem.rows);
+  if (places == 0) return;
+  const unsigned sources = static_cast<unsigned>(problem.proposal_slot()) +
+                           (problem.draft_logits.data != nullptr ? 1u : 0u);
+  const dim3 grid(tiles_of(problem), places, sources), sweep(tiles_of(problem), places);
+  const dim3 threads(kThreads);
+  if (problem.cut) launch_thresholds(problem, Thresholds::kBefore, stream);
+  if (!problem.is_mixture()) {
+    SPECENS_LAUNCH(row_stats<Space::kLogits>, grid, threads, sizeof(StatsShared), stream, problem);
+    return;
+  }
+  SPECENS_LAUNCH(row_stats<Space::kProbs>, grid, threads, sizeof(StatsShared), stream, problem);
+  if (problem.ensemble.warp_members) return;
+  if (problem.cut) launch_thresholds(problem, Thresholds::kOfMixture, stream);
+  SPECENS_LAUNCH(warped_stats, sweep, threads, sizeof(StatsShared), stream, problem);
+}
+
+}  // namespace specens

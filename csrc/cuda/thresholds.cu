@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cutoffs, where there are filters or plausibility: a block for each row and field finds the least
+// value that survives. Values are compared in single precision, through integers of the same order,
+// and a search fixes four bits of the answer in each sweep. To add a filter: its step in `cutoff`,
+// its tensor in Ensemble and in `filters_at`.
+#include "stats.cuh"
+
+namespace specens {
+namespace {
+
+constexpr int kDigitBits = 4;
+constexpr int kDigits = 1 << kDigitBits;
+
+struct ThresholdShared {
+  Row row;
+  double sums[kDigits][kThreads];
+  double totals[kDigits];
+};
+
+// Unsigned integers in the order of the numbers.
+__device__ __forceinline__ uint32_t to_ordered(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits ^ ((bits >> 31) != 0 ? ~0u : 1u << 31);
+}
+
+__device__ __forceinline__ float from_ordered(uint32_t ordered) {
+  return __uint_as_float(ordered ^ ((ordered >> 31) != 0 ? 1u << 31 : ~0u));
+}
+
+// The least float >= x: a float is below x iff it is below this.
+__device__ __forceinline__ float round_up(double x) {
+  const float nearest = rounded(x);
+  return static_cast<double>(nearest) < x ? nextafterf(nearest, -kNoMass) : nearest;
+}
+
+// The values of one field of a row, as every thread sees them.
+class FieldValues {
+ public:
+  __device__ FieldValues(const Problem& problem, ThresholdShared& shared, const Field& field,
+                         bool is_target)
+      : vocab_size_(problem.ensemble.vocab_size),
+        shared_(shared),
+        field_(field),
+        is_target_(is_target) {}
+
+  // Adds `weight(value)` over all tokens, a sum for each of `digit(value)`; -1 is left out.
+  template <typename Digit, typename Weight>
+  __device__ void sum(int digits, const Digit& digit, const Weight& weight) {
+    double sums[kDigits] = {};
+    for (int64_t token = threadIdx.x; token < vocab_size_; token += kThreads) {
+      const double value = at(token);
+      const int here = digit(rounded(value));
+      if (here < 0) continue;
+      const double mass = weight(value);
+#pragma unroll
+      for (int d = 0; d < kDigits; ++d) sums[d] += d == here ? mass : 0.0;
+    }
+#pragma unroll
+    for (int d = 0; d < kDigits; ++d) {
+      if (d < digits) shared_.sums[d][threadIdx.x] = sums[d];
+    }
+    __syncthreads();
+    for (int d = warp_id(); d < digits; d += kWarps) {
+      double total = 0.0;
+      for (int i = lane_id(); i < kThreads; i += kLanes) total += shared_.sums[d][i];
+      total = warp_sum(total);
+      if (lane_id() == 0) shared_.totals[d] = total;
+    }
+    __syncthreads();
+  }
+
+  __device__ double top() {
+    double top = kNoMass;
+    for (int64_t token = threadIdx.x; token < vocab_size_; token += kThreads) {
+      const double value = at(token);
+      top = value > top ? value : top;
+    }
+    top = warp_max(top);
+    if (lane_id() == 0) shared_.totals[warp_id()] = top;
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) top = shared_.totals[w] > top ? shared_.totals[w] : top;
+    __syncthreads();
+    return top;
+  }
+
+  // The least float above which there is less than `limit`.
+  template <typename Weight>
+  __device__ float least_above(double limit, const Weight& weight) {
+    uint32_t low = 0;
+    double beyond = 0.0;  // weight of what is above the bracket
+    for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
+      sum(
+          kDigits,
+          [=](float value) {
+            const uint32_t ordered = to_ordered(value);
+            const uint32_t digit = ordered < low ? kDigits : (ordered - low) >> shift;
+            return digit < kDigits ? static_cast<int>(digit) : -1;
+          },
+          weight);
+      int digit = kDigits - 1;
+      while (digit > 0 && beyond + shared_.totals[digit] < limit) {
+        beyond += shared_.totals[digit--];
+      }
+      low += static_cast<uint32_t>(digit) << shift;
+      __syncthreads();
+    }
+    const float least = from_ordered(low);
+    if (!isnan(least)) return least;
+    return (low >> 31) != 0 ? -kNoMass : kNoMass;
+  }
+
+  __device__ const Field& field() const { return field_; }
+  __device__ double total() const { return shared_.totals[0]; }
+
+ private:
+  __device__ double at(int64_t token) const {
+    if (!is_target_) return static_cast<double>(clean(load_raw(field_, token)));
+    const double value = token_value(shared_.row, token);
+    return shared_.row.is_mixture ? log(value) : value;
+  }
+
+  int64_t vocab_size_;
+  ThresholdShared& shared_;
+  const Field& field_;
+  bool is_target_;
+};
+
+// The least value that survives temperature 0, top-k, then top-p, then min-p.
+__device__ float cutoff(const Ensemble& ensemble, int64_t b, bool filters, FieldValues& values) {
+  const Field& field = values.field();
+  const double top = values.top();
+  if (top == -static_cast<double>(kNoMass)) return -kNoMass;
+  if (field.temperature == 0.0f) return rounded(top);
+  float least = kNoMass;
+  if (!filters || top == static_cast<double>(kNoMass)) return least;
+  const int32_t top_k = ensemble.top_k.data == nullptr ? 0 : ensemble.top_k.at(b);
+  if (top_k > 0) {
+    least = values.least_above(static_cast<double>(top_k), [](double) { return 1.0; });
+  }
+  const float top_p = ensemble.top_p.data == nullptr ? 1.0f : ensemble.top_p.at(b);
+  if (top_p < 1.0f) {
+    const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
+    const float kept = least;
+    const auto mass = [=](double value) {
+      if (rounded(value) < kept || value == static_cast<double>(kNoMass)) return 0.0;
+      return static_cast<double>(expf(static_cast<float>(value - top) * inverse_temperature));
+    };
+    values.sum(1, [](float) { return 0; }, mass);
+    const double limit = static_cast<double>(top_p) * values.total();
+    __syncthreads();
+    const float nucleus = values.least_above(limit, mass);
+    least = nucleus > least ? nucleus : least;
+  }
+  const float min_p = ensemble.min_p.data == nullptr ? 0.0f : ensemble.min_p.at(b);
+  if (min_p > 0.0f) {
+    const double ratio = log(min_p < 1.0f ? static_cast<double>(min_p) : 1.0);
+    const float floor = round_up(top + static_cast<double>(field.temperature) * ratio);
+    least = floor > least ? floor : least;
+  }
+  const float most = rounded(top);
+  return least < most ? least : most;
+}
+
+// Where member 0 finds a token implausible.
+__device__ float plausible(const Problem& problem, ThresholdShared& shared) {
+  if (!(problem.ensemble.plausibility > 0.0)) return kNoMass;
+  const Field& expert = shared.row.members[0];
+  const double top = FieldValues(problem, shared, expert, false).top();
+  const double scale = expert.temperature > 0.0f ? static_cast<double>(expert.temperature) : 1.0;
+  return round_up(top + scale * log(problem.ensemble.plausibility));
+}
+
+// Whether a field has a cutoff that its law does not see by itself.
+__device__ bool wanted(const Problem& problem, const Row& row, int which, bool filters) {
+  const bool by_member = problem.ensemble.warp_members;
+  if (which == kProposalCutoff) {
+    return filters && row.proposer != kNobody && !proposal_is_member(problem, row);
+  }
+  if (which == kTargetCutoff) return filters && !by_member && (!row.is_mixture || row.warped);
+  if (which >= row.count || !by_member) return false;
+  const bool used = row.members[which].weight != 0.0f || row.proposer == which;
+  return used && (filters || !row.is_mixture);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) thresholds(Problem problem, bool of_mixture) {
+  SPECENS_SHARED(ThresholdShared, shared);
+  Row& row = shared.row;
+  const int64_t place = blockIdx.y, b = place / problem.rows;
+  const int which = of_mixture ? kTargetCutoff : static_cast<int>(blockIdx.x);
+  if (warp_id() == 0) {
+    read_row(problem, place, row, of_mixture);
+    if (of_mixture) read_laws(problem, place, row, true);
+  }
+  __syncthreads();
+  const bool filters = !row.greedy && filters_at(problem.ensemble, b);
+  float found = kNoMass;
+  if (which == kPlausibleCutoff) {
+    found = plausible(problem, shared);
+  } else if (wanted(problem, row, which, filters) &&
+             !(row.is_mixture && which == kTargetCutoff && !of_mixture)) {
+    const bool is_target = which == kTargetCutoff;
+    if (is_target && !row.is_mixture) {
+      const float least = plausible(problem, shared);
+      if (threadIdx.x == 0) row.plausible = least;
+      __syncthreads();
+    }
+    const Field& field = is_target                  ? row.target
+                         : which == kProposalCutoff ? row.proposal
+                                                    : row.members[which];
+    FieldValues values(problem, shared, field, is_target);
+    found = cutoff(problem.ensemble, b, filters, values);
+  }
+  if (threadIdx.x == 0) store(problem.cutoffs + place * kCutoffs + which, found);
+}
+
+}  // namespace
+
+void launch_thresholds(const Problem& problem, Thresholds which, cudaStream_t stream) {
+  const bool of_mixture = which == Thresholds::kOfMixture;
+  const dim3 grid(of_mixture ? 1 : kCutoffs, static_cast<unsigned>(problem.batch * problem.rows));
+  SPECENS_LAUNCH(thresholds, grid, dim3(kThreads), sizeof(ThresholdShared), stream, problem,
+                 of_mixture);
+}
+
+}  // namespace specens

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels of csrc/cuda, under the signatures of the ops in `ops.py`.
+
+A call flattens its tensors as `native.py` does, lends the stream's workspace to the kernels and
+launches them on torch's current stream: no synchronisation, nothing that a CUDA graph could not
+hold once the workspace has its size. What the kernels cannot do raises `Unsupported`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .law import LawTensors
+from .native import Unsupported
+
+# Tests put the emulated kernels here, which take CPU tensors.
+module: Any = getattr(native, "_C", None)
+
+if not native.AVAILABLE:
+    AVAILABLE, REASON = False, native.REASON
+elif not hasattr(module, "cuda_verify"):
+    AVAILABLE, REASON = False, "the native kernels were built without nvcc"
+else:
+    AVAILABLE, REASON = True, ""
+
+_MAX_MEMBERS = 8
+_MAX_ROWS = 65_535
+_MAX_VOCABULARY = 2048 * 1024
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
+    """See `reference.uniforms`."""
+    flat, out = native.flatten_uniforms(seeds, positions, stream, index)
+    flat.append(_stream(out.device))
+    module.cuda_uniforms(flat)
+    return out
+
+
+def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
+    """See `reference.mix`."""
+    _check(logits, law)
+    flat, results = native.flatten_mix(logits, law)
+    _launch(module.cuda_mix, module.cuda_mix_workspace, flat, logits[0].device)
+    return results
+
+
+def sample(
+    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.sample`."""
+    _check(logits, law)
+    flat, results = native.flatten_sample(logits, numbers, law, member)
+    _launch(module.cuda_sample, module.cuda_sample_workspace, flat, logits[0].device)
+    return results
+
+
+def verify(
+    logits: list[Tensor],
+    draft_tokens: Tensor,
+    numbers: Tensor,
+    parents: Tensor | None,
+    proposers: Tensor | None,
+    draft_logits: Tensor | None,
+    draft_temperature: Tensor | None,
+    law: LawTensors,
+    acceptance: str,
+    lenience: float,
+    bonus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.verify`."""
+    if parents is not None:
+        raise Unsupported("trees have no CUDA kernel")
+    _check(logits, law)
+    flat, results = native.flatten_verify(
+        logits,
+        draft_tokens,
+        numbers,
+        parents,
+        proposers,
+        draft_logits,
+        draft_temperature,
+        law,
+        acceptance,
+        lenience,
+        bonus,
+    )
+    _launch(module.cuda_verify, module.cuda_verify_workspace, flat, draft_tokens.device)
+    return results
+
+
+def _check(logits: list[Tensor], law: LawTensors) -> None:
+    if len(logits) > _MAX_MEMBERS:
+        raise Unsupported(f"{len(logits)} members; CUDA kernels take {_MAX_MEMBERS}")
+    rows = logits[0].shape[0] * logits[0].shape[1]
+    if rows > _MAX_ROWS:
+        raise Unsupported(f"{rows} rows; CUDA kernels take {_MAX_ROWS}")
+    if law.vocab_size > _MAX_VOCABULARY:
+        raise Unsupported(f"{law.vocab_size} tokens; CUDA kernels take {_MAX_VOCABULARY}")
+
+
+def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.device) -> None:
+    """Call `function` with the list, the stream's workspace and the stream."""
+    stream = _stream(device)
+    needed = workspace_bytes(flat)
+    key = (device, stream)
+    workspace = _workspaces.get(key)
+    if workspace is None or workspace.numel() < needed:
+        workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
+        _workspaces[key] = workspace
+    flat += workspace.data_ptr(), workspace.numel(), stream
+    if device.type != "cuda":
+        function(flat)
+        return
+    with torch.cuda.device(device):
+        function(flat)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
