@@ -318,7 +318,20 @@ def _call(self: Any, *arguments: Any, **options: Any) -> Any:
     return self.rewrite()(*arguments, **options)
 
 
+def _np_dtype(dtype: Any) -> Any:
+    """As stock, which builds its table at every call."""
+    name = "pointer" if dtype.scalar.is_ptr() else dtype.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _stock_np_dtype(dtype)
+    return _np_dtypes[name]
+
+
+_np_dtypes: dict[str, Any] = {}
+_stock_np_dtype = interpreter._get_np_dtype
+
+
 def _install_checks() -> None:
+    interpreter._get_np_dtype = _np_dtype
     builder = interpreter.InterpreterBuilder
     interpreter.GridExecutor.__call__ = _launch
     interpreter.InterpretedFunction.__call__ = _call

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-k, top-p and min-p as one threshold on a value, by bisection over float32's ordered bits.
+"""Top-k, top-p and min-p as one threshold on a value, by bisection.
 
 Only laws with filters, or with a least plausibility, launch this. One program finds the threshold
-of one field of one row; `floats` that are ordered as integers halve the interval 32 times at most.
+of one field of one row. A sweep for each step also finds the values next to the edge, so that some
+ten steps end on the value itself.
 """
 
 import triton
@@ -73,21 +74,28 @@ def _top(law, proposal, laws, b, t, proposer, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _weight_above(
+def _split(
     law, proposal, laws, b, t, proposer, edge, floor, top, inverse,
     FIELD: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
-    """How many values there are above an edge, or their mass, where at least the floor."""
+    """Of the values that reach the floor: how many lie above an edge, or their mass; the least of
+    them; and the largest that does not lie above it."""
     weight = tl.full((), 0.0, tl.float64)
+    above = tl.full((), float("inf"), tl.float32)
+    below = tl.full((), -float("inf"), tl.float32)
     for start in range(0, law.vocab_size, BLOCK):
         values = _values(law, proposal, laws, b, t, proposer, start, FIELD)
-        above = (values > edge) & (values >= floor)
+        reaches = (values >= floor) & (values > -float("inf"))
+        beyond = reaches & (values > edge)
         if BY_MASS:
             masses = tl.exp((values.to(tl.float64) - top.to(tl.float64)) * inverse)
-            weight += tl.sum(tl.where(above, masses, 0.0), 0)
+            weight += tl.sum(tl.where(beyond, masses, 0.0), 0)
         else:
-            weight += tl.sum(above.to(tl.int32), 0).to(tl.float64)
-    return weight
+            weight += tl.sum(beyond.to(tl.int32), 0).to(tl.float64)
+        above = tl.minimum(above, tl.min(tl.where(beyond, values, float("inf")), 0))
+        within = reaches & (values <= edge)
+        below = tl.maximum(below, tl.max(tl.where(within, values, -float("inf")), 0))
+    return weight, above, below
 
 
 @triton.jit
@@ -95,19 +103,25 @@ def _least(
     law, proposal, laws, b, t, proposer, floor, top, inverse, target,
     FIELD: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
-    """The least value, not below the floor, that less than the target lies above of."""
-    low = _order(floor).to(tl.int64)
-    high = _order(top).to(tl.int64)
+    """The least value, not below the floor, that less than the target lies above of.
+
+    Halves the interval by bits and by value in turn, and shrinks it to the values inside.
+    """
+    low = floor
+    high = top
+    step = tl.full((), 0, tl.int32)
     while low < high:
-        middle = (low + high) >> 1
-        edge = _value(middle.to(tl.int32))
-        weight = _weight_above(
+        middle = ((_order(low).to(tl.int64) + _order(high).to(tl.int64)) >> 1).to(tl.int32)
+        edge = tl.where((step & 1) == 0, _value(middle), low * 0.5 + high * 0.5)
+        edge = tl.where((edge >= low) & (edge < high), edge, low)
+        weight, above, below = _split(
             law, proposal, laws, b, t, proposer, edge, floor, top, inverse, FIELD, BY_MASS
         )
         enough = weight < target
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
-    return _value(high.to(tl.int32))
+        high = tl.where(enough, tl.maximum(below, low), high)
+        low = tl.where(enough, low, tl.minimum(above, high))
+        step += 1
+    return high
 
 
 @triton.jit
@@ -132,7 +146,7 @@ def _cutoff(law, proposal, laws, b, t, proposer, top, temperature, FIELD: tl.con
         p = tl.load(law.top_p + b * law.top_p_batch).to(tl.float64)
         if p < 1:
             edge = tl.full((), -float("inf"), tl.float32)
-            mass = _weight_above(
+            mass, _above, _below = _split(
                 law, proposal, laws, b, t, proposer, edge, lowest, top, inverse, FIELD, True
             )
             lowest = _least(
