@@ -20,12 +20,12 @@ def philox(
     b, t = row // rows, row % rows
     seed = tl.load(seeds + b * seed_stride, mask=mask, other=0)
     position = tl.load(positions + b * batch_stride + t * row_stride, mask=mask, other=0)
-    low, high = position & 0xFFFFFFFF, (position >> 32) & 0xFFFFFFFF
-    stream_word = tl.zeros((BLOCK,), tl.int64) + stream
-    index_word = tl.zeros((BLOCK,), tl.int64) + index
+    low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
+    stream_word = (tl.zeros((BLOCK,), tl.int64) + stream).to(tl.uint32)
+    index_word = (tl.zeros((BLOCK,), tl.int64) + index).to(tl.uint32)
     words = tl.philox(seed, low, high, stream_word, index_word)
     for i in tl.static_range(4):
-        number = (words[i].to(tl.uint32) >> 8).to(tl.float32) * (2.0**-24)
+        number = (words[i] >> 8).to(tl.float32) * (2.0**-24)
         tl.store(results + row * 4 + i, number, mask=mask)
 
 

@@ -383,6 +383,7 @@ def verify(
         if _is_dense(proposal) and not greedy:
             tiles = made.sub_tiles // made.width.value
             residual[(batch, tiles)](made, proposal, work, verdict, num_warps=STATS_WARPS)
+    if batch > 0:
         emit[(batch,)](made, proposal, work, verdict, num_warps=WARPS)
     return verdict.tokens, verdict.log_probs, verdict.num_accepted, verdict.path, verdict.status
 
