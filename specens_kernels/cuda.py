@@ -34,6 +34,7 @@ _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
     """See `reference.uniforms`."""
+    _check_device(seeds.device)
     flat, out = native.flatten_uniforms(seeds, positions, stream, index)
     flat.append(_stream(out.device))
     module.cuda_uniforms(flat)
@@ -92,7 +93,13 @@ def verify(
     return results
 
 
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda" and module is getattr(native, "_C", None):
+        raise Unsupported(f"tensors on {device} have no CUDA kernel")
+
+
 def _check(logits: list[Tensor], law: LawTensors) -> None:
+    _check_device(logits[0].device)
     if len(logits) > _MAX_MEMBERS:
         raise Unsupported(f"{len(logits)} members; CUDA kernels take {_MAX_MEMBERS}")
     rows = logits[0].shape[0] * logits[0].shape[1]

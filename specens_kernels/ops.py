@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import cuda, native, reference, triton
 from .acceptance import ACCEPTANCE_RULES
 from .law import Law, LawTensors, nobody_listens
 from .native import Unsupported
@@ -26,8 +26,8 @@ from .reference import PADDING
 
 POINT_MASS = PADDING
 # For each type of device, the backends that "auto" tries, the best first.
-_PREFERRED = {"cpu": ("native",)}
-_MODULES = {"native": native}
+_PREFERRED = {"cpu": ("native",), "cuda": ("cuda", "triton")}
+_MODULES: dict[str, ModuleType] = {"native": native, "triton": triton, "cuda": cuda}
 BACKENDS = ("auto", *_MODULES, "reference")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -281,8 +281,9 @@ def backend(name: str) -> Iterator[None]:
     """Choose the implementation of every op inside the block, for the whole process.
 
     Args:
-        name: "auto" (for CPU tensors native; what that cannot do, and other devices, the
-            reference), "native" (raises NotImplementedError where it cannot) or "reference".
+        name: "auto": on a CPU native, on a GPU cuda or else triton, and the reference for what
+            these cannot do and for other devices. "reference". "native", "triton", "cuda": that
+            one; raises NotImplementedError for what it cannot do.
     """
     global _backend
     if name not in BACKENDS:

@@ -5,13 +5,21 @@ A test that takes `backend` runs once for each implementation. What a native ker
 skipped with its reason; test_ops.py has the list of what it may refuse.
 """
 
+import os
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from types import ModuleType
+
+# Triton looks at it when it is imported: its kernels run on CPU tensors here.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import simt
 import torch
 
 import specens_kernels
-from specens_kernels import native
+from specens_kernels import native, ops, triton
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,19 +46,36 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=["reference", "native", "triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the implementation that every op runs on."""
-    if request.param == "native" and not native.AVAILABLE:
-        pytest.skip(f"native: {native.REASON}")
-    with specens_kernels.backend(request.param):
-        yield request.param
+    """The name of the implementation that every op runs on.
+
+    Here "triton" is Triton's interpreter under our guard, and "cuda" the emulator of csrc/simt.
+    """
+    name = request.param
+    with ExitStack() as stack:
+        if name == "cuda":
+            missing = simt.what_is_missing()
+            if missing:
+                pytest.skip(f"cuda: {missing}")
+            stack.enter_context(simt.emulated())
+        elif name == "triton" and triton.AVAILABLE:
+            triton_guard().install()
+        if name != "reference" and not ops._MODULES[name].AVAILABLE:
+            pytest.skip(f"{name}: {ops._MODULES[name].REASON}")
+        stack.enter_context(specens_kernels.backend(name))
+        yield name
+
+
+def triton_guard() -> ModuleType:
+    """The guard, which imports Triton."""
+    return import_module("triton_guard")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Skip what the native kernels refuse; `backend("native")` raises instead of falling back."""
+    """Skip what a backend refuses: one that was asked for raises instead of falling back."""
     try:
         return (yield)
     except native.Unsupported as reason:
-        pytest.skip(f"native: {reason}")
+        pytest.skip(str(reason))

@@ -7,12 +7,13 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from specens_kernels import cuda, ops
+from specens_kernels import cuda
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simt"
@@ -30,6 +31,7 @@ def what_is_missing() -> str:
     return "" if sysconfig.get_platform().endswith("x86_64") else "the emulator knows x86-64 only"
 
 
+@cache
 def build() -> Any:
     """The module `specens_simt`."""
     import cmake
@@ -55,16 +57,11 @@ def build() -> Any:
 
 
 @contextmanager
-def emulated(module: Any) -> Iterator[None]:
-    """Inside, every op called with CPU tensors runs on the emulated CUDA kernels."""
-    names = ("uniforms", "mix", "sample", "verify")
-    before = cuda.module, [getattr(ops, f"_call_{name}") for name in names]
-    cuda.module = module
-    for name in names:
-        setattr(ops, f"_call_{name}", getattr(cuda, name))
+def emulated() -> Iterator[Any]:
+    """Inside, the backend "cuda" is the emulator, which takes CPU tensors; gives its module."""
+    before = cuda.module, cuda.AVAILABLE
+    cuda.module, cuda.AVAILABLE = build(), True
     try:
-        yield
+        yield cuda.module
     finally:
-        cuda.module = before[0]
-        for name, function in zip(names, before[1], strict=True):
-            setattr(ops, f"_call_{name}", function)
+        cuda.module, cuda.AVAILABLE = before

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What GPU kernels need of a GPU, found without one: registers, shared memory, spills, load width.
+
+    python benchmarks/gpu_report.py            # print the table
+    python benchmarks/gpu_report.py --check    # and fail where it exceeds gpu_budget.json
+    python benchmarks/gpu_report.py --write    # and make that the budget
+
+Every launch of `verify` in a few representative calls is recorded on tensors without data, and its
+kernel compiled for each target by the compilers that Triton brings: ptxas for NVIDIA's, LLVM for
+AMD's. To add kernels: a function that yields `Row`s, named in `SOURCES`.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+import triton.language as tl
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from specens_kernels import Law
+from specens_kernels import triton as backend
+
+BUDGET = Path(__file__).with_name("gpu_budget.json")
+VOCAB_SIZE, NODES = 128_256, 4
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one target.
+
+    spills: instructions, or registers on AMD. occupancy: of a multiprocessor's warps; None where it
+    is not known. wide_loads: 128-bit loads from global memory.
+    """
+
+    kernel: str
+    target: str
+    registers: int
+    shared: int
+    spills: int
+    occupancy: float | None
+    wide_loads: int
+
+
+# --- occupancy ------------------------------------------------------------------------------------
+
+
+class Multiprocessor(NamedTuple):
+    """Limits of one, from NVIDIA's table of compute capabilities."""
+
+    warps: int
+    blocks: int
+    shared: int
+
+
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(64, 32, 164 * 1024),
+    "sm_90": Multiprocessor(64, 32, 228 * 1024),
+    "sm_100": Multiprocessor(64, 32, 228 * 1024),
+}
+REGISTERS = 64 * 1024
+RESERVED_SHARED = 1024  # by the driver, for each block
+
+
+def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
+    """Resident warps over the most there can be: the formula of cuda_occupancy.h."""
+    limits = MULTIPROCESSORS[target]
+    by_warp = -(-registers * 32 // 256) * 256
+    # Registers are given to warps in each of four partitions.
+    resident = REGISTERS // 4 // by_warp * 4
+    blocks = min(
+        limits.blocks,
+        limits.warps // warps,
+        resident // warps,
+        limits.shared // (-(-(shared + RESERVED_SHARED) // 128) * 128),
+    )
+    return blocks * warps / limits.warps
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """A kernel and its arguments, by name."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+
+
+def recorded(run: Callable[[], object]) -> list[tuple[Any, dict[str, Any], int]]:
+    """The launches of a call, none of which runs."""
+    found = []
+    jit = triton.runtime.jit.JITFunction
+    stock = jit.run
+
+    def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        warps = options.pop("num_warps")
+        named = dict(zip(self.arg_names, arguments, strict=False)) | options
+        found.append((self, named, warps))
+
+    jit.run = record
+    try:
+        run()
+    finally:
+        jit.run = stock
+    return found
+
+
+def launches() -> Iterator[Launch]:
+    """Of `verify` with bfloat16 logits of one to three members, the last of which proposes."""
+    cases = [("mixture", 1), ("mixture", 2), ("mixture", 3), ("product", 2), ("product", 3)]
+    for ensemble, members in cases:
+        law = Law([1 / members] * members, ensemble)
+        shape = (1, NODES + 1, VOCAB_SIZE)
+        logits = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(members)]
+        tokens = torch.empty(1, NODES, dtype=torch.int64, device="meta")
+        numbers = torch.empty(1, NODES + 1, 4, device="meta")
+        proposers = torch.empty(1, NODES, dtype=torch.int64, device="meta")
+        tensors = law.tensors("verify", 1, NODES + 1, members, torch.device("meta"), VOCAB_SIZE)
+        calls = recorded(
+            lambda a=(logits, tokens, numbers, None, proposers, None, None, tensors): (
+                backend.verify(*a, "rejection", 1.0, True)
+            )
+        )
+        for kernel, arguments, warps in calls:
+            name = f"{kernel.fn.__name__} {ensemble} M={members}"
+            yield Launch(name, kernel, arguments, warps)
+
+
+def signature(value: Any, path: tuple[int, ...], constants: Any, hints: Any) -> Any:
+    """Types of an argument as the JIT would specialise on it; fills constants and hints."""
+    if isinstance(value, torch.Tensor):
+        hints[path] = [["tt.divisibility", 16]]
+        return "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split(".")[-1]]
+    if isinstance(value, tuple):
+        types = [signature(part, (*path, i), constants, hints) for i, part in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if isinstance(value, tl.constexpr):
+        value = value.value
+    elif isinstance(value, int) and not isinstance(value, bool) and value != 1:
+        if value % 16 == 0:
+            hints[path] = [["tt.divisibility", 16]]
+        return "i32" if value < 2**31 else "i64"
+    elif isinstance(value, float):
+        return "fp32"
+    constants[path] = value
+    return "constexpr"
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """The compiled kernel."""
+    constants: dict[tuple[int, ...], Any] = {}
+    hints: dict[tuple[int, ...], Any] = {}
+    types = {
+        name: signature(launch.arguments[name], (i,), constants, hints)
+        for i, name in enumerate(launch.kernel.arg_names)
+    }
+    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=target, options={"num_warps": launch.warps})
+
+
+def nvidia_row(name: str, target: str, compiled: Any, warps: int) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        used = _output(BINARIES / "cuobjdump", "-res-usage", path)
+        code = _output(BINARIES / "nvdisasm", "-c", path)
+    registers = int(re.search(r"REG:(\d+)", used)[1])
+    return Row(
+        name,
+        target,
+        registers,
+        compiled.metadata.shared,
+        len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        occupancy(target, registers, compiled.metadata.shared, warps),
+        len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", code)),
+    )
+
+
+def amd_row(name: str, target: str, compiled: Any) -> Row:
+    code = compiled.asm["amdgcn"]
+
+    def count(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s+(\d+)", code)[1])
+
+    return Row(
+        name,
+        target,
+        count("vgpr_count"),
+        count("group_segment_fixed_size"),
+        count("vgpr_spill_count") + count("sgpr_spill_count"),
+        None,
+        len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
+    )
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def triton_rows() -> Iterator[Row]:
+    """Every launch on every target."""
+    for launch in launches():
+        for arch in (80, 90, 100):
+            compiled = compile_launch(launch, GPUTarget("cuda", arch, 32))
+            yield nvidia_row(launch.name, f"sm_{arch}", compiled, launch.warps)
+        compiled = compile_launch(launch, GPUTarget("hip", "gfx942", 64))
+        yield amd_row(launch.name, "gfx942", compiled)
+
+
+SOURCES = (triton_rows,)
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def excesses(row: Row, budget: dict[str, Any] | None) -> Iterator[str]:
+    """What is wrong with a row."""
+    where = f"{row.kernel} on {row.target}"
+    if budget is None:
+        yield f"{where}: expected an entry in {BUDGET.name}, got none"
+        return
+    if row.spills > budget["spills"]:
+        yield f"{where}: spills: expected {budget['spills']}, got {row.spills}"
+    for name in ("registers", "shared"):
+        if getattr(row, name) > budget[name]:
+            yield f"{where}: {name}: expected <= {budget[name]}, got {getattr(row, name)}"
+    if budget["wide_loads"] and not row.wide_loads:
+        yield f"{where}: expected 128-bit loads, got none"
+
+
+def table(rows: list[Row]) -> Table:
+    columns = ("kernel", "target", "registers", "shared", "spills", "occupancy", "128-bit loads")
+    made = Table(*columns)
+    for row in rows:
+        share = "" if row.occupancy is None else f"{row.occupancy:.0%}"
+        numbers = (row.registers, row.shared, row.spills, share, row.wide_loads)
+        made.add_row(row.kernel, row.target, *map(str, numbers))
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    rows = [row for source in SOURCES for row in source()]
+    Console(width=120).print(table(rows))
+    if options.write:
+        budget = {f"{row.kernel} {row.target}": asdict(row) for row in rows}
+        BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+    if not options.check:
+        return 0
+    budget = json.loads(BUDGET.read_text())
+    problems = [
+        text for row in rows for text in excesses(row, budget.get(f"{row.kernel} {row.target}"))
+    ]
+    print(*problems, sep="\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kernel takes, as named tuples of tensors, strides and compile-time constants.
+
+Tensors of parameters are expanded views, so that a shared value has stride 0 and costs nothing. A
+`source` is anything that has a maximum and a normaliser: member k is source k, the proposal source
+M, and what is warped as a whole, a product or a mixture of scope "ensemble", source M + 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specens_kernels.law import LawTensors
+from specens_kernels.native import Unsupported
+from specens_kernels.reference import SUB_TILE, TILE
+
+from . import rules
+
+MAX_MEMBERS = 8
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Law(NamedTuple):
+    """M members' logits and how they become one law.
+
+    kind: "mixture" (of warped members), "warped" (a mixture of bare members, warped as a whole) or
+        "product". by_member: whether members are warped.
+    first, columns: the first member's column of the temperature, and how many there are.
+    rows: of each sequence. sub_tiles: of a row, in whole tiles of `width`; tiles: at least as many
+        tiles, a power of two.
+    """
+
+    logits: Any
+    batch_strides: Any
+    row_strides: Any
+    weights: Any
+    weights_batch: Any
+    weights_row: Any
+    weights_member: Any
+    temperature: Any
+    temperature_batch: Any
+    temperature_member: Any
+    top_k: Any
+    top_k_batch: Any
+    top_p: Any
+    top_p_batch: Any
+    min_p: Any
+    min_p_batch: Any
+    log_plausibility: Any
+    vocab_size: Any
+    rows: Any
+    sub_tiles: Any
+    members: Any
+    kind: Any
+    by_member: Any
+    fold: Any
+    first: Any
+    columns: Any
+    filtered: Any
+    plausible: Any
+    width: Any
+    tiles: Any
+
+
+class Proposal(NamedTuple):
+    """What the draft tokens were drawn from: members, separate logits, or points."""
+
+    tokens: Any
+    tokens_batch: Any
+    tokens_node: Any
+    proposers: Any
+    proposers_batch: Any
+    proposers_node: Any
+    logits: Any
+    batch_stride: Any
+    row_stride: Any
+    temperature: Any
+    temperature_batch: Any
+    nodes: Any
+    greedy: Any
+
+
+class Workspace(NamedTuple):
+    """What the kernels of one call leave for one another; S = M + 2 sources.
+
+    tops, sums: (rows, S, sub-tiles) largest value, and mass relative to it.
+    flags: (rows, S, tiles) status bits.
+    maxima: (rows, M, sub-tiles) of each member of a product.
+    cutoffs: (rows, M + 3) least value that survives, of each source; last, the least plausible one.
+    records: (rows, S, 4) float64. Top, inverse temperature, scale and cutoff of each source; of a
+        member of a product, its coefficient is the scale.
+    """
+
+    tops: Any
+    sums: Any
+    flags: Any
+    maxima: Any
+    cutoffs: Any
+    records: Any
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse tensors that no kernel can reach."""
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise Unsupported("CPU tensors have no Triton kernel, but with TRITON_INTERPRET=1")
+
+
+def law_arguments(logits: Sequence[Tensor], law: LawTensors, member: int = -1) -> Law:
+    """The law of all members, or of one alone."""
+    check_device(logits[0].device)
+    batch, rows = logits[0].shape[:2]
+    columns = len(logits)
+    if columns > MAX_MEMBERS:
+        raise Unsupported(f"{columns} members; Triton kernels take {MAX_MEMBERS}")
+    if law.ensemble not in rules.FOLDS:
+        raise Unsupported(
+            f"ensemble {law.ensemble!r} has no Triton kernel; add it to triton/rules.py"
+        )
+    alone = member >= 0
+    if alone:
+        logits = logits[member : member + 1]
+    for tensor in logits:
+        _check_dtype(tensor)
+    by_member = alone or law.scope == "member"
+    kind = "mixture" if by_member else "warped"
+    if law.ensemble == "product" and not alone:
+        kind = "product"
+    weights = None if alone else _expanded_weights(law.weights, batch, rows)
+    temperature = law.temperature.expand(batch, columns)
+    filters = (law.top_k, law.top_p, law.min_p)
+    strides = [0 if value is None else _batch_stride(value) for value in filters]
+    tiles = triton.cdiv(law.vocab_size, TILE)
+    width = TILE // SUB_TILE
+    if tiles == 1:
+        width = triton.next_power_of_2(triton.cdiv(law.vocab_size, SUB_TILE))
+    plausible = law.plausibility > 0 and not alone
+    return Law(
+        logits=tuple(logits),
+        batch_strides=tuple(tensor.stride(0) for tensor in logits),
+        row_strides=tuple(tensor.stride(1) for tensor in logits),
+        weights=weights,
+        weights_batch=0 if weights is None else weights.stride(0),
+        weights_row=0 if weights is None else weights.stride(1),
+        weights_member=0 if weights is None else weights.stride(2),
+        temperature=temperature,
+        temperature_batch=temperature.stride(0),
+        temperature_member=temperature.stride(1),
+        top_k=law.top_k,
+        top_k_batch=strides[0],
+        top_p=law.top_p,
+        top_p_batch=strides[1],
+        min_p=law.min_p,
+        min_p_batch=strides[2],
+        log_plausibility=tl.constexpr(math.log(law.plausibility) if plausible else 0.0),
+        vocab_size=law.vocab_size,
+        rows=rows,
+        sub_tiles=tiles * width,
+        members=tl.constexpr(len(logits)),
+        kind=tl.constexpr(kind),
+        by_member=tl.constexpr(by_member),
+        fold=tl.constexpr(rules.FOLDS[law.ensemble]),
+        first=tl.constexpr(max(member, 0)),
+        columns=tl.constexpr(columns),
+        filtered=tl.constexpr(any(value is not None for value in filters)),
+        plausible=tl.constexpr(plausible),
+        width=tl.constexpr(width),
+        tiles=tl.constexpr(triton.next_power_of_2(tiles)),
+    )
+
+
+def workspace(law: Law, batch: int) -> Workspace:
+    """Uninitialised memory for a call."""
+    device = law.logits[0].device
+    members = law.members.value
+    rows, sources = batch * law.rows, members + 2
+    tiles = law.sub_tiles // law.width.value
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    pinned = law.kind.value == "product" and law.by_member.value
+    cut = law.filtered.value or law.plausible.value
+    return Workspace(
+        tops=empty(rows, sources, law.sub_tiles, dtype=torch.float64),
+        sums=empty(rows, sources, law.sub_tiles),
+        flags=empty(rows, sources, tiles, dtype=torch.int32),
+        maxima=empty(rows, members, law.sub_tiles) if pinned else None,
+        cutoffs=empty(rows, members + 3) if cut else None,
+        records=empty(rows, sources, 4, dtype=torch.float64),
+    )
+
+
+def proposal_arguments(
+    tokens: Tensor,
+    proposers: Tensor | None,
+    logits: Tensor | None,
+    temperature: Tensor | None,
+    law: LawTensors,
+    greedy: bool,
+) -> Proposal:
+    """What `verify` knows of the draft; `greedy` if the rule collapses the target."""
+    batch, nodes = tokens.shape
+    if logits is not None:
+        _check_dtype(logits)
+    temperature = law.temperature[:, 0] if temperature is None else temperature
+    members = None if proposers is None else proposers.expand(batch, nodes)
+    return Proposal(
+        tokens=tokens,
+        tokens_batch=tokens.stride(0),
+        tokens_node=tokens.stride(1),
+        proposers=members,
+        proposers_batch=0 if members is None else members.stride(0),
+        proposers_node=0 if members is None else members.stride(1),
+        logits=logits,
+        batch_stride=0 if logits is None else logits.stride(0),
+        row_stride=0 if logits is None else logits.stride(1),
+        temperature=temperature,
+        temperature_batch=_batch_stride(temperature),
+        nodes=nodes,
+        greedy=tl.constexpr(greedy),
+    )
+
+
+def _check_dtype(tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise Unsupported(f"logits of {tensor.dtype} have no Triton kernel")
+
+
+def _expanded_weights(weights: Tensor, batch: int, rows: int) -> Tensor:
+    """(M,), (B, M) or (B, T, M) as (B, T, M)."""
+    if weights.dim() == 2:
+        weights = weights[:, None]
+    return weights.expand(batch, rows, weights.shape[-1])
+
+
+def _batch_stride(value: Tensor) -> int:
+    return value.stride(0) if value.shape[0] > 1 else 0

@@ -1,0 +1,554 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kernels share: parameters, rows of logits, totals, masses and draws.
+
+`laws` in these functions is four tuples over the sources, (tops, inverses, scales, cutoffs): the
+mass of a token of value x is scale * exp((x - top) * inverse) if x >= cutoff, else 0. Values are
+float32 where they are a member's logits and float64 where they are folded; cutoffs compare with
+their float32 image.
+"""
+
+import triton
+import triton.language as tl
+
+SUB_TILE = tl.constexpr(1024)
+NAN_LOGITS = tl.constexpr(1)
+INFINITE_LOGITS = tl.constexpr(2)
+EMPTY_LAW = tl.constexpr(4)
+
+# The rounding of bounds differs from that of the masses they bound.
+BOUND_SLACK = tl.constexpr(1e-12)
+
+_NOWHERE = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def no():
+    return tl.full((), 0, tl.int1)
+
+
+@triton.jit
+def yes():
+    return tl.full((), 1, tl.int1)
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def is_greedy(law, b):
+    column = tl.arange(0, 8)
+    at = law.temperature + b * law.temperature_batch + column * law.temperature_member
+    temperature = tl.load(at, mask=column < law.columns, other=0.0)
+    return tl.max((temperature > 0).to(tl.int32), 0) == 0
+
+
+@triton.jit
+def _or_one(temperature, greedy):
+    """The temperature, 1 where it is 0 or the row greedy, and whether it is a hard 0."""
+    soft = temperature > 0
+    return tl.where(soft, temperature, 1.0).to(tl.float32), (greedy == 0) & (soft == 0)
+
+
+@triton.jit
+def own_temperature(law, b, k, greedy):
+    at = law.temperature + b * law.temperature_batch + (law.first + k) * law.temperature_member
+    return _or_one(tl.load(at).to(tl.float32), greedy)
+
+
+@triton.jit
+def member_temperature(law, b, k, greedy):
+    """As the member is folded: bare members have temperature 1."""
+    if law.by_member:
+        return own_temperature(law, b, k, greedy)
+    else:
+        return tl.full((), 1.0, tl.float32), no()
+
+
+@triton.jit
+def proposal_temperature(law, proposal, b, proposer):
+    """Of a dense proposal, which no greedy row has."""
+    if proposal.logits is not None:
+        at = proposal.temperature + b * proposal.temperature_batch
+        return _or_one(tl.load(at).to(tl.float32), no())
+    else:
+        return own_temperature(law, b, tl.maximum(proposer, 0), no())
+
+
+@triton.jit
+def weight_of(law, b, t, k):
+    if law.weights is None:
+        return tl.full((), 1.0, tl.float64)
+    else:
+        at = law.weights + b * law.weights_batch + t * law.weights_row + k * law.weights_member
+        return tl.load(at).to(tl.float64)
+
+
+@triton.jit
+def coefficient_of(law, b, t, k, greedy):
+    """What a product multiplies the logits of a member by."""
+    temperature, _hard = member_temperature(law, b, k, greedy)
+    return weight_of(law, b, t, k) / temperature.to(tl.float64)
+
+
+@triton.jit
+def proposer_of(law, proposal, b, t, greedy):
+    """The source of row t's dense proposal: a member, M for separate logits; -1 for a point."""
+    dense = t < proposal.nodes
+    if proposal.greedy:
+        dense = no()
+    dense = dense & (greedy == 0)
+    if proposal.logits is not None:
+        return tl.where(dense, law.members, -1)
+    elif proposal.proposers is None:
+        return tl.full((), -1, tl.int32)
+    else:
+        at = proposal.proposers + b * proposal.proposers_batch + t * proposal.proposers_node
+        proposer = tl.load(at, mask=dense, other=-1).to(tl.int32)
+        return tl.where((proposer >= 0) & (proposer < law.members), proposer, -1)
+
+
+@triton.jit
+def stored_cutoff(law, work, row, source):
+    if law.filtered:
+        return tl.load(work.cutoffs + row * (law.members + 3) + source)
+    else:
+        return tl.full((), -float("inf"), tl.float32)
+
+
+@triton.jit
+def least_plausible(law, work, row):
+    if law.plausible:
+        return tl.load(work.cutoffs + row * (law.members + 3) + law.members + 2)
+    else:
+        return tl.full((), -float("inf"), tl.float32)
+
+
+# --- rows of logits -------------------------------------------------------------------------------
+
+
+@triton.jit
+def member_row(law, b, t, k: tl.constexpr):
+    return law.logits[k] + b * law.batch_strides[k] + t * law.row_strides[k]
+
+
+@triton.jit
+def load_raw(pointer, offsets, mask):
+    return tl.load(pointer + offsets, mask=mask, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def clean(raw):
+    return tl.where(raw != raw, -float("inf"), raw)
+
+
+@triton.jit
+def fold_in(law, folded, vetoed, value, coefficient, cutoff):
+    """One member of a product; a token that it gives no mass has none."""
+    used = coefficient != 0
+    value = tl.where(value < cutoff, -float("inf"), value)
+    vetoed = vetoed | (used & (value == -float("inf")))
+    return tl.where(used, law.fold(folded, value.to(tl.float64), coefficient), folded), vetoed
+
+
+@triton.jit
+def folded_value(folded, vetoed):
+    return tl.where(vetoed | (folded != folded), -float("inf"), folded)
+
+
+@triton.jit
+def mass_below(value, top, inverse, DTYPE: tl.constexpr):
+    """exp((value - top) * inverse), where infinities are equal to themselves."""
+    if DTYPE == tl.float32 and value.dtype == tl.float32:
+        below = value - top.to(tl.float32)
+    else:
+        below = (value.to(tl.float64) - top).to(DTYPE)
+    return tl.exp(tl.where(value == top, 0.0, below) * inverse.to(DTYPE))
+
+
+@triton.jit
+def mass_of(value, laws, source: tl.constexpr, DTYPE: tl.constexpr):
+    kept = (value > -float("inf")) & (value.to(tl.float32) >= laws[3][source])
+    mass = mass_below(value, laws[0][source], laws[1][source], DTYPE)
+    return tl.where(kept, laws[2][source].to(DTYPE) * mass, 0.0)
+
+
+@triton.jit
+def log_mass_of(value, laws, source: tl.constexpr):
+    kept = (value > -float("inf")) & (value.to(tl.float32) >= laws[3][source])
+    below = tl.where(value == laws[0][source], 0.0, value.to(tl.float64) - laws[0][source])
+    return tl.where(kept, below * laws[1][source] + tl.log(laws[2][source]), -float("inf"))
+
+
+@triton.jit
+def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
+    """What the target is made of, and the proposal's logits.
+
+    A mixture's masses; of a product or a mixture that is warped, the values before that.
+    """
+    if law.kind == "mixture":
+        found = tl.zeros(offsets.shape, DTYPE)
+    else:
+        found = tl.zeros(offsets.shape, tl.float64)
+    vetoed = mask == 0
+    drafted = tl.full(offsets.shape, -float("inf"), tl.float32)
+    for k in tl.static_range(law.members):
+        read = laws[2][k] != 0
+        if proposal is not None:
+            read = read | (proposer == k)
+        if law.plausible and k == 0:
+            read = yes()
+        value = clean(load_raw(member_row(law, b, t, k), offsets, mask & read))
+        if proposal is not None:
+            drafted = tl.where(proposer == k, value, drafted)
+        if law.kind == "product":
+            found, vetoed = fold_in(law, found, vetoed, value, laws[2][k], laws[3][k])
+            if law.plausible and k == 0:
+                vetoed = vetoed | (value < laws[1][k])
+        else:
+            found += mass_of(value, laws, k, found.dtype)
+    if law.kind == "product":
+        found = folded_value(found, vetoed)
+    elif law.kind == "warped":
+        found = tl.where(found > 0, tl.log(found), -float("inf"))
+    if proposal is not None:
+        if proposal.logits is not None:
+            pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
+            drafted = clean(load_raw(pointer, offsets, mask & (proposer == law.members)))
+    return found, drafted
+
+
+@triton.jit
+def look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
+    """Masses of tokens under the target and under the proposal."""
+    found, drafted = scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE)
+    if law.kind != "mixture":
+        found = mass_of(found, laws, law.members + 1, DTYPE)
+    if proposal is not None:
+        drafted = mass_of(drafted, laws, law.members, DTYPE)
+    return found, drafted
+
+
+@triton.jit
+def log_probs(law, laws, b, t, offsets, mask):
+    """Log-probabilities of tokens under the target."""
+    found, _drafted = scores(law, None, laws, b, t, -1, offsets, mask, tl.float64)
+    if law.kind == "mixture":
+        return tl.where(found > 0, tl.log(found), -float("inf"))
+    else:
+        return log_mass_of(found, laws, law.members + 1)
+
+
+@triton.jit
+def log_prob(law, laws, b, t, token):
+    """Of one token, which may be none."""
+    offsets = token + tl.arange(0, 1)
+    found = log_probs(law, laws, b, t, offsets, (offsets >= 0) & (offsets < law.vocab_size))
+    return tl.max(found, 0)
+
+
+# --- totals ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sub_tile_ids(law):
+    """(tiles, width) ids, and which of them exist."""
+    ids = tl.arange(0, law.tiles)[:, None] * law.width + tl.arange(0, law.width)[None, :]
+    return ids, ids < law.sub_tiles
+
+
+@triton.jit
+def source_at(law, row, source):
+    return (row * (law.members + 2) + source) * law.sub_tiles
+
+
+@triton.jit
+def maximum(values):
+    return tl.max(tl.max(values, 1), 0)
+
+
+@triton.jit
+def total(values):
+    return tl.sum(tl.sum(values, 1), 0)
+
+
+@triton.jit
+def _peaks(law, work, row, source, alive):
+    """Largest value and mass of every sub-tile of a source; nothing where it is not alive."""
+    ids, exists = sub_tile_ids(law)
+    at = source_at(law, row, source) + ids
+    tops = tl.load(work.tops + at, mask=exists & alive, other=-float("inf"))
+    sums = tl.load(work.sums + at, mask=exists & alive, other=0.0).to(tl.float64)
+    return tops, sums
+
+
+@triton.jit
+def _measure(law, work, row, source, inverse, hard, alive):
+    """Top and mass relative to it."""
+    tops, sums = _peaks(law, work, row, source, alive)
+    top = maximum(tops)
+    masses = sums * mass_below(tops, top, inverse.to(tl.float64), tl.float64)
+    masses = tl.where((tops > -float("inf")) & ((tops == top) | (hard == 0)), masses, 0.0)
+    return top, total(masses)
+
+
+@triton.jit
+def _flags(law, work, row, source, wanted):
+    tile = tl.arange(0, law.tiles)
+    tiles = law.sub_tiles // law.width
+    at = work.flags + (row * (law.members + 2) + source) * tiles + tile
+    flags = tl.load(at, mask=(tile < tiles) & wanted, other=0)
+    return tl.max(flags & NAN_LOGITS, 0) | tl.max(flags & INFINITE_LOGITS, 0)
+
+
+@triton.jit
+def reciprocal(value):
+    return tl.where(value > 0, 1.0 / tl.where(value > 0, value, 1.0), 0.0)
+
+
+@triton.jit
+def member_laws(law, work, row, b, t, greedy):
+    """`laws` of the members of a mixture, whether none has mass, and their status bits."""
+    tops = ()
+    inverses = ()
+    shares = ()
+    cutoffs = ()
+    share = tl.full((), 0.0, tl.float64)
+    status = tl.full((), 0, tl.int32)
+    for k in tl.static_range(law.members):
+        weight = weight_of(law, b, t, k)
+        used = weight != 0
+        temperature, hard = member_temperature(law, b, k, greedy)
+        inverse = 1.0 / temperature.to(tl.float64)
+        top, mass = _measure(law, work, row, k, inverse, hard, used)
+        cutoff = tl.full((), -float("inf"), tl.float32)
+        if law.by_member:
+            cutoff = stored_cutoff(law, work, row, k)
+        used = used & (mass > 0)
+        share += tl.where(used, weight, 0.0)
+        status |= _flags(law, work, row, k, weight != 0)
+        tops = tops + (top,)
+        inverses = inverses + (inverse,)
+        shares = shares + (tl.where(used, weight, 0.0) * reciprocal(mass),)
+        cutoffs = cutoffs + (tl.where(hard | (top == float("inf")), top, cutoff),)
+    scales = ()
+    for k in tl.static_range(law.members):
+        scales = scales + (shares[k] * reciprocal(share),)
+    return (tops, inverses, scales, cutoffs), share <= 0, status
+
+
+@triton.jit
+def _pinned(law, b, k, top, greedy):
+    """Whether only the tokens with a member's largest logit survive in a product."""
+    _temperature, hard = member_temperature(law, b, k, greedy)
+    return hard | (top == float("inf"))
+
+
+@triton.jit
+def term_laws(law, work, row, b, t, greedy):
+    """`laws` of the members of a product, and the sub-tiles where a token may survive them.
+
+    The inverse is not used; there stands the least plausible value.
+    """
+    ids, exists = sub_tile_ids(law)
+    alive = exists
+    tops = ()
+    inverses = ()
+    scales = ()
+    cutoffs = ()
+    for k in tl.static_range(law.members):
+        coefficient = coefficient_of(law, b, t, k, greedy)
+        used = coefficient != 0
+        cutoff = tl.full((), -float("inf"), tl.float32)
+        if law.by_member:
+            cutoff = stored_cutoff(law, work, row, k)
+            at = work.maxima + (row * law.members + k) * law.sub_tiles + ids
+            maxima = tl.load(at, mask=exists & used, other=-float("inf"))
+            top = maximum(maxima)
+            pinned = used & _pinned(law, b, k, top, greedy)
+            cutoff = tl.where(pinned, top, cutoff)
+            alive = alive & ((maxima == top) | (pinned == 0))
+        tops = tops + (coefficient,)
+        inverses = inverses + (least_plausible(law, work, row),)
+        scales = scales + (coefficient,)
+        cutoffs = cutoffs + (cutoff,)
+    return (tops, inverses, scales, cutoffs), alive
+
+
+@triton.jit
+def is_bare(law, b, greedy):
+    """Whether warping a mixture as a whole would leave it as it is."""
+    if law.filtered:
+        return no()
+    else:
+        temperature, _hard = own_temperature(law, b, 0, greedy)
+        return temperature == 1.0
+
+
+@triton.jit
+def with_source(laws, top, inverse, scale, cutoff):
+    tops, inverses, scales, cutoffs = laws
+    return (
+        tops + (top,),
+        inverses + (inverse,),
+        scales + (scale,),
+        cutoffs + (cutoff,),
+    )
+
+
+@triton.jit
+def proposal_laws(law, proposal, work, row, b, proposer, laws):
+    """`laws` with the proposal's, and its status bits."""
+    if proposal is None:
+        zero = tl.full((), 0.0, tl.float64)
+        return with_source(laws, zero, zero, zero, zero), tl.full((), 0, tl.int32)
+    else:
+        source = tl.full((), 0, tl.int32) + law.members
+        if law.kind == "mixture":
+            source = tl.where(proposer >= 0, proposer, law.members)
+        temperature, hard = proposal_temperature(law, proposal, b, proposer)
+        inverse = 1.0 / temperature.to(tl.float64)
+        top, mass = _measure(law, work, row, source, inverse, hard, proposer >= 0)
+        cutoff = stored_cutoff(law, work, row, law.members)
+        cutoff = tl.where(hard | (top == float("inf")), top, cutoff)
+        status = _flags(law, work, row, source, proposer >= 0)
+        return with_source(laws, top, inverse, reciprocal(mass), cutoff), status
+
+
+@triton.jit
+def measure(law, proposal, work, row, b, t, proposer, greedy):
+    """`laws` of every source; whether the target is empty; its log-sum-exp; both status bits."""
+    if law.kind == "product":
+        laws, alive = term_laws(law, work, row, b, t, greedy)
+        empty = no()
+        status = _flags(law, work, row, law.members + 1, yes())
+    else:
+        laws, empty, status = member_laws(law, work, row, b, t, greedy)
+        alive = empty == 0
+    laws, draft_status = proposal_laws(law, proposal, work, row, b, proposer, laws)
+    if law.kind == "mixture":
+        lse = tl.full((), 0.0, tl.float64)
+        if law.weights is None:
+            lse = laws[0][0] * laws[1][0] - tl.log(tl.where(empty, 1.0, laws[2][0]))
+        lse = tl.where(empty, -float("inf"), lse)
+    else:
+        inverse = tl.full((), 1.0, tl.float64)
+        if not law.by_member:
+            temperature, _hard = own_temperature(law, b, 0, greedy)
+            inverse = 1.0 / temperature.to(tl.float64)
+        source = law.members + 1
+        bare = no()
+        if law.kind == "warped":
+            bare = is_bare(law, b, greedy)
+            alive = alive & (bare == 0)
+        top, mass = _measure(law, work, row, source, inverse, no(), alive)
+        top = tl.where(bare, 0.0, top)
+        mass = tl.where(bare, 1.0, mass)
+        cutoff = tl.full((), -float("inf"), tl.float32)
+        if not law.by_member:
+            cutoff = stored_cutoff(law, work, row, source)
+        empty = empty | (mass <= 0)
+        laws = with_source(laws, top, inverse, tl.where(empty, 0.0, reciprocal(mass)), cutoff)
+        lse = tl.where(empty, -float("inf"), top * inverse + tl.log(tl.where(empty, 1.0, mass)))
+    status |= tl.where(empty, EMPTY_LAW, 0)
+    return laws, empty, lse, status, draft_status
+
+
+@triton.jit
+def store_laws(law, work, row, laws, COUNT: tl.constexpr):
+    for source in tl.static_range(COUNT):
+        at = work.records + (row * (law.members + 2) + source) * 4
+        for i in tl.static_range(4):
+            tl.store(at + i, laws[i][source].to(tl.float64))
+
+
+@triton.jit
+def load_laws(law, work, row):
+    """What `store_laws` left."""
+    tops = ()
+    inverses = ()
+    scales = ()
+    cutoffs = ()
+    for source in tl.static_range(law.members + (1 if law.kind == "mixture" else 2)):
+        at = work.records + (row * (law.members + 2) + source) * 4
+        tops = tops + (tl.load(at),)
+        inverses = inverses + (tl.load(at + 1),)
+        scales = scales + (tl.load(at + 2),)
+        cutoffs = cutoffs + (tl.load(at + 3),)
+    return (tops, inverses, scales, cutoffs)
+
+
+@triton.jit
+def _weighed(law, work, row, laws, source: tl.constexpr, alive, WHOLE: tl.constexpr):
+    """Mass of every sub-tile of a source, or the largest that one token of it may have."""
+    tops, sums = _peaks(law, work, row, source, alive)
+    if not WHOLE:
+        sums = tl.where(tops > -float("inf"), 1.0, 0.0).to(tl.float64)
+    masses = sums * mass_below(tops, laws[0][source], laws[1][source], tl.float64)
+    return tl.where(tops.to(tl.float32) >= laws[3][source], laws[2][source] * masses, 0.0)
+
+
+@triton.jit
+def sub_tile_masses(law, work, row, b, t, laws, greedy, WHOLE: tl.constexpr):
+    """(tiles, width) mass of the target in each sub-tile; or bounds of a token's mass there."""
+    if law.kind == "product":
+        _laws, alive = term_laws(law, work, row, b, t, greedy)
+        masses = _weighed(law, work, row, laws, law.members + 1, alive, WHOLE)
+    else:
+        masses = tl.zeros((law.tiles, law.width), tl.float64)
+        for k in tl.static_range(law.members):
+            masses += _weighed(law, work, row, laws, k, laws[2][k] != 0, WHOLE)
+        if law.kind == "warped":
+            bare = is_bare(law, b, greedy)
+            whole = _weighed(law, work, row, laws, law.members + 1, bare == 0, WHOLE)
+            masses = tl.where(bare, masses, whole)
+    return masses
+
+
+# --- draws ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pick(masses, number):
+    """First index whose cumulative mass exceeds number x total; the last with mass if none does."""
+    ids = tl.arange(0, masses.shape[0])
+    cumulative = tl.cumsum(masses, 0)
+    last = tl.max(tl.where(masses > 0, ids, 0), 0)
+    whole = tl.max(cumulative, 0)
+    return tl.minimum(tl.sum((cumulative <= number * whole).to(tl.int32), 0), last)
+
+
+@triton.jit
+def pick_sub_tile(law, masses, numbers, word):
+    """A tile by the first number, one of its sub-tiles by the second."""
+    tile = pick(tl.sum(masses, 1), tl.load(numbers + word).to(tl.float64))
+    chosen = tl.arange(0, law.tiles)[:, None] == tile
+    within = tl.sum(tl.where(chosen, masses, 0.0), 0)
+    return tile * law.width + pick(within, tl.load(numbers + 2 * word).to(tl.float64))
+
+
+@triton.jit
+def sub_tile_tokens(law, sub_tile):
+    offsets = sub_tile * SUB_TILE + tl.arange(0, SUB_TILE)
+    return offsets, offsets < law.vocab_size
+
+
+@triton.jit
+def most_probable(law, work, row, b, t, laws, greedy):
+    """The lowest of the target's most probable tokens; only sub-tiles that can win are read."""
+    ids, _exists = sub_tile_ids(law)
+    bounds = sub_tile_masses(law, work, row, b, t, laws, greedy, False)
+    best = tl.full((), 0.0, tl.float64)
+    token = tl.full((), 0, tl.int32)
+    bound = maximum(bounds)
+    while (bound > 0) & (bound >= best * (1.0 - BOUND_SLACK)):
+        sub_tile = tl.min(tl.min(tl.where(bounds == bound, ids, _NOWHERE), 1), 0)
+        offsets, mask = sub_tile_tokens(law, sub_tile)
+        masses, _drafted = look(law, None, laws, b, t, -1, offsets, mask, tl.float64)
+        here = tl.max(masses, 0)
+        first = tl.min(tl.where(masses == here, offsets, _NOWHERE), 0)
+        better = (here > best) | ((here == best) & (first < token))
+        token = tl.where(better, first, token)
+        best = tl.where(better, here, best)
+        bounds = tl.where(ids == sub_tile, -1.0, bounds)
+        bound = maximum(bounds)
+    return token
