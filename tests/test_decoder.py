@@ -10,6 +10,7 @@ import copy
 import gc
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -611,6 +612,61 @@ def test_a_streamer_takes_one_row(models):
     fast = decoder(models, 2, "alternating")
     with pytest.raises(ValueError, match=r"^generate: streamer: expected batch size 1, got 2$"):
         fast.generate(**prompts((5, 2), VOCAB_SIZE), max_new_tokens=4, streamer=Sink())
+
+
+class Meddler:
+    """A streamer that calls `act` once, at the first tokens written, and keeps what it raised."""
+
+    def __init__(self, act: Any) -> None:
+        self.act = act
+        self.raised: list[Exception] = []
+        self.puts = 0
+
+    def put(self, value: Tensor) -> None:
+        self.puts += 1
+        if self.puts == 2:  # the prompt came first
+            try:
+                self.act()
+            except RuntimeError as error:
+                self.raised.append(error)
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_one_call_at_a_time(elsewhere, models):
+    """A nested or concurrent call is refused at once and changes nothing of the first."""
+    fast = decoder(models, 2, "alternating")
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 12, "do_sample": False}
+    expected = fast.generate(**settings)
+
+    def again() -> None:
+        fast.generate(**prompts((3, 2), VOCAB_SIZE), max_new_tokens=4, do_sample=False)
+
+    def from_a_thread() -> None:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(again).result(timeout=60)
+
+    meddler = Meddler(from_a_thread if elsewhere else again)
+    same(fast.generate(**settings, streamer=meddler), expected)
+    (error,) = meddler.raised
+    assert str(error).startswith("generate: decoder: expected one call at a time, got another")
+    again()  # now it may
+
+
+def test_a_call_that_fails_leaves_the_decoder_usable(models):
+    class Broken(Meddler):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if self.puts > 2:
+                raise OSError("full")
+
+    fast = decoder(models, 2, "alternating")
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 12, "do_sample": False}
+    expected = fast.generate(**settings)
+    with pytest.raises(OSError, match="full"):
+        fast.generate(**settings, streamer=Broken(lambda: copy.deepcopy(fast).generate(**settings)))
+    same(fast.generate(**settings), expected)
 
 
 # --- what is returned -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ What is checked about the user's arguments is checked here.
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,12 +48,32 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     statistics: Statistics | None = None
 
 
+class _OneCall:
+    """Lets one call in at a time and refuses the next at once; a deep copy is open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["_OneCall"], tuple[()]]:
+        return _OneCall, ()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "generate: decoder: expected one call at a time, got another before it has ended"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class SpeculativeDecoder:
     """Decodes from an ensemble of causal LMs as fast as their agreement allows.
 
     The emitted text has exactly the ensemble's law at every position (rules that are not lossless
     aside), and its greedy text is the plain ensemble's, whatever the schedule and the number of
-    speculative tokens. Models, configs and tokenizers are never modified.
+    speculative tokens. Models, configs and tokenizers are never modified. A decoder runs one call
+    at a time: a nested or concurrent one raises RuntimeError.
     """
 
     statistics: Statistics | None = None  # of the latest call
@@ -124,6 +145,7 @@ class SpeculativeDecoder:
         self.num_ensemble = size
         self.members = [member(model) for model in models]
         self.schedule = self._schedule(schedule, num_speculative_tokens, proposer, order)
+        self._one_call = _OneCall()
 
     def generate(
         self,
@@ -178,6 +200,29 @@ class SpeculativeDecoder:
         `model` must be one of the members. Transformers does not hand a streamer to a callable: use
         `decoder.generate(streamer=...)`.
         """
+        with self._one_call:
+            return self._write(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+                seed if seed is not None else self.seed,
+                model_kwargs,
+            )
+
+    def _write(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        streamer: Any,
+        seed: int | Sequence[int] | None,
+        model_kwargs: Mapping[str, Any],
+    ) -> Any:
         lengths = self._check_call(model, input_ids, generation_config, streamer, model_kwargs)
         batch, width = input_ids.shape
         warp, processors = split(logits_processor, do_sample=bool(generation_config.do_sample))
@@ -203,7 +248,7 @@ class SpeculativeDecoder:
             lenience=self.lenience,
             input_ids=input_ids,
             lengths=lengths,
-            seeds=self._seeds(seed if seed is not None else self.seed, input_ids),
+            seeds=self._seeds(seed, input_ids),
             processors=per_row(processors, batch),
             stopper=stopper,
             statistics=statistics,
