@@ -201,16 +201,20 @@ class SpeculativeDecoder:
         `decoder.generate(streamer=...)`.
         """
         with self._one_call:
-            return self._write(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
-                seed if seed is not None else self.seed,
-                model_kwargs,
-            )
+            try:
+                return self._write(
+                    model,
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    streamer,
+                    seed if seed is not None else self.seed,
+                    model_kwargs,
+                )
+            finally:
+                for one in self.members:
+                    one.release()
 
     def _write(
         self,

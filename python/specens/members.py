@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One causal LM of an ensemble with its keys and values, for rows of different lengths.
 
-A member is asked four things: start, forward, roll back, select. Three classes answer alike and
-differ in what they ask of the model; `member` picks the fastest that `probe` found exact. Lengths
-live on the host and nothing here waits for the device. A new way to keep state is one more
+A member is asked five things: start, forward, roll back, select, release. Three classes answer
+alike and differ in what they ask of the model; `member` picks the fastest that `probe` found exact.
+Lengths live on the host and nothing here waits for the device. A new way to keep state is one more
 subclass of `Member`, one more entry in `abilities.py`.
 """
 
@@ -78,6 +78,12 @@ class Member(ABC):
         self.calls = 0
         self.tokens = 0
         self._start()
+
+    def release(self) -> None:
+        """Give back the memory of all rows; there are none until the next `start`."""
+        self.lengths = []
+        self.capacity = 0
+        self._allocate()
 
     def forward(
         self,
@@ -159,8 +165,12 @@ class Member(ABC):
                 f"{op}: rows: expected distinct rows below {batch_size}, got {list(rows)}"
             )
 
+    def _start(self) -> None:
+        self._allocate()
+
     @abstractmethod
-    def _start(self) -> None: ...
+    def _allocate(self) -> None:
+        """Empty state for `lengths` and `capacity`, instead of what there is."""
 
     @abstractmethod
     def _forward(
@@ -237,6 +247,9 @@ class SlotMember(Member):
     def _start(self) -> None:
         # The user may have changed the attention implementation since the last start.
         self._masks = self._new_masks()
+        self._allocate()
+
+    def _allocate(self) -> None:
         self.cache = SlotCache(len(self.lengths), self.capacity, self._counts)
         # Position of each slot, (1, capacity): positions of equal rows are a view of it.
         self._positions = torch.arange(self.capacity, device=self.device)[None]
@@ -392,7 +405,7 @@ class CropMember(_RowMember):
         if "past_key_values" not in self._arguments:
             raise NotImplementedError("crop: its forward takes no past_key_values")
 
-    def _start(self) -> None:
+    def _allocate(self) -> None:
         self._caches = [full_cache() for _ in self.lengths]
 
     def _forward_row(self, row: int, tokens: Tensor, kept: int) -> Tensor:
@@ -445,7 +458,7 @@ class ReplayMember(_RowMember):
     def _new_cache(self) -> Cache | None:
         return native_cache(self.model.config) if self._cached else None
 
-    def _start(self) -> None:
+    def _allocate(self) -> None:
         shape = (len(self.lengths), self.capacity)
         # Not an inference tensor, which could not be written outside inference mode.
         with torch.inference_mode(False):
