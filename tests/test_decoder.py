@@ -473,6 +473,23 @@ def test_criteria_may_answer_for_the_batch_with_one_bool(models):
     assert text.shape == (2, 12)
 
 
+def test_criteria_with_an_answer_for_each_row_are_refused(models):
+    """They are asked about one row at a time and cannot know which."""
+
+    class Every:
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return torch.tensor([True, False])
+
+    settings = {"do_sample": False, "max_new_tokens": 20}
+    settings["stopping_criteria"] = StoppingCriteriaList([Every()])
+    with pytest.raises(
+        ValueError,
+        match=r"^generate: stopping_criteria: expected one answer for the one row asked about, "
+        r"got 2 from Every$",
+    ):
+        decoder(models, 2, "alternating").generate(**prompts((5, 3), VOCAB_SIZE), **settings)
+
+
 def test_the_users_own_lengths_and_ends_take_precedence(models):
     """As in transformers, criteria of the types that it makes itself replace its own."""
     settings = {

@@ -425,3 +425,22 @@ def test_a_processor_may_be_any_callable(models):
     )
     written = text[:, max(RAGGED) - 1 :]
     assert not (written[:, 1:] == written[:, :-1]).any()
+
+
+@pytest.mark.parametrize("schedule", ["plain", *SCHEDULES])
+def test_processors_with_a_state_for_each_row_are_refused(schedule, models):
+    """They are asked about one row at a time and cannot know which."""
+    bias = torch.arange(2.0 * VOCAB_SIZE).reshape(2, VOCAB_SIZE)
+    processors = LogitsProcessorList([lambda text, scores: scores + bias])
+    settings = {"max_new_tokens": 4, "do_sample": False, "logits_processor": processors}
+    fast = decoder(models, 2, schedule)
+    message = (
+        r"^generate: logits_processor: expected scores \(1, 24\) for the one row asked about, "
+        r"got \(2, 24\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        fast.generate(**prompts((5, 3), VOCAB_SIZE), **settings)
+    # One number for a row would be taken for all of the row's logits.
+    settings["logits_processor"] = LogitsProcessorList([lambda text, scores: scores[0]])
+    with pytest.raises(ValueError, match=r"row asked about, got \(24,\)$"):
+        fast.generate(**prompts((5, 3), VOCAB_SIZE), **settings)

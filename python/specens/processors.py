@@ -161,4 +161,13 @@ class Stopper:
 
     def _asks_to_stop(self, text: Tensor) -> bool:
         # A criterion may answer for the batch with one bool; each is asked about one row only.
-        return any(bool(torch.as_tensor(criterion(text, None)).all()) for criterion in self.others)
+        for criterion in self.others:
+            answer = torch.as_tensor(criterion(text, None))
+            if answer.numel() != 1:
+                raise ValueError(
+                    f"generate: stopping_criteria: expected one answer for the one row asked "
+                    f"about, got {answer.numel()} from {type(criterion).__name__}"
+                )
+            if bool(answer):
+                return True
+        return False
