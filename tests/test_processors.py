@@ -29,6 +29,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
     WatermarkingConfig,
 )
 from transformers.generation import logits_process
@@ -263,6 +264,15 @@ def test_stateful_processors_are_refused(options, name, models):
         match=rf"^generate: logits_processor: expected processors without a history, got {name}$",
     ):
         decoder(models, 1, "alternating").generate(**settings, **options)
+
+
+def test_what_is_derived_from_a_stateful_processor_is_refused(models):
+    class Mine(UnbatchedClassifierFreeGuidanceLogitsProcessor): ...
+
+    processors = LogitsProcessorList([Mine(1.5, models[0])])
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match=r"expected processors without a history, got Mine$"):
+        decoder(models, 1, "alternating").generate(**settings, logits_processor=processors)
 
 
 def test_every_stateful_name_exists():
