@@ -1037,7 +1037,28 @@ def test_wrong_models_are_refused(models):
     ("options", "error", "message"),
     [
         ({"seed": [1, 2, 3]}, ValueError, "generate: seed: expected 2 seeds, one a row, got 3"),
-        ({"num_beams": 2}, NotImplementedError, "generate: num_beams: expected 1, got 2"),
+        *(
+            (
+                options,
+                NotImplementedError,
+                f"generate: generation_config: expected greedy_search or sample, got {mode}",
+            )
+            for options, mode in (
+                ({"num_beams": 2}, "beam_search"),
+                ({"num_beams": 2, "do_sample": True}, "beam_sample"),
+                ({"num_beams": 2, "num_beam_groups": 2}, "group_beam_search"),
+                ({"num_beams": 2, "force_words_ids": [[3]]}, "constrained_beam_search"),
+                ({"constraints": [3]}, "constrained_beam_search"),
+                ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
+                ({"dola_layers": "high"}, "dola_generation"),
+                ({"prompt_lookup_num_tokens": 2}, "assisted_generation"),
+            )
+        ),
+        (
+            {"assistant_model": torch.nn.Linear(1, 1)},
+            ValueError,
+            "generate: assistant_model: expected None, since .* drafts, got Linear",
+        ),
         *(
             (
                 {name: True, "return_dict_in_generate": True},

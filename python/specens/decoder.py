@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -178,6 +179,11 @@ class SpeculativeDecoder:
             criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
             kwargs["stopping_criteria"] = criteria
+        if kwargs.get("assistant_model") is not None:  # transformers would drop it silently
+            raise ValueError(
+                "generate: assistant_model: expected None, since the decoder's draft= is what "
+                f"drafts, got {type(kwargs['assistant_model']).__name__}"
+            )
         loop = functools.partial(self, streamer=streamer, seed=seed)
         return self.models[0].generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
 
@@ -383,9 +389,10 @@ class SpeculativeDecoder:
                 raise NotImplementedError(
                     f"generate: {name}: expected False, got True; log_probs are returned instead"
                 )
-        if (generation_config.num_beams or 1) > 1:
+        mode = generation_config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise NotImplementedError(
-                f"generate: num_beams: expected 1, got {generation_config.num_beams}"
+                f"generate: generation_config: expected greedy_search or sample, got {mode.value}"
             )
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"generate: streamer: expected batch size 1, got {len(input_ids)}")
