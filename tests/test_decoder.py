@@ -1101,6 +1101,26 @@ def test_wrong_calls_are_refused(options, error, message, models):
         fast.generate(**settings)
 
 
+def test_position_ids_are_those_of_the_mask_or_refused(models):
+    fast = decoder(models, 2, "alternating")
+    settings = {**prompts((5, 3), VOCAB_SIZE), "max_new_tokens": 4, "do_sample": False}
+    expected = fast.generate(**settings)
+    implied = (settings["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    same(fast.generate(**settings, position_ids=implied), expected)
+    padding = 1 - settings["attention_mask"]
+    same(fast.generate(**settings, position_ids=implied + 7 * padding), expected)
+    sampled = settings | {"do_sample": True, "num_return_sequences": 2, "seed": 0}
+    same(fast.generate(**sampled, position_ids=implied), fast.generate(**sampled))
+    alone = settings | {name: settings[name][:1] for name in ("input_ids", "attention_mask")}
+    same(fast.generate(**alone, position_ids=torch.arange(5)[None]), expected[:1])
+    for others in (implied + 1, implied * 2, torch.arange(5)[None], implied[:, :3]):
+        with pytest.raises(
+            ValueError,
+            match=r"^generate: position_ids: expected those that attention_mask implies, got oth",
+        ):
+            fast.generate(**settings, position_ids=others)
+
+
 def test_a_filled_cache_is_refused_and_an_empty_one_is_not(models):
     from transformers import DynamicCache
 

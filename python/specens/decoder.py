@@ -31,7 +31,19 @@ from .statistics import Statistics
 from .vocabulary import shared_vocabulary
 
 _logger = logging.getLogger("specens")
-_IGNORED = frozenset({"attention_mask", "position_ids", "cache_position", "logits_to_keep"})
+# What transformers adds, and the loop checks or does not need.
+_KNOWN = frozenset(
+    {
+        "attention_mask",
+        "position_ids",
+        "cache_position",
+        "logits_to_keep",
+        "past_key_values",
+        "use_cache",
+        "logits_processor",
+        "synced_gpus",
+    }
+)
 
 
 @dataclass
@@ -380,9 +392,8 @@ class SpeculativeDecoder:
         cache = model_kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("generate: past_key_values: expected an empty cache, got a filled one")
-        known = _IGNORED | {"past_key_values", "use_cache", "logits_processor", "synced_gpus"}
         for name, value in model_kwargs.items():
-            if value is not None and name not in known and not isinstance(value, bool):
+            if value is not None and name not in _KNOWN and not isinstance(value, bool):
                 raise ValueError(f"generate: {name}: expected None, got {type(value).__name__}")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(generation_config, name, False):
@@ -408,6 +419,11 @@ class SpeculativeDecoder:
             lengths = mask.sum(1).tolist()
         if min(lengths, default=0) < 1:
             raise ValueError("generate: input_ids: expected at least one token a row, got none")
+        position_ids = model_kwargs.get("position_ids")
+        if position_ids is not None and not _are_implied(position_ids, lengths, width):
+            raise ValueError(
+                "generate: position_ids: expected those that attention_mask implies, got others"
+            )
         return lengths
 
     def _output(self, run: Run, width: int, generation_config: Any) -> Any:
@@ -428,6 +444,18 @@ class SpeculativeDecoder:
         return SpeculativeOutput(
             sequences=cast(Any, sequences), log_probs=log_probs, statistics=run.statistics
         )
+
+
+def _are_implied(position_ids: Tensor, lengths: Sequence[int], width: int) -> bool:
+    """Whether every row counts from 0 at its first token; padding may have any position.
+
+    position_ids: (B or 1, S), or (..., B or 1, S) where a model has several for a token.
+    """
+    if position_ids.shape[-1] != width or position_ids.shape[-2] not in (1, len(lengths)):
+        return False
+    pads = width - torch.tensor(lengths, device=position_ids.device)[:, None]
+    implied = torch.arange(width, device=position_ids.device) - pads
+    return bool(((position_ids == implied) | (implied < 0)).all())
 
 
 def _num_parameters(model: Any) -> int:
