@@ -23,7 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, Status
 
-from .members import member
+from .members import member, unwrapped
 from .processors import Stopper, Warp, per_row, split
 from .run import Run
 from .schedules import SCHEDULES, Alternating, Component, Plain, Schedule, Speculative
@@ -384,7 +384,9 @@ class SpeculativeDecoder:
         model_kwargs: Mapping[str, Any],
     ) -> list[int]:
         """The prompts' lengths; refuses what the loop cannot honour."""
-        if not any(model is mine for mine in self.models[: self.num_ensemble]):
+        # A wrapper's `generate` is that of the model inside, which is then what calls the loop.
+        mine = [unwrapped(one) for one in self.models[: self.num_ensemble]]
+        if not any(unwrapped(model) is one for one in mine):
             raise ValueError(
                 f"generate: model: expected one of the decoder's members, got another "
                 f"{type(model).__name__}"

@@ -570,10 +570,20 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside the wrappers of torch.compile and PEFT, or the model itself.
+
+    For names and identity only: what runs is the wrapper.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
 def forward_arguments(model: Any) -> set[str]:
-    """Names the model's forward takes; a wrapper's (PEFT) are those of the model inside too."""
-    names = set(inspect.signature(model.forward).parameters)
-    base = getattr(model, "get_base_model", None)
-    if base is not None:
-        names |= set(inspect.signature(base().forward).parameters)
-    return names
+    """Names the model's forward takes; a wrapper's are those of the model inside."""
+    return set(inspect.signature(unwrapped(model).forward).parameters)
