@@ -535,6 +535,41 @@ def test_stop_strings_end_where_generate_ends(schedule, models, tokenizer):
         assert len(own) == 1
 
 
+@pytest.mark.parametrize("where", ["argument", "config", "model"])
+def test_stop_strings_end_it_wherever_they_are_said(where, models, tokenizer):
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 30, "do_sample": False}
+    free = models[0].generate(**settings)[0, 5:].tolist()
+    stop = tokenizer.decode(free[9:11])
+    expected = models[0].generate(**settings, stop_strings=stop, tokenizer=tokenizer)
+    assert expected.shape[1] < 35
+    model = copy.copy(models[0])
+    model.generation_config = GenerationConfig(stop_strings=stop if where == "model" else None)
+    if where == "argument":
+        settings["stop_strings"] = stop
+    elif where == "config":
+        config = GenerationConfig(max_new_tokens=30, do_sample=False, stop_strings=stop)
+        settings = {**prompts((5,), VOCAB_SIZE), "generation_config": config}
+    ours = [model, *models[1:]]
+    same(decoder(ours, 1, "draft").generate(**settings, tokenizer=tokenizer), expected)
+    fast = decoder(ours, 1, "draft", tokenizers=[tokenizer] * 2)
+    same(fast.generate(**settings), expected)
+    assert model.generation_config.stop_strings == (stop if where == "model" else None)
+    # The argument goes before what the configs say.
+    text = fast.generate(**settings | {"stop_strings": "abcdef"})
+    assert text.shape == (1, 35)
+
+
+def test_stop_strings_end_it_in_a_call_of_the_models_generate(models, tokenizer):
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 30, "do_sample": False}
+    free = models[0].generate(**settings)[0, 5:].tolist()
+    settings |= {"stop_strings": [tokenizer.decode(free[9:11]), "w99"], "tokenizer": tokenizer}
+    expected = models[0].generate(**settings)
+    fast = decoder(models, 1, "draft", tokenizers=[tokenizer] * 2)
+    same(models[0].generate(**settings, custom_generate=fast), expected)
+    with pytest.raises(ValueError, match=r"^generate: tokenizer: expected one for stop_strings, "):
+        models[0].generate(**settings, custom_generate=decoder(models, 1, "draft"))
+
+
 def test_num_return_sequences(models):
     fast = decoder(models, 2, "alternating")
     settings = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "num_return_sequences": 3}
@@ -1139,7 +1174,7 @@ def test_wrong_models_are_refused(models):
         (
             {"stop_strings": "w1"},
             ValueError,
-            "generate: tokenizer: expected a tokenizer for stop_strings, got None",
+            "generate: tokenizer: expected one for stop_strings, .* hand it on.*, got None",
         ),
         (
             {"inputs_embeds": torch.zeros(2, 3, 16)},

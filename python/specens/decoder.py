@@ -6,7 +6,6 @@ keeps generation config, processors and stopping criteria; the decoder owns the 
 What is checked about the user's arguments is checked here.
 """
 
-import functools
 import logging
 import threading
 import time
@@ -154,6 +153,7 @@ class SpeculativeDecoder:
         self.acceptance, self.lenience, self.seed = acceptance, lenience, seed
         self.vocab_size = shared_vocabulary(models, tokenizers)
         self._law(Warp())  # checks weights, scope and plausibility before any model runs
+        self._tokenizer = None if tokenizers is None else tokenizers[0]
         self.models = models
         self.num_ensemble = size
         self.members = [member(model) for model in models]
@@ -175,28 +175,30 @@ class SpeculativeDecoder:
         Args:
             inputs: (B, S) int64. Prompts, left-padded; or input_ids= and attention_mask=.
             streamer: gets the prompt, every token and `end()`; batch size 1.
-            tokenizer: needed for stop_strings.
-            stop_strings: generation ends with the token that completes one of them.
+            tokenizer: for stop_strings; None is the first of the constructor's.
+            stop_strings: generation ends with the token that completes one of them. None is what
+                the generation config says.
             seed: as for the constructor, for this call.
             kwargs: what transformers' `generate` takes.
         Returns:
             (B, S) int64 sequences, or a `SpeculativeOutput` with return_dict_in_generate=True.
         """
-        if stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError(
-                    "generate: tokenizer: expected a tokenizer for stop_strings, got None"
-                )
-            strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-            criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-            kwargs["stopping_criteria"] = criteria
         if kwargs.get("assistant_model") is not None:  # transformers would drop it silently
             raise ValueError(
                 "generate: assistant_model: expected None, since the decoder's draft= is what "
                 f"drafts, got {type(kwargs['assistant_model']).__name__}"
             )
-        loop = functools.partial(self, streamer=streamer, seed=seed)
+        for config in (kwargs.get("generation_config"), self.models[0].generation_config):
+            said = getattr(config, "stop_strings", None)
+            if said is not None:
+                stop_strings = said if stop_strings is None else stop_strings
+                kwargs["stop_strings"] = None  # transformers would ask for the tokenizer itself
+        bound = {"streamer": streamer, "tokenizer": tokenizer, "seed": seed}
+
+        # Not a partial: transformers hands over what it finds in the signature, stop_strings too.
+        def loop(model: Any, input_ids: Tensor, **options: Any) -> Any:
+            return self(model, input_ids, stop_strings=stop_strings, **bound, **options)
+
         return self.models[0].generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
 
     # Not inference_mode: what a model keeps of a forward must stay usable outside of it.
@@ -210,14 +212,19 @@ class SpeculativeDecoder:
         stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
         streamer: Any = None,
+        tokenizer: Any = None,
+        stop_strings: str | Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None,
         **model_kwargs: Any,
     ) -> Any:
         """The loop, as transformers calls it: `model.generate(..., custom_generate=decoder)`.
 
-        `model` must be one of the members. Transformers does not hand a streamer to a callable: use
-        `decoder.generate(streamer=...)`.
+        `model` must be one of the members. Transformers does not hand a streamer or a tokenizer to
+        a callable: `stop_strings` need the constructor's tokenizers or `decoder.generate`.
         """
+        if stop_strings is not None:
+            stop = self._stop_at(stop_strings, tokenizer)
+            stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
         with self._one_call:
             try:
                 return self._write(
@@ -233,6 +240,16 @@ class SpeculativeDecoder:
             finally:
                 for one in self.members:
                     one.release()
+
+    def _stop_at(self, stop_strings: str | Sequence[str], tokenizer: Any) -> StopStringCriteria:
+        tokenizer = self._tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "generate: tokenizer: expected one for stop_strings, given to decoder.generate or "
+                "as the decoder's tokenizers (model.generate does not hand it on), got None"
+            )
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        return StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
 
     def _write(
         self,
