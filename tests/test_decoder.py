@@ -712,6 +712,14 @@ def test_a_streamer_gets_what_transformers_would_give_it(models, tokenizer, caps
     same(torch.cat(ours.puts[1:]), expected[0, 5:])
 
 
+def test_a_streamer_does_not_arrive_through_the_models_generate(models):
+    """Why README sends streamers to `decoder.generate`; where this fails, it need not any more."""
+    sink = Meddler(lambda: None)
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 8, "do_sample": False}
+    models[0].generate(**settings, streamer=sink, custom_generate=decoder(models, 1, "draft"))
+    assert sink.puts == 1
+
+
 def test_a_streamer_takes_one_row(models):
     class Sink:
         def put(self, value: Tensor) -> None: ...

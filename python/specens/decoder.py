@@ -2,7 +2,8 @@
 """`SpeculativeDecoder`: any number of Hugging Face causal LMs write one text, exactly.
 
 `model.generate(**inputs, custom_generate=decoder)` or `decoder.generate(**inputs)`: transformers
-keeps generation config, processors and stopping criteria; the decoder owns the loop (`run.py`).
+keeps generation config, processors and stopping criteria; the decoder owns the loop (`run.py`). A
+streamer needs `decoder.generate`: transformers does not hand it on to `custom_generate`.
 What is checked about the user's arguments is checked here.
 """
 
@@ -219,8 +220,10 @@ class SpeculativeDecoder:
     ) -> Any:
         """The loop, as transformers calls it: `model.generate(..., custom_generate=decoder)`.
 
-        `model` must be one of the members. Transformers does not hand a streamer or a tokenizer to
-        a callable: `stop_strings` need the constructor's tokenizers or `decoder.generate`.
+        `model` must be one of the members. Transformers hands neither a streamer nor a tokenizer to
+        a callable: `stop_strings` need the constructor's tokenizers or `decoder.generate`, and a
+        streamer needs `decoder.generate`; given to `model.generate` it gets the prompt and nothing
+        more, not even its end, and a reader of it waits for ever.
         """
         if stop_strings is not None:
             stop = self._stop_at(stop_strings, tokenizer)
