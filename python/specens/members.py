@@ -96,7 +96,7 @@ class Member(ABC):
         """Append tokens to rows and return the logits after each of them.
 
         Args:
-            tokens: (R, q) int64. Right-padded with anything.
+            tokens: (R, q) int64 on any device. Right-padded with anything.
             counts: R ints in 0..q. Valid tokens of each row.
             rows: R distinct rows of the batch; None is all of them.
             keep_last: return only the logits of the last `keep_last` valid tokens of each row.
@@ -133,6 +133,8 @@ class Member(ABC):
         if high == 0:
             shape = (num_rows, q if keep_last is None else keep_last, self.vocab_size)
             return torch.zeros(shape, dtype=self.model.dtype, device=self.device)
+        # To a GPU without waiting for it; to the host nothing may be read before it has arrived.
+        tokens = tokens.to(self.device, non_blocking=self.device.type != "cpu")
         logits = self._forward(tokens, counts, rows, starts, keep_last)
         for row, count in zip(rows, counts, strict=True):
             lengths[row] += count

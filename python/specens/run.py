@@ -257,7 +257,8 @@ class Run:
         subset = None if len(rows) == len(self.rows) else places
         logits = model.forward(tokens, counts, subset)
         if logits.device != self.device:
-            logits = logits.to(self.device, non_blocking=True)
+            # Asynchronous copies to the host would be read before they have arrived.
+            logits = logits.to(self.device, non_blocking=self.device.type != "cpu")
         if self.processors is not None:
             logits = self._process(rows, starts, counts, logits)
         self.statistics.calls[member] += 1
