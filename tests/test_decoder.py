@@ -15,6 +15,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -72,6 +73,8 @@ def decoder(models: list[Any], size: int, schedule: str, gamma: Any = 3, **optio
     if schedule == "draft":
         options = {"draft": models[-1], **options}
         schedule = "speculative"
+    if schedule in ("plain", "component"):
+        gamma = None
     return SpeculativeDecoder(
         models[:size], schedule=schedule, num_speculative_tokens=gamma, **options
     )
@@ -1094,6 +1097,32 @@ def test_a_call_leaves_no_memory_behind(kind, mode, fails):
             {"schedule": "speculative", "proposer": -1},
             "decoder: proposer: expected None with a draft, else 0 to 1, got -1",
         ),
+        *(
+            (
+                {"num_speculative_tokens": wrong},
+                f"decoder: num_speculative_tokens: expected integers >= 1, got {shown}",
+            )
+            for wrong, shown in ((True, "True"), (2.0, "2.0"), ([2, True], r"\[2, True\]"))
+        ),
+        *(
+            (
+                {"num_speculative_tokens": 2, "schedule": schedule},
+                f"decoder: num_speculative_tokens: expected None for schedule '{schedule}', got 2",
+            )
+            for schedule in ("plain", "component")
+        ),
+        (
+            {"schedule": "speculative", "proposer": True},
+            "decoder: proposer: expected None with a draft, else 0 to 1, got True",
+        ),
+        (
+            {"order": [True, False]},
+            r"decoder: order: expected every member 0 to 1 once, got \[True, False\]",
+        ),
+        (
+            {"lenience": 0.5},
+            "decoder: lenience: expected 1 for acceptance 'rejection', got 0.5",
+        ),
         ({"proposer": 0}, "decoder: proposer: expected None for schedule 'alternating', got 0"),
         (
             {"schedule": "speculative", "order": [0, 1]},
@@ -1106,7 +1135,53 @@ def test_wrong_arguments_are_refused(options, message, models):
         SpeculativeDecoder(models[:2], **options)
 
 
+def test_numbers_may_be_those_of_numpy(models):
+    def both(number: Any, real: Any) -> Tensor:
+        fast = [
+            SpeculativeDecoder(
+                models[:2],
+                weights=[real(0.25), real(0.75)],
+                num_speculative_tokens=[number(2), number(1)],
+                order=[number(1), number(0)],
+                acceptance="lenient",
+                lenience=real(0.5),
+                seed=number(7),
+            ),
+            SpeculativeDecoder(
+                models[:2],
+                schedule="speculative",
+                num_speculative_tokens=number(2),
+                proposer=number(1),
+                ensemble="product",
+                plausibility=real(0.25),
+            ),
+        ]
+        settings = {**prompts((5, 3), VOCAB_SIZE), "max_new_tokens": 8, "do_sample": True}
+        return torch.cat(
+            [
+                fast[0].generate(**settings),
+                fast[0].generate(**settings, seed=[number(4), number(9)]),
+                fast[1].generate(**settings, seed=number(3)),
+            ]
+        )
+
+    expected = both(int, float)
+    same(both(np.int64, np.float32), expected)
+    same(both(np.uint8, np.float64), expected)
+    fast = decoder(models, 2, "alternating", gamma=np.array([2, 1]))
+    assert fast.schedule.gammas == (2, 1)
+    settings = {**prompts((5, 3), VOCAB_SIZE), "max_new_tokens": 8, "do_sample": True}
+    text = fast.generate(**settings, seed=[5, 6])
+    for seeds in (np.array([5, 6]), torch.tensor([5, 6])):
+        same(fast.generate(**settings, seed=seeds), text)
+    same(fast.generate(**settings, seed=5), text)
+
+
 def test_wrong_models_are_refused(models):
+    with pytest.raises(
+        ValueError, match=r"^decoder: members: expected a list of models, got LlamaForCausalLM$"
+    ):
+        SpeculativeDecoder(models[0])
     with pytest.raises(
         ValueError, match=r"^decoder: members: expected at least one model, got none$"
     ):
@@ -1134,6 +1209,14 @@ def test_wrong_models_are_refused(models):
     ("options", "error", "message"),
     [
         ({"seed": [1, 2, 3]}, ValueError, "generate: seed: expected 2 seeds, one a row, got 3"),
+        *(
+            (
+                {"seed": wrong},
+                ValueError,
+                f"generate: seed: expected an integer or 2, one a row, got {shown}",
+            )
+            for wrong, shown in ((1.5, "1.5"), (True, "True"), ([1, "a"], r"\[1, 'a'\]"))
+        ),
         *(
             (
                 options,

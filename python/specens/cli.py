@@ -251,12 +251,8 @@ def demo(
 
     models, tokenizers = _load("demo", None, None, "auto", False, threads)
     tokenizer = tokenizers[0]
-    plain, alternating = (
-        SpeculativeDecoder(
-            models, schedule=name, num_speculative_tokens=gamma, tokenizers=tokenizers
-        )
-        for name in ("plain", "alternating")
-    )
+    plain = SpeculativeDecoder(models, schedule="plain", tokenizers=tokenizers)
+    alternating = SpeculativeDecoder(models, num_speculative_tokens=gamma, tokenizers=tokenizers)
     prompts = [terminal.encode("demo", tokenizer, one) for one in family.PROMPTS]
     console = Console(highlight=False, quiet=as_json)
     console.print(

@@ -10,8 +10,9 @@ What is checked about the user's arguments is checked here.
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -134,6 +135,8 @@ class SpeculativeDecoder:
         Raises:
             ValueError: an argument is out of range, or the vocabularies disagree.
         """
+        if isinstance(members, torch.nn.Module):
+            raise _wrong("members", "a list of models", type(members).__name__)
         models = [*members] if draft is None else [*members, draft]
         if not members:
             raise ValueError("decoder: members: expected at least one model, got none")
@@ -146,12 +149,14 @@ class SpeculativeDecoder:
         _check_name("ensemble", ensemble, ENSEMBLES)
         if not 0.0 < lenience <= 1.0:
             raise _wrong("lenience", "a number in (0, 1]", lenience)
+        if lenience != 1.0 and acceptance != "lenient":
+            raise _wrong("lenience", f"1 for acceptance {acceptance!r}", lenience)
         if draft is not None and schedule != "speculative":
             raise _wrong("draft", f"None for schedule {schedule!r}", type(draft).__name__)
         if schedule == "component" and (ensemble != "mixture" or scope != "member"):
             raise _wrong("schedule", "a mixture of scope 'member' for 'component'", ensemble)
-        self.ensemble, self.scope, self.plausibility = ensemble, scope, plausibility
-        self.acceptance, self.lenience, self.seed = acceptance, lenience, seed
+        self.ensemble, self.scope, self.plausibility = ensemble, scope, float(plausibility)
+        self.acceptance, self.lenience, self.seed = acceptance, float(lenience), seed
         self.vocab_size = shared_vocabulary(models, tokenizers)
         self._law(Warp())  # checks weights, scope and plausibility before any model runs
         self._tokenizer = None if tokenizers is None else tokenizers[0]
@@ -318,22 +323,19 @@ class SpeculativeDecoder:
         proposer: int | None,
         order: Sequence[int] | None,
     ) -> Schedule:
+        for argument, value, users in (
+            ("num_speculative_tokens", num_speculative_tokens, ("speculative", "alternating")),
+            ("proposer", proposer, ("speculative",)),
+            ("order", order, ("alternating",)),
+        ):
+            if value is not None and name not in users:
+                raise _wrong(argument, f"None for schedule {name!r}", value)
         if num_speculative_tokens is None:
             num_speculative_tokens = 4 if name == "speculative" else 1
-        gammas = (
-            [num_speculative_tokens]
-            if isinstance(num_speculative_tokens, int)
-            else list(num_speculative_tokens)
-        )
-        single = isinstance(num_speculative_tokens, int)
-        if not gammas or any(not isinstance(n, int) or n < 1 for n in gammas):
+        gammas = _integers(num_speculative_tokens)
+        single = not isinstance(num_speculative_tokens, Iterable)
+        if not gammas or min(gammas) < 1:
             raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
-        for argument, value, user in (
-            ("proposer", proposer, "speculative"),
-            ("order", order, "alternating"),
-        ):
-            if value is not None and name != user:
-                raise _wrong(argument, f"None for schedule {name!r}", value)
         size = self.num_ensemble
         by_cost = sorted(range(size), key=lambda m: _num_parameters(self.models[m]))
         if name == "plain":
@@ -346,11 +348,11 @@ class SpeculativeDecoder:
             has_draft = len(self.models) > size
             if proposer is None:
                 proposer = size if has_draft else by_cost[0]
-            elif has_draft or not 0 <= proposer < size:
+            elif has_draft or not _is_integer(proposer) or not 0 <= proposer < size:
                 raise _wrong("proposer", f"None with a draft, else 0 to {size - 1}", proposer)
-            return Speculative(proposer, gammas[0])
-        rotation = by_cost if order is None else list(order)
-        if sorted(rotation) != list(range(size)):
+            return Speculative(int(proposer), gammas[0])
+        rotation = by_cost if order is None else _integers(order)
+        if rotation is None or sorted(rotation) != list(range(size)):
             raise _wrong("order", f"every member 0 to {size - 1} once", order)
         if single:
             gammas = gammas + [1] * (size - 1)
@@ -385,14 +387,19 @@ class SpeculativeDecoder:
         batch = len(input_ids)
         if seed is None:
             seeds = torch.randint(2**63 - 1, (batch,))
-        elif isinstance(seed, int):
-            seeds = torch.arange(batch) + seed
         else:
-            if len(seed) != batch:
+            given = _integers(seed)
+            if given is None:
                 raise ValueError(
-                    f"generate: seed: expected {batch} seeds, one a row, got {len(seed)}"
+                    f"generate: seed: expected an integer or {batch}, one a row, got {seed!r}"
                 )
-            seeds = torch.tensor(seed, dtype=torch.int64)
+            seeds = torch.tensor(given, dtype=torch.int64)
+            if not isinstance(seed, Iterable):
+                seeds = seeds + torch.arange(batch)
+            if len(seeds) != batch:
+                raise ValueError(
+                    f"generate: seed: expected {batch} seeds, one a row, got {len(seeds)}"
+                )
         return seeds.to(input_ids.device)
 
     def _check_call(
@@ -489,6 +496,18 @@ def _check_name(argument: str, name: str, known: Any) -> None:
         raise ValueError(
             f"decoder: {argument}: unknown name {name!r}; known names: {', '.join(sorted(known))}"
         )
+
+
+def _is_integer(value: object) -> bool:
+    """Of any library; a bool counts nothing."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _integers(values: Any) -> list[int] | None:
+    """Of one integer or several; None if something else is among them."""
+    values = values.tolist() if isinstance(values, Tensor) else values
+    listed = list(values) if isinstance(values, Iterable) else [values]
+    return [int(value) for value in listed] if all(map(_is_integer, listed)) else None
 
 
 def _wrong(argument: str, expected: str, got: object) -> ValueError:
