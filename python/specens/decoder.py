@@ -120,7 +120,7 @@ class SpeculativeDecoder:
             num_speculative_tokens: >= 1. Tokens per proposal; for "alternating" also one number per
                 member, in `order` (a single number is the first one's; the others propose 1). None
                 is 4 for "speculative" and 1 for "alternating", which then never makes more calls
-                than "plain".
+                than "plain"; the other schedules take None only.
             proposer: "speculative": the member that drafts. None is the cheapest, or `draft`.
             order: "alternating": the rotation, default proposer first. None is cheapest first.
             draft: "speculative": a causal LM outside the ensemble that drafts.
@@ -129,7 +129,8 @@ class SpeculativeDecoder:
             scope: "member" warps each member and then folds; "ensemble" folds first.
             plausibility: [0, 1]. "product": drops what the first member finds implausible.
             tokenizers: one per model (the draft's last). Needed where vocabularies are padded
-                differently, to check that ids mean the same.
+                differently, to check that ids mean the same. With None nothing is compared: models
+                of one width are taken at their word, and where their ids differ the text is wrong.
             seed: of the random numbers: row b uses seed + b, or the b-th of a sequence. None draws
                 from torch's global generator.
         Raises:
