@@ -7,8 +7,10 @@ nothing here needs a network.
 
 import functools
 import json
+import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -102,6 +104,10 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "chat": (("generate", "x", "--chat"), "expected a tokenizer with a chat template"),
     "stop": (("generate", "x", "--stop", ""), "--stop: expected text"),
     "max new tokens": (("generate", "x", "--max-new-tokens", "0"), "--max-new-tokens"),
+    "too many tokens": (
+        ("generate", "x", "--max-new-tokens", "100000000000"),
+        "--max-new-tokens",
+    ),
     "probe nothing": (("probe",), "Missing argument 'model'"),
     "probe no folder": (("probe", "/no/such"), "expected a folder or a hub name"),
     "bench gamma": (("bench", "--gamma", "1,,2"), "bench: --gamma: expected integers"),
@@ -145,6 +151,61 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(family.path("draft") / name)
     torch.save({}, tmp_path / "pytorch_model.bin")
     assert "safetensors" in complaint(run("probe", tmp_path))
+
+
+def test_weights_that_are_cut_or_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for name in ("cut", "header", "other"):
+        shutil.copytree(family.path("draft"), tmp_path / name)
+    weights = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "header" / "model.safetensors").write_bytes(weights[:5])
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["intermediate_size"] += 8
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    for name, why in (
+        ("cut", "not fully covered"),
+        ("header", "header too small"),
+        ("other", "weights of other shapes than its config.json says"),
+    ):
+        for command in (("generate", "x", "--model"), ("probe",)):
+            line = complaint(run(*command, tmp_path / name))
+            assert "expected a causal LM with tokenizer and safetensors" in line
+            assert why in line
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    retries: list[logging.LogRecord] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            retries.append(record)
+
+    def unreachable(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("We couldn't connect to the hub\nCheck your internet connection.")
+
+    handler, hub = Kept(), logging.getLogger("huggingface_hub")
+    level = hub.level
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
+    hub.addHandler(handler)
+    hub.setLevel(logging.WARNING)
+    try:
+        line = complaint(run("generate", "x", "--model", "nobody-here/nothing-there"))
+    finally:
+        hub.removeHandler(handler)
+        hub.setLevel(level)
+    assert line.endswith("got 'nobody-here/nothing-there' (We couldn't connect to the hub)")
+    assert retries == []
+
+
+def test_lines_are_counted_and_parted_as_an_editor_does(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text('\n{"prompt": "a"}\n\n \n{"text": "b"}\n', encoding="utf-8")
+    assert "in line 5 of" in complaint(run("generate", "--lines", "--file", tmp_path / "lines"))
+    parted = "a\u2028b\u0085c\x0cd"
+    for text in (json.dumps({"prompt": parted}, ensure_ascii=False), parted):
+        (tmp_path / "lines").write_text(f"{text}\n\n{text}\n", encoding="utf-8")
+        found = terminal.read_prompts("generate", None, tmp_path / "lines", lines=True)
+        assert found == [parted] * 2
 
 
 def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:

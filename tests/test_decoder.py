@@ -6,12 +6,16 @@ law test_schedules.py proves; for what members say, a fresh forward without a ca
 architecture, add it to KINDS.
 """
 
+import contextlib
 import copy
 import gc
 import itertools
 import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -69,6 +73,8 @@ def decoder(models: list[Any], size: int, schedule: str, gamma: Any = 3, **optio
     if schedule == "draft":
         options = {"draft": models[-1], **options}
         schedule = "speculative"
+    if schedule in ("plain", "component"):
+        gamma = None
     return SpeculativeDecoder(
         models[:size], schedule=schedule, num_speculative_tokens=gamma, **options
     )
@@ -470,6 +476,23 @@ def test_criteria_may_answer_for_the_batch_with_one_bool(models):
     assert text.shape == (2, 12)
 
 
+def test_criteria_with_an_answer_for_each_row_are_refused(models):
+    """They are asked about one row at a time and cannot know which."""
+
+    class Every:
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return torch.tensor([True, False])
+
+    settings = {"do_sample": False, "max_new_tokens": 20}
+    settings["stopping_criteria"] = StoppingCriteriaList([Every()])
+    with pytest.raises(
+        ValueError,
+        match=r"^generate: stopping_criteria: expected one answer for the one row asked about, "
+        r"got 2 from Every$",
+    ):
+        decoder(models, 2, "alternating").generate(**prompts((5, 3), VOCAB_SIZE), **settings)
+
+
 def test_the_users_own_lengths_and_ends_take_precedence(models):
     """As in transformers, criteria of the types that it makes itself replace its own."""
     settings = {
@@ -515,6 +538,41 @@ def test_stop_strings_end_where_generate_ends(schedule, models, tokenizer):
         assert len(own) == 1
 
 
+@pytest.mark.parametrize("where", ["argument", "config", "model"])
+def test_stop_strings_end_it_wherever_they_are_said(where, models, tokenizer):
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 30, "do_sample": False}
+    free = models[0].generate(**settings)[0, 5:].tolist()
+    stop = tokenizer.decode(free[9:11])
+    expected = models[0].generate(**settings, stop_strings=stop, tokenizer=tokenizer)
+    assert expected.shape[1] < 35
+    model = copy.copy(models[0])
+    model.generation_config = GenerationConfig(stop_strings=stop if where == "model" else None)
+    if where == "argument":
+        settings["stop_strings"] = stop
+    elif where == "config":
+        config = GenerationConfig(max_new_tokens=30, do_sample=False, stop_strings=stop)
+        settings = {**prompts((5,), VOCAB_SIZE), "generation_config": config}
+    ours = [model, *models[1:]]
+    same(decoder(ours, 1, "draft").generate(**settings, tokenizer=tokenizer), expected)
+    fast = decoder(ours, 1, "draft", tokenizers=[tokenizer] * 2)
+    same(fast.generate(**settings), expected)
+    assert model.generation_config.stop_strings == (stop if where == "model" else None)
+    # The argument goes before what the configs say.
+    text = fast.generate(**settings | {"stop_strings": "abcdef"})
+    assert text.shape == (1, 35)
+
+
+def test_stop_strings_end_it_in_a_call_of_the_models_generate(models, tokenizer):
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 30, "do_sample": False}
+    free = models[0].generate(**settings)[0, 5:].tolist()
+    settings |= {"stop_strings": [tokenizer.decode(free[9:11]), "w99"], "tokenizer": tokenizer}
+    expected = models[0].generate(**settings)
+    fast = decoder(models, 1, "draft", tokenizers=[tokenizer] * 2)
+    same(models[0].generate(**settings, custom_generate=fast), expected)
+    with pytest.raises(ValueError, match=r"^generate: tokenizer: expected one for stop_strings, "):
+        models[0].generate(**settings, custom_generate=decoder(models, 1, "draft"))
+
+
 def test_num_return_sequences(models):
     fast = decoder(models, 2, "alternating")
     settings = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "num_return_sequences": 3}
@@ -542,6 +600,60 @@ def test_generate_takes_the_decoder(models):
         )
     inputs = settings.pop("input_ids")
     same(fast.generate(inputs, **settings), expected)
+
+
+class Adapted(torch.nn.Module):
+    """A wrapper as PEFT makes them: its forward names nothing, and it changes the logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model = model
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model"), name)
+
+    def get_base_model(self) -> Any:
+        return self.base_model
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.generate(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        output = self.base_model(*args, **kwargs)
+        output.logits = output.logits.roll(1, -1)
+        return output
+
+
+@pytest.mark.parametrize("schedule", ["plain", *SCHEDULES])
+def test_members_may_be_wrapped(schedule, models):
+    """What runs is the wrapper; what `generate` is called on may be it or the model inside."""
+    settings = {**prompts((5, 3), VOCAB_SIZE), "max_new_tokens": 8, "do_sample": False}
+    bare = decoder(models, 2, schedule)
+    expected = bare.generate(**settings)
+    # The default backend needs a C++ compiler.
+    compiled = torch.compile(models[0], backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        fast = decoder([compiled, *models[1:]], 2, schedule)
+        assert fast.members[0].model is compiled
+        assert {type(member).__name__ for member in fast.members} == {"SlotMember"}
+        same(fast.generate(**settings), expected)
+        for model in (compiled, models[0], models[1]):
+            same(model.generate(**settings, custom_generate=fast), expected)
+        same(bare.models[0].generate(**settings, custom_generate=bare), expected)
+
+    adapted = Adapted(models[0])
+    fast = decoder([adapted, *models[1:]], 2, schedule)
+    before = adapted.calls
+    text = fast.generate(**settings)
+    assert adapted.calls - before == fast.members[0].calls > 0
+    assert not torch.equal(text, expected)
+    for model in (adapted, models[0]):
+        same(model.generate(**settings, custom_generate=fast), text)
 
 
 def test_pipeline_takes_the_decoder(models, tokenizer):
@@ -603,6 +715,14 @@ def test_a_streamer_gets_what_transformers_would_give_it(models, tokenizer, caps
     same(torch.cat(ours.puts[1:]), expected[0, 5:])
 
 
+def test_a_streamer_does_not_arrive_through_the_models_generate(models):
+    """Why README sends streamers to `decoder.generate`; where this fails, it need not any more."""
+    sink = Meddler(lambda: None)
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 8, "do_sample": False}
+    models[0].generate(**settings, streamer=sink, custom_generate=decoder(models, 1, "draft"))
+    assert sink.puts == 1
+
+
 def test_a_streamer_takes_one_row(models):
     class Sink:
         def put(self, value: Tensor) -> None: ...
@@ -611,6 +731,61 @@ def test_a_streamer_takes_one_row(models):
     fast = decoder(models, 2, "alternating")
     with pytest.raises(ValueError, match=r"^generate: streamer: expected batch size 1, got 2$"):
         fast.generate(**prompts((5, 2), VOCAB_SIZE), max_new_tokens=4, streamer=Sink())
+
+
+class Meddler:
+    """A streamer that calls `act` once, at the first tokens written, and keeps what it raised."""
+
+    def __init__(self, act: Any) -> None:
+        self.act = act
+        self.raised: list[Exception] = []
+        self.puts = 0
+
+    def put(self, value: Tensor) -> None:
+        self.puts += 1
+        if self.puts == 2:  # the prompt came first
+            try:
+                self.act()
+            except RuntimeError as error:
+                self.raised.append(error)
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_one_call_at_a_time(elsewhere, models):
+    """A nested or concurrent call is refused at once and changes nothing of the first."""
+    fast = decoder(models, 2, "alternating")
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 12, "do_sample": False}
+    expected = fast.generate(**settings)
+
+    def again() -> None:
+        fast.generate(**prompts((3, 2), VOCAB_SIZE), max_new_tokens=4, do_sample=False)
+
+    def from_a_thread() -> None:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(again).result(timeout=60)
+
+    meddler = Meddler(from_a_thread if elsewhere else again)
+    same(fast.generate(**settings, streamer=meddler), expected)
+    (error,) = meddler.raised
+    assert str(error).startswith("generate: decoder: expected one call at a time, got another")
+    again()  # now it may
+
+
+def test_a_call_that_fails_leaves_the_decoder_usable(models):
+    class Broken(Meddler):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if self.puts > 2:
+                raise OSError("full")
+
+    fast = decoder(models, 2, "alternating")
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 12, "do_sample": False}
+    expected = fast.generate(**settings)
+    with pytest.raises(OSError, match="full"):
+        fast.generate(**settings, streamer=Broken(lambda: copy.deepcopy(fast).generate(**settings)))
+    same(fast.generate(**settings), expected)
 
 
 # --- what is returned -----------------------------------------------------------------------------
@@ -813,18 +988,40 @@ def test_training_mode_and_gradients_are_left_alone(models):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_call_leaves_no_memory_behind(models):
-    """What a run held is given back when it ends, though the decoder lives on."""
-    fast = decoder(models, 2, "alternating")
+def live_tensors() -> dict[str, int]:
+    """Tensors that anything still refers to, and their bytes."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects do not like to be asked for their type
+        found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    return {"tensors": len(found), "bytes": sum(t.numel() * t.element_size() for t in found)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("llama", "SlotMember"), ("bloom", "CropMember"), ("lfm2", "ReplayMember")]
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_leaves_no_memory_behind(kind, mode, fails):
+    """Keys, values and laws are given back when it ends or fails, though the decoder lives on."""
+
+    def end(*_: Any, **__: Any) -> bool:
+        if fails:
+            raise OSError("full")
+        return False
+
+    model = toy(0, VOCAB_SIZE, kind=kind)
+    fast = decoder([model, noisy(model, 0.5)], 2, "alternating")
+    assert {type(member).__name__ for member in fast.members} == {mode}
     settings = {**prompts((5, 2), VOCAB_SIZE), "max_new_tokens": 10, "do_sample": False}
-
-    def runs() -> int:
-        gc.collect()
-        return sum(type(thing) is Run for thing in gc.get_objects())
-
-    before = runs()
-    fast.generate(**settings)
-    assert runs() == before
+    settings["stopping_criteria"] = StoppingCriteriaList([end])
+    before = live_tensors()
+    for _ in range(2):
+        with pytest.raises(OSError, match="full") if fails else contextlib.nullcontext():
+            fast.generate(**settings)
+    after = live_tensors()
+    # A member without rows holds a few empty tensors, which have no bytes.
+    assert after["bytes"] <= before["bytes"]
+    assert after["tensors"] <= before["tensors"] + 2 * len(fast.members)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -900,6 +1097,32 @@ def test_a_call_leaves_no_memory_behind(models):
             {"schedule": "speculative", "proposer": -1},
             "decoder: proposer: expected None with a draft, else 0 to 1, got -1",
         ),
+        *(
+            (
+                {"num_speculative_tokens": wrong},
+                f"decoder: num_speculative_tokens: expected integers >= 1, got {shown}",
+            )
+            for wrong, shown in ((True, "True"), (2.0, "2.0"), ([2, True], r"\[2, True\]"))
+        ),
+        *(
+            (
+                {"num_speculative_tokens": 2, "schedule": schedule},
+                f"decoder: num_speculative_tokens: expected None for schedule '{schedule}', got 2",
+            )
+            for schedule in ("plain", "component")
+        ),
+        (
+            {"schedule": "speculative", "proposer": True},
+            "decoder: proposer: expected None with a draft, else 0 to 1, got True",
+        ),
+        (
+            {"order": [True, False]},
+            r"decoder: order: expected every member 0 to 1 once, got \[True, False\]",
+        ),
+        (
+            {"lenience": 0.5},
+            "decoder: lenience: expected 1 for acceptance 'rejection', got 0.5",
+        ),
         ({"proposer": 0}, "decoder: proposer: expected None for schedule 'alternating', got 0"),
         (
             {"schedule": "speculative", "order": [0, 1]},
@@ -912,7 +1135,53 @@ def test_wrong_arguments_are_refused(options, message, models):
         SpeculativeDecoder(models[:2], **options)
 
 
+def test_numbers_may_be_those_of_numpy(models):
+    def both(number: Any, real: Any) -> Tensor:
+        fast = [
+            SpeculativeDecoder(
+                models[:2],
+                weights=[real(0.25), real(0.75)],
+                num_speculative_tokens=[number(2), number(1)],
+                order=[number(1), number(0)],
+                acceptance="lenient",
+                lenience=real(0.5),
+                seed=number(7),
+            ),
+            SpeculativeDecoder(
+                models[:2],
+                schedule="speculative",
+                num_speculative_tokens=number(2),
+                proposer=number(1),
+                ensemble="product",
+                plausibility=real(0.25),
+            ),
+        ]
+        settings = {**prompts((5, 3), VOCAB_SIZE), "max_new_tokens": 8, "do_sample": True}
+        return torch.cat(
+            [
+                fast[0].generate(**settings),
+                fast[0].generate(**settings, seed=[number(4), number(9)]),
+                fast[1].generate(**settings, seed=number(3)),
+            ]
+        )
+
+    expected = both(int, float)
+    same(both(np.int64, np.float32), expected)
+    same(both(np.uint8, np.float64), expected)
+    fast = decoder(models, 2, "alternating", gamma=np.array([2, 1]))
+    assert fast.schedule.gammas == (2, 1)
+    settings = {**prompts((5, 3), VOCAB_SIZE), "max_new_tokens": 8, "do_sample": True}
+    text = fast.generate(**settings, seed=[5, 6])
+    for seeds in (np.array([5, 6]), torch.tensor([5, 6])):
+        same(fast.generate(**settings, seed=seeds), text)
+    same(fast.generate(**settings, seed=5), text)
+
+
 def test_wrong_models_are_refused(models):
+    with pytest.raises(
+        ValueError, match=r"^decoder: members: expected a list of models, got LlamaForCausalLM$"
+    ):
+        SpeculativeDecoder(models[0])
     with pytest.raises(
         ValueError, match=r"^decoder: members: expected at least one model, got none$"
     ):
@@ -940,7 +1209,36 @@ def test_wrong_models_are_refused(models):
     ("options", "error", "message"),
     [
         ({"seed": [1, 2, 3]}, ValueError, "generate: seed: expected 2 seeds, one a row, got 3"),
-        ({"num_beams": 2}, NotImplementedError, "generate: num_beams: expected 1, got 2"),
+        *(
+            (
+                {"seed": wrong},
+                ValueError,
+                f"generate: seed: expected an integer or 2, one a row, got {shown}",
+            )
+            for wrong, shown in ((1.5, "1.5"), (True, "True"), ([1, "a"], r"\[1, 'a'\]"))
+        ),
+        *(
+            (
+                options,
+                NotImplementedError,
+                f"generate: generation_config: expected greedy_search or sample, got {mode}",
+            )
+            for options, mode in (
+                ({"num_beams": 2}, "beam_search"),
+                ({"num_beams": 2, "do_sample": True}, "beam_sample"),
+                ({"num_beams": 2, "num_beam_groups": 2}, "group_beam_search"),
+                ({"num_beams": 2, "force_words_ids": [[3]]}, "constrained_beam_search"),
+                ({"constraints": [3]}, "constrained_beam_search"),
+                ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
+                ({"dola_layers": "high"}, "dola_generation"),
+                ({"prompt_lookup_num_tokens": 2}, "assisted_generation"),
+            )
+        ),
+        (
+            {"assistant_model": torch.nn.Linear(1, 1)},
+            ValueError,
+            "generate: assistant_model: expected None, since .* drafts, got Linear",
+        ),
         *(
             (
                 {name: True, "return_dict_in_generate": True},
@@ -967,7 +1265,7 @@ def test_wrong_models_are_refused(models):
         (
             {"stop_strings": "w1"},
             ValueError,
-            "generate: tokenizer: expected a tokenizer for stop_strings, got None",
+            "generate: tokenizer: expected one for stop_strings, .* hand it on.*, got None",
         ),
         (
             {"inputs_embeds": torch.zeros(2, 3, 16)},
@@ -981,6 +1279,26 @@ def test_wrong_calls_are_refused(options, error, message, models):
     settings = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "max_new_tokens": 4, **options}
     with pytest.raises(error, match=rf"^{message}$"):
         fast.generate(**settings)
+
+
+def test_position_ids_are_those_of_the_mask_or_refused(models):
+    fast = decoder(models, 2, "alternating")
+    settings = {**prompts((5, 3), VOCAB_SIZE), "max_new_tokens": 4, "do_sample": False}
+    expected = fast.generate(**settings)
+    implied = (settings["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    same(fast.generate(**settings, position_ids=implied), expected)
+    padding = 1 - settings["attention_mask"]
+    same(fast.generate(**settings, position_ids=implied + 7 * padding), expected)
+    sampled = settings | {"do_sample": True, "num_return_sequences": 2, "seed": 0}
+    same(fast.generate(**sampled, position_ids=implied), fast.generate(**sampled))
+    alone = settings | {name: settings[name][:1] for name in ("input_ids", "attention_mask")}
+    same(fast.generate(**alone, position_ids=torch.arange(5)[None]), expected[:1])
+    for others in (implied + 1, implied * 2, torch.arange(5)[None], implied[:, :3]):
+        with pytest.raises(
+            ValueError,
+            match=r"^generate: position_ids: expected those that attention_mask implies, got oth",
+        ):
+            fast.generate(**settings, position_ids=others)
 
 
 def test_a_filled_cache_is_refused_and_an_empty_one_is_not(models):

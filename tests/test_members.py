@@ -215,6 +215,24 @@ def test_inference_mode_may_change_between_calls():
         assert rows.worst < EXACT
 
 
+def test_tokens_are_moved_to_the_members_device_and_copied_only_then():
+    seen: list[Tensor] = []
+
+    class Watched(SlotMember):
+        def _forward(self, tokens: Tensor, *arguments: Any) -> Tensor:
+            seen.append(tokens)
+            return torch.empty(tokens.shape)
+
+    watched = Watched(build("llama"))
+    watched.start(2, 8)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    watched.forward(tokens, [3, 3])
+    assert seen.pop() is tokens
+    watched.device = torch.device("meta")
+    watched.forward(tokens, [3, 3])
+    assert seen.pop().device == watched.device
+
+
 def test_no_gradient_is_recorded():
     model = build("llama").requires_grad_(True)
     one = member(model)

@@ -29,6 +29,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
     WatermarkingConfig,
 )
 from transformers.generation import logits_process
@@ -265,6 +266,15 @@ def test_stateful_processors_are_refused(options, name, models):
         decoder(models, 1, "alternating").generate(**settings, **options)
 
 
+def test_what_is_derived_from_a_stateful_processor_is_refused(models):
+    class Mine(UnbatchedClassifierFreeGuidanceLogitsProcessor): ...
+
+    processors = LogitsProcessorList([Mine(1.5, models[0])])
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match=r"expected processors without a history, got Mine$"):
+        decoder(models, 1, "alternating").generate(**settings, logits_processor=processors)
+
+
 def test_every_stateful_name_exists():
     """A name that transformers has changed would let its processor through."""
     assert all(hasattr(logits_process, name) for name in STATEFUL)
@@ -425,3 +435,22 @@ def test_a_processor_may_be_any_callable(models):
     )
     written = text[:, max(RAGGED) - 1 :]
     assert not (written[:, 1:] == written[:, :-1]).any()
+
+
+@pytest.mark.parametrize("schedule", ["plain", *SCHEDULES])
+def test_processors_with_a_state_for_each_row_are_refused(schedule, models):
+    """They are asked about one row at a time and cannot know which."""
+    bias = torch.arange(2.0 * VOCAB_SIZE).reshape(2, VOCAB_SIZE)
+    processors = LogitsProcessorList([lambda text, scores: scores + bias])
+    settings = {"max_new_tokens": 4, "do_sample": False, "logits_processor": processors}
+    fast = decoder(models, 2, schedule)
+    message = (
+        r"^generate: logits_processor: expected scores \(1, 24\) for the one row asked about, "
+        r"got \(2, 24\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        fast.generate(**prompts((5, 3), VOCAB_SIZE), **settings)
+    # One number for a row would be taken for all of the row's logits.
+    settings["logits_processor"] = LogitsProcessorList([lambda text, scores: scores[0]])
+    with pytest.raises(ValueError, match=r"row asked about, got \(24,\)$"):
+        fast.generate(**prompts((5, 3), VOCAB_SIZE), **settings)

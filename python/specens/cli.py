@@ -74,7 +74,11 @@ _Draft = Annotated[
     str | None, typer.Option(help="A model outside the ensemble that drafts, for 'speculative'.")
 ]
 _Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-_MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write per prompt.")]
+# Memory for all of them is taken at once.
+_MAX_TOKENS = 2**20
+_MaxNewTokens = Annotated[
+    int, typer.Option(min=1, max=_MAX_TOKENS, help="Most tokens to write per prompt.")
+]
 _Dtype = Annotated[
     str,
     typer.Option(
@@ -247,12 +251,8 @@ def demo(
 
     models, tokenizers = _load("demo", None, None, "auto", False, threads)
     tokenizer = tokenizers[0]
-    plain, alternating = (
-        SpeculativeDecoder(
-            models, schedule=name, num_speculative_tokens=gamma, tokenizers=tokenizers
-        )
-        for name in ("plain", "alternating")
-    )
+    plain = SpeculativeDecoder(models, schedule="plain", tokenizers=tokenizers)
+    alternating = SpeculativeDecoder(models, num_speculative_tokens=gamma, tokenizers=tokenizers)
     prompts = [terminal.encode("demo", tokenizer, one) for one in family.PROMPTS]
     console = Console(highlight=False, quiet=as_json)
     console.print(

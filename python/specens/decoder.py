@@ -2,26 +2,29 @@
 """`SpeculativeDecoder`: any number of Hugging Face causal LMs write one text, exactly.
 
 `model.generate(**inputs, custom_generate=decoder)` or `decoder.generate(**inputs)`: transformers
-keeps generation config, processors and stopping criteria; the decoder owns the loop (`run.py`).
+keeps generation config, processors and stopping criteria; the decoder owns the loop (`run.py`). A
+streamer needs `decoder.generate`: transformers does not hand it on to `custom_generate`.
 What is checked about the user's arguments is checked here.
 """
 
-import functools
 import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, Status
 
-from .members import member
+from .members import member, unwrapped
 from .processors import Stopper, Warp, per_row, split
 from .run import Run
 from .schedules import SCHEDULES, Alternating, Component, Plain, Schedule, Speculative
@@ -29,7 +32,19 @@ from .statistics import Statistics
 from .vocabulary import shared_vocabulary
 
 _logger = logging.getLogger("specens")
-_IGNORED = frozenset({"attention_mask", "position_ids", "cache_position", "logits_to_keep"})
+# What transformers adds, and the loop checks or does not need.
+_KNOWN = frozenset(
+    {
+        "attention_mask",
+        "position_ids",
+        "cache_position",
+        "logits_to_keep",
+        "past_key_values",
+        "use_cache",
+        "logits_processor",
+        "synced_gpus",
+    }
+)
 
 
 @dataclass
@@ -47,12 +62,32 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     statistics: Statistics | None = None
 
 
+class _OneCall:
+    """Lets one call in at a time and refuses the next at once; a deep copy is open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["_OneCall"], tuple[()]]:
+        return _OneCall, ()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "generate: decoder: expected one call at a time, got another before it has ended"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class SpeculativeDecoder:
     """Decodes from an ensemble of causal LMs as fast as their agreement allows.
 
     The emitted text has exactly the ensemble's law at every position (rules that are not lossless
     aside), and its greedy text is the plain ensemble's, whatever the schedule and the number of
-    speculative tokens. Models, configs and tokenizers are never modified.
+    speculative tokens. Models, configs and tokenizers are never modified. A decoder runs one call
+    at a time: a nested or concurrent one raises RuntimeError.
     """
 
     statistics: Statistics | None = None  # of the latest call
@@ -85,7 +120,7 @@ class SpeculativeDecoder:
             num_speculative_tokens: >= 1. Tokens per proposal; for "alternating" also one number per
                 member, in `order` (a single number is the first one's; the others propose 1). None
                 is 4 for "speculative" and 1 for "alternating", which then never makes more calls
-                than "plain".
+                than "plain"; the other schedules take None only.
             proposer: "speculative": the member that drafts. None is the cheapest, or `draft`.
             order: "alternating": the rotation, default proposer first. None is cheapest first.
             draft: "speculative": a causal LM outside the ensemble that drafts.
@@ -94,12 +129,15 @@ class SpeculativeDecoder:
             scope: "member" warps each member and then folds; "ensemble" folds first.
             plausibility: [0, 1]. "product": drops what the first member finds implausible.
             tokenizers: one per model (the draft's last). Needed where vocabularies are padded
-                differently, to check that ids mean the same.
+                differently, to check that ids mean the same. With None nothing is compared: models
+                of one width are taken at their word, and where their ids differ the text is wrong.
             seed: of the random numbers: row b uses seed + b, or the b-th of a sequence. None draws
                 from torch's global generator.
         Raises:
             ValueError: an argument is out of range, or the vocabularies disagree.
         """
+        if isinstance(members, torch.nn.Module):
+            raise _wrong("members", "a list of models", type(members).__name__)
         models = [*members] if draft is None else [*members, draft]
         if not members:
             raise ValueError("decoder: members: expected at least one model, got none")
@@ -112,18 +150,22 @@ class SpeculativeDecoder:
         _check_name("ensemble", ensemble, ENSEMBLES)
         if not 0.0 < lenience <= 1.0:
             raise _wrong("lenience", "a number in (0, 1]", lenience)
+        if lenience != 1.0 and acceptance != "lenient":
+            raise _wrong("lenience", f"1 for acceptance {acceptance!r}", lenience)
         if draft is not None and schedule != "speculative":
             raise _wrong("draft", f"None for schedule {schedule!r}", type(draft).__name__)
         if schedule == "component" and (ensemble != "mixture" or scope != "member"):
             raise _wrong("schedule", "a mixture of scope 'member' for 'component'", ensemble)
-        self.ensemble, self.scope, self.plausibility = ensemble, scope, plausibility
-        self.acceptance, self.lenience, self.seed = acceptance, lenience, seed
+        self.ensemble, self.scope, self.plausibility = ensemble, scope, float(plausibility)
+        self.acceptance, self.lenience, self.seed = acceptance, float(lenience), seed
         self.vocab_size = shared_vocabulary(models, tokenizers)
         self._law(Warp())  # checks weights, scope and plausibility before any model runs
+        self._tokenizer = None if tokenizers is None else tokenizers[0]
         self.models = models
         self.num_ensemble = size
         self.members = [member(model) for model in models]
         self.schedule = self._schedule(schedule, num_speculative_tokens, proposer, order)
+        self._one_call = _OneCall()
 
     def generate(
         self,
@@ -140,23 +182,30 @@ class SpeculativeDecoder:
         Args:
             inputs: (B, S) int64. Prompts, left-padded; or input_ids= and attention_mask=.
             streamer: gets the prompt, every token and `end()`; batch size 1.
-            tokenizer: needed for stop_strings.
-            stop_strings: generation ends with the token that completes one of them.
+            tokenizer: for stop_strings; None is the first of the constructor's.
+            stop_strings: generation ends with the token that completes one of them. None is what
+                the generation config says.
             seed: as for the constructor, for this call.
             kwargs: what transformers' `generate` takes.
         Returns:
             (B, S) int64 sequences, or a `SpeculativeOutput` with return_dict_in_generate=True.
         """
-        if stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError(
-                    "generate: tokenizer: expected a tokenizer for stop_strings, got None"
-                )
-            strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-            criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-            kwargs["stopping_criteria"] = criteria
-        loop = functools.partial(self, streamer=streamer, seed=seed)
+        if kwargs.get("assistant_model") is not None:  # transformers would drop it silently
+            raise ValueError(
+                "generate: assistant_model: expected None, since the decoder's draft= is what "
+                f"drafts, got {type(kwargs['assistant_model']).__name__}"
+            )
+        for config in (kwargs.get("generation_config"), self.models[0].generation_config):
+            said = getattr(config, "stop_strings", None)
+            if said is not None:
+                stop_strings = said if stop_strings is None else stop_strings
+                kwargs["stop_strings"] = None  # transformers would ask for the tokenizer itself
+        bound = {"streamer": streamer, "tokenizer": tokenizer, "seed": seed}
+
+        # Not a partial: transformers hands over what it finds in the signature, stop_strings too.
+        def loop(model: Any, input_ids: Tensor, **options: Any) -> Any:
+            return self(model, input_ids, stop_strings=stop_strings, **bound, **options)
+
         return self.models[0].generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
 
     # Not inference_mode: what a model keeps of a forward must stay usable outside of it.
@@ -170,14 +219,58 @@ class SpeculativeDecoder:
         stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
         streamer: Any = None,
+        tokenizer: Any = None,
+        stop_strings: str | Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None,
         **model_kwargs: Any,
     ) -> Any:
         """The loop, as transformers calls it: `model.generate(..., custom_generate=decoder)`.
 
-        `model` must be one of the members. Transformers does not hand a streamer to a callable: use
-        `decoder.generate(streamer=...)`.
+        `model` must be one of the members. Transformers hands neither a streamer nor a tokenizer to
+        a callable: `stop_strings` need the constructor's tokenizers or `decoder.generate`, and a
+        streamer needs `decoder.generate`; given to `model.generate` it gets the prompt and nothing
+        more, not even its end, and a reader of it waits for ever.
         """
+        if stop_strings is not None:
+            stop = self._stop_at(stop_strings, tokenizer)
+            stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
+        with self._one_call:
+            try:
+                return self._write(
+                    model,
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    streamer,
+                    seed if seed is not None else self.seed,
+                    model_kwargs,
+                )
+            finally:
+                for one in self.members:
+                    one.release()
+
+    def _stop_at(self, stop_strings: str | Sequence[str], tokenizer: Any) -> StopStringCriteria:
+        tokenizer = self._tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "generate: tokenizer: expected one for stop_strings, given to decoder.generate or "
+                "as the decoder's tokenizers (model.generate does not hand it on), got None"
+            )
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        return StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+
+    def _write(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        streamer: Any,
+        seed: int | Sequence[int] | None,
+        model_kwargs: Mapping[str, Any],
+    ) -> Any:
         lengths = self._check_call(model, input_ids, generation_config, streamer, model_kwargs)
         batch, width = input_ids.shape
         warp, processors = split(logits_processor, do_sample=bool(generation_config.do_sample))
@@ -203,7 +296,7 @@ class SpeculativeDecoder:
             lenience=self.lenience,
             input_ids=input_ids,
             lengths=lengths,
-            seeds=self._seeds(seed if seed is not None else self.seed, input_ids),
+            seeds=self._seeds(seed, input_ids),
             processors=per_row(processors, batch),
             stopper=stopper,
             statistics=statistics,
@@ -231,22 +324,19 @@ class SpeculativeDecoder:
         proposer: int | None,
         order: Sequence[int] | None,
     ) -> Schedule:
+        for argument, value, users in (
+            ("num_speculative_tokens", num_speculative_tokens, ("speculative", "alternating")),
+            ("proposer", proposer, ("speculative",)),
+            ("order", order, ("alternating",)),
+        ):
+            if value is not None and name not in users:
+                raise _wrong(argument, f"None for schedule {name!r}", value)
         if num_speculative_tokens is None:
             num_speculative_tokens = 4 if name == "speculative" else 1
-        gammas = (
-            [num_speculative_tokens]
-            if isinstance(num_speculative_tokens, int)
-            else list(num_speculative_tokens)
-        )
-        single = isinstance(num_speculative_tokens, int)
-        if not gammas or any(not isinstance(n, int) or n < 1 for n in gammas):
+        gammas = _integers(num_speculative_tokens)
+        single = not isinstance(num_speculative_tokens, Iterable)
+        if not gammas or min(gammas) < 1:
             raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
-        for argument, value, user in (
-            ("proposer", proposer, "speculative"),
-            ("order", order, "alternating"),
-        ):
-            if value is not None and name != user:
-                raise _wrong(argument, f"None for schedule {name!r}", value)
         size = self.num_ensemble
         by_cost = sorted(range(size), key=lambda m: _num_parameters(self.models[m]))
         if name == "plain":
@@ -259,11 +349,11 @@ class SpeculativeDecoder:
             has_draft = len(self.models) > size
             if proposer is None:
                 proposer = size if has_draft else by_cost[0]
-            elif has_draft or not 0 <= proposer < size:
+            elif has_draft or not _is_integer(proposer) or not 0 <= proposer < size:
                 raise _wrong("proposer", f"None with a draft, else 0 to {size - 1}", proposer)
-            return Speculative(proposer, gammas[0])
-        rotation = by_cost if order is None else list(order)
-        if sorted(rotation) != list(range(size)):
+            return Speculative(int(proposer), gammas[0])
+        rotation = by_cost if order is None else _integers(order)
+        if rotation is None or sorted(rotation) != list(range(size)):
             raise _wrong("order", f"every member 0 to {size - 1} once", order)
         if single:
             gammas = gammas + [1] * (size - 1)
@@ -298,14 +388,19 @@ class SpeculativeDecoder:
         batch = len(input_ids)
         if seed is None:
             seeds = torch.randint(2**63 - 1, (batch,))
-        elif isinstance(seed, int):
-            seeds = torch.arange(batch) + seed
         else:
-            if len(seed) != batch:
+            given = _integers(seed)
+            if given is None:
                 raise ValueError(
-                    f"generate: seed: expected {batch} seeds, one a row, got {len(seed)}"
+                    f"generate: seed: expected an integer or {batch}, one a row, got {seed!r}"
                 )
-            seeds = torch.tensor(seed, dtype=torch.int64)
+            seeds = torch.tensor(given, dtype=torch.int64)
+            if not isinstance(seed, Iterable):
+                seeds = seeds + torch.arange(batch)
+            if len(seeds) != batch:
+                raise ValueError(
+                    f"generate: seed: expected {batch} seeds, one a row, got {len(seeds)}"
+                )
         return seeds.to(input_ids.device)
 
     def _check_call(
@@ -317,7 +412,9 @@ class SpeculativeDecoder:
         model_kwargs: Mapping[str, Any],
     ) -> list[int]:
         """The prompts' lengths; refuses what the loop cannot honour."""
-        if not any(model is mine for mine in self.models[: self.num_ensemble]):
+        # A wrapper's `generate` is that of the model inside, which is then what calls the loop.
+        mine = [unwrapped(one) for one in self.models[: self.num_ensemble]]
+        if not any(unwrapped(model) is one for one in mine):
             raise ValueError(
                 f"generate: model: expected one of the decoder's members, got another "
                 f"{type(model).__name__}"
@@ -325,18 +422,18 @@ class SpeculativeDecoder:
         cache = model_kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("generate: past_key_values: expected an empty cache, got a filled one")
-        known = _IGNORED | {"past_key_values", "use_cache", "logits_processor", "synced_gpus"}
         for name, value in model_kwargs.items():
-            if value is not None and name not in known and not isinstance(value, bool):
+            if value is not None and name not in _KNOWN and not isinstance(value, bool):
                 raise ValueError(f"generate: {name}: expected None, got {type(value).__name__}")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(generation_config, name, False):
                 raise NotImplementedError(
                     f"generate: {name}: expected False, got True; log_probs are returned instead"
                 )
-        if (generation_config.num_beams or 1) > 1:
+        mode = generation_config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise NotImplementedError(
-                f"generate: num_beams: expected 1, got {generation_config.num_beams}"
+                f"generate: generation_config: expected greedy_search or sample, got {mode.value}"
             )
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"generate: streamer: expected batch size 1, got {len(input_ids)}")
@@ -352,6 +449,11 @@ class SpeculativeDecoder:
             lengths = mask.sum(1).tolist()
         if min(lengths, default=0) < 1:
             raise ValueError("generate: input_ids: expected at least one token a row, got none")
+        position_ids = model_kwargs.get("position_ids")
+        if position_ids is not None and not _are_implied(position_ids, lengths, width):
+            raise ValueError(
+                "generate: position_ids: expected those that attention_mask implies, got others"
+            )
         return lengths
 
     def _output(self, run: Run, width: int, generation_config: Any) -> Any:
@@ -374,6 +476,18 @@ class SpeculativeDecoder:
         )
 
 
+def _are_implied(position_ids: Tensor, lengths: Sequence[int], width: int) -> bool:
+    """Whether every row counts from 0 at its first token; padding may have any position.
+
+    position_ids: (B or 1, S), or (..., B or 1, S) where a model has several for a token.
+    """
+    if position_ids.shape[-1] != width or position_ids.shape[-2] not in (1, len(lengths)):
+        return False
+    pads = width - torch.tensor(lengths, device=position_ids.device)[:, None]
+    implied = torch.arange(width, device=position_ids.device) - pads
+    return bool(((position_ids == implied) | (implied < 0)).all())
+
+
 def _num_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -383,6 +497,18 @@ def _check_name(argument: str, name: str, known: Any) -> None:
         raise ValueError(
             f"decoder: {argument}: unknown name {name!r}; known names: {', '.join(sorted(known))}"
         )
+
+
+def _is_integer(value: object) -> bool:
+    """Of any library; a bool counts nothing."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _integers(values: Any) -> list[int] | None:
+    """Of one integer or several; None if something else is among them."""
+    values = values.tolist() if isinstance(values, Tensor) else values
+    listed = list(values) if isinstance(values, Iterable) else [values]
+    return [int(value) for value in listed] if all(map(_is_integer, listed)) else None
 
 
 def _wrong(argument: str, expected: str, got: object) -> ValueError:

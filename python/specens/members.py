@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One causal LM of an ensemble with its keys and values, for rows of different lengths.
 
-A member is asked four things: start, forward, roll back, select. Three classes answer alike and
-differ in what they ask of the model; `member` picks the fastest that `probe` found exact. Lengths
-live on the host and nothing here waits for the device. A new way to keep state is one more
+A member is asked five things: start, forward, roll back, select, release. Three classes answer
+alike and differ in what they ask of the model; `member` picks the fastest that `probe` found exact.
+Lengths live on the host and nothing here waits for the device. A new way to keep state is one more
 subclass of `Member`, one more entry in `abilities.py`.
 """
 
@@ -79,6 +79,12 @@ class Member(ABC):
         self.tokens = 0
         self._start()
 
+    def release(self) -> None:
+        """Give back the memory of all rows; there are none until the next `start`."""
+        self.lengths = []
+        self.capacity = 0
+        self._allocate()
+
     def forward(
         self,
         tokens: Tensor,
@@ -90,7 +96,7 @@ class Member(ABC):
         """Append tokens to rows and return the logits after each of them.
 
         Args:
-            tokens: (R, q) int64. Right-padded with anything.
+            tokens: (R, q) int64 on any device. Right-padded with anything.
             counts: R ints in 0..q. Valid tokens of each row.
             rows: R distinct rows of the batch; None is all of them.
             keep_last: return only the logits of the last `keep_last` valid tokens of each row.
@@ -127,6 +133,8 @@ class Member(ABC):
         if high == 0:
             shape = (num_rows, q if keep_last is None else keep_last, self.vocab_size)
             return torch.zeros(shape, dtype=self.model.dtype, device=self.device)
+        # To a GPU without waiting for it; to the host nothing may be read before it has arrived.
+        tokens = tokens.to(self.device, non_blocking=self.device.type != "cpu")
         logits = self._forward(tokens, counts, rows, starts, keep_last)
         for row, count in zip(rows, counts, strict=True):
             lengths[row] += count
@@ -159,8 +167,12 @@ class Member(ABC):
                 f"{op}: rows: expected distinct rows below {batch_size}, got {list(rows)}"
             )
 
+    def _start(self) -> None:
+        self._allocate()
+
     @abstractmethod
-    def _start(self) -> None: ...
+    def _allocate(self) -> None:
+        """Empty state for `lengths` and `capacity`, instead of what there is."""
 
     @abstractmethod
     def _forward(
@@ -237,6 +249,9 @@ class SlotMember(Member):
     def _start(self) -> None:
         # The user may have changed the attention implementation since the last start.
         self._masks = self._new_masks()
+        self._allocate()
+
+    def _allocate(self) -> None:
         self.cache = SlotCache(len(self.lengths), self.capacity, self._counts)
         # Position of each slot, (1, capacity): positions of equal rows are a view of it.
         self._positions = torch.arange(self.capacity, device=self.device)[None]
@@ -392,7 +407,7 @@ class CropMember(_RowMember):
         if "past_key_values" not in self._arguments:
             raise NotImplementedError("crop: its forward takes no past_key_values")
 
-    def _start(self) -> None:
+    def _allocate(self) -> None:
         self._caches = [full_cache() for _ in self.lengths]
 
     def _forward_row(self, row: int, tokens: Tensor, kept: int) -> Tensor:
@@ -445,7 +460,7 @@ class ReplayMember(_RowMember):
     def _new_cache(self) -> Cache | None:
         return native_cache(self.model.config) if self._cached else None
 
-    def _start(self) -> None:
+    def _allocate(self) -> None:
         shape = (len(self.lengths), self.capacity)
         # Not an inference tensor, which could not be written outside inference mode.
         with torch.inference_mode(False):
@@ -557,10 +572,20 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside the wrappers of torch.compile and PEFT, or the model itself.
+
+    For names and identity only: what runs is the wrapper.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
 def forward_arguments(model: Any) -> set[str]:
-    """Names the model's forward takes; a wrapper's (PEFT) are those of the model inside too."""
-    names = set(inspect.signature(model.forward).parameters)
-    base = getattr(model, "get_base_model", None)
-    if base is not None:
-        names |= set(inspect.signature(base().forward).parameters)
-    return names
+    """Names the model's forward takes; a wrapper's are those of the model inside."""
+    return set(inspect.signature(unwrapped(model).forward).parameters)

@@ -5,7 +5,8 @@ Temperature, top-k, top-p and min-p become parameters of the law and run inside 
 other processor runs here, on each member's logits, once per position, on the prefix that leads to
 it: for a speculative position that is the committed text plus the pending tokens before it. A
 processor that keeps a history of its own would see positions that are later taken back, so it is
-refused by name. To fuse another warper, add it to `split`.
+refused: those of transformers and what is derived from them, by name; in others a history cannot be
+seen. To fuse another warper, add it to `split`.
 """
 
 import copy
@@ -67,10 +68,10 @@ def split(processors: Iterable[Any], *, do_sample: bool) -> tuple[Warp, list[Any
     while listed and isinstance(listed[-1], LogitNormalization):
         listed.pop()  # every law is normalised anyway
     for processor in listed:
-        name = type(processor).__name__
-        if name in STATEFUL:
+        if any(base.__name__ in STATEFUL for base in type(processor).__mro__):
             raise ValueError(
-                f"generate: logits_processor: expected processors without a history, got {name}"
+                f"generate: logits_processor: expected processors without a history, got "
+                f"{type(processor).__name__}"
             )
     first = next((i for i, p in enumerate(listed) if isinstance(p, _FUSED)), len(listed))
     tail = listed[first:]
@@ -161,4 +162,13 @@ class Stopper:
 
     def _asks_to_stop(self, text: Tensor) -> bool:
         # A criterion may answer for the batch with one bool; each is asked about one row only.
-        return any(bool(torch.as_tensor(criterion(text, None)).all()) for criterion in self.others)
+        for criterion in self.others:
+            answer = torch.as_tensor(criterion(text, None))
+            if answer.numel() != 1:
+                raise ValueError(
+                    f"generate: stopping_criteria: expected one answer for the one row asked "
+                    f"about, got {answer.numel()} from {type(criterion).__name__}"
+                )
+            if bool(answer):
+                return True
+        return False

@@ -257,7 +257,8 @@ class Run:
         subset = None if len(rows) == len(self.rows) else places
         logits = model.forward(tokens, counts, subset)
         if logits.device != self.device:
-            logits = logits.to(self.device, non_blocking=True)
+            # Asynchronous copies to the host would be read before they have arrived.
+            logits = logits.to(self.device, non_blocking=self.device.type != "cpu")
         if self.processors is not None:
             logits = self._process(rows, starts, counts, logits)
         self.statistics.calls[member] += 1
@@ -451,7 +452,13 @@ class Run:
             processors: Any = self.processors[row.index]
             for j in range(max(0, row.length - start - 1), count):
                 prefix = self.text[row.index : row.index + 1, : row.pad + start + 1 + j]
-                logits[k, j] = processors(prefix, logits[k : k + 1, j])[0]
+                scores = processors(prefix, logits[k : k + 1, j])
+                if scores.shape != (1, narrowest):
+                    raise ValueError(
+                        f"generate: logits_processor: expected scores (1, {narrowest}) for the one "
+                        f"row asked about, got {tuple(scores.shape)}"
+                    )
+                logits[k, j] = scores[0]
         return logits
 
 

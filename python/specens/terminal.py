@@ -71,11 +71,12 @@ def _read_file(command: str, file: Path) -> str:
 
 
 def _split(command: str, text: str, source: str) -> list[str]:
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines or not lines[0].lstrip().startswith("{"):
-        return lines
+    # Not splitlines: JSON strings may hold other separators as they are, such as U+2028.
+    lines = {n: line for n, line in enumerate(text.split("\n"), start=1) if line.strip()}
+    if not next(iter(lines.values()), "").lstrip().startswith("{"):
+        return list(lines.values())
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines.items():
         try:
             prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
@@ -141,6 +142,8 @@ def _check_path(command: str, name: str) -> None:
 
 def _load(command: str, name: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     import torch
+    from huggingface_hub.utils import logging as hub_logging
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -153,14 +156,18 @@ def _load(command: str, name: str, dtype: str, trust_remote_code: bool) -> tuple
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Else it tells of every retry.
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "ignore_mismatched_sizes" in why:  # no argument of the user's
+            why = "weights of other shapes than its config.json says"
         raise ValueError(
             f"{command}: --model: expected a causal LM with tokenizer and safetensors, "
             f"got {name!r} ({why})"

@@ -10,7 +10,8 @@ def shared_vocabulary(models: Sequence[Any], tokenizers: Sequence[Any] | None) -
 
     Args:
         models: causal LMs. Their logits may be padded to different widths.
-        tokenizers: one per model, or None if all models have logits of one width.
+        tokenizers: one per model, or None if all models have logits of one width; then it is not
+            checked that their ids mean the same.
     Returns:
         The number of shared ids.
     Raises:
