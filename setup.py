@@ -2,7 +2,8 @@
 """Build the native module with CMake; everything else lives in pyproject.toml.
 
 Without a compiler the package installs without the module and runs on its reference kernels.
-SPECENS_NATIVE=1 makes that an error; SPECENS_NATIVE=0 does not look for a compiler.
+SPECENS_NATIVE=1 makes that an error; SPECENS_NATIVE=0 does not look for a compiler. Where there is
+nvcc, the module has CUDA kernels, too: SPECENS_CUDA=ON makes its absence an error, OFF ignores it.
 """
 
 import os
@@ -19,6 +20,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 NATIVE = os.environ.get("SPECENS_NATIVE", "auto")
+CUDA = os.environ.get("SPECENS_CUDA", "AUTO")
 
 
 class CMakeBuild(build_ext):
@@ -39,6 +41,7 @@ class CMakeBuild(build_ext):
         configure.append(f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}")
         configure.append(f"-DPython_EXECUTABLE={sys.executable}")
         configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+        configure.append(f"-DSPECENS_CUDA={CUDA}")
         try:
             run(configure, check=True)
         except CalledProcessError:

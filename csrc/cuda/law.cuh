@@ -6,8 +6,6 @@
 // make the law's mass of it. `row_stats` (stats.cu) writes what `read_laws` reads.
 #pragma once
 
-#include <cfloat>
-
 #include "../specens.h"
 #include "compat.cuh"
 
@@ -57,7 +55,7 @@ struct Problem {
   int sub_tiles;
   int slots;          // of totals at each row; see `proposal_slot` and `warped_slot`
   unsigned* tickets;  // zero between launches
-  float* cutoffs;     // (rows, kCutoffs)
+  double* cutoffs;    // (rows, kCutoffs)
   Partial* partials;  // (rows, slots, sub_tiles)
   Total* totals;      // (rows, slots)
   int64_t* best;      // (rows,): the most probable token, where it is asked for
@@ -83,7 +81,7 @@ struct Field {
   DType dtype;
   float weight;       // 0: not part of the ensemble
   float temperature;  // 0: the largest values share the mass
-  float cutoff;
+  double cutoff;      // a single-precision number, where the values are logits
   double inverse_temperature;
   double coefficient;  // of a product
   // Known with the totals:
@@ -113,20 +111,12 @@ struct Row {
 
 // --- single values ---
 
-// What a cutoff is compared with: single precision, in which a sum of logits may overflow.
-__device__ __forceinline__ float rounded(float value) { return value; }
-__device__ __forceinline__ float rounded(double value) {
-  const auto nearest = static_cast<float>(value);
-  if (!isinf(nearest) || isinf(value)) return nearest;
-  return value > 0.0 ? FLT_MAX : -FLT_MAX;
-}
-
 __device__ __forceinline__ double shifted(double value, double top, double inverse_temperature) {
   return value == top ? 0.0 : (value - top) * inverse_temperature;
 }
 
 __device__ __forceinline__ double field_log_mass(const Field& field, double value) {
-  if (field.empty || value == kNoMass || rounded(value) < field.cutoff) return kNoMass;
+  if (field.empty || value == kNoMass || value < field.cutoff) return kNoMass;
   return shifted(value, field.top, field.inverse_temperature) - field.log_sum;
 }
 
@@ -139,8 +129,8 @@ __device__ __forceinline__ float clean(float value) { return isnan(value) ? kNoM
 // One step of a product: NaN where the token has no mass.
 __device__ __forceinline__ double fold_in(const Row& row, int member, double folded, float value) {
   const Field& field = row.members[member];
-  const bool vetoed = (member == 0 && value < row.plausible) ||
-                      (field.weight != 0.0f && (value == kNoMass || value < field.cutoff));
+  const bool used = field.weight != 0.0f, cut = value < static_cast<float>(field.cutoff);
+  const bool vetoed = (member == 0 && value < row.plausible) || (used && (value == kNoMass || cut));
   if (vetoed) return static_cast<double>(NAN);
   if (field.weight == 0.0f) return folded;
   return WeightedSum::fold(folded, static_cast<double>(value), field.coefficient);
@@ -331,7 +321,7 @@ __device__ __forceinline__ void set_temperature(Field& field, float temperature)
 
 // What there is to know of a member before the totals; each lane takes one.
 __device__ inline void read_member(const Problem& problem, int64_t b, int64_t t, Row& row, int k,
-                                   float temperature, const float* cutoffs) {
+                                   float temperature, const double* cutoffs) {
   const Ensemble& ensemble = problem.ensemble;
   Field& field = row.members[k];
   field.data = row_data(ensemble.members[k], b, t);
@@ -366,7 +356,7 @@ __device__ inline void read_child(const Problem& problem, int64_t b, int64_t t, 
 }
 
 __device__ inline void read_proposal(const Problem& problem, int64_t b, int64_t t, Row& row,
-                                     const float* cutoffs) {
+                                     const double* cutoffs) {
   const Ensemble& ensemble = problem.ensemble;
   Field& field = row.proposal;
   field.flags = 0;
@@ -396,13 +386,14 @@ __device__ inline void read_row(const Problem& problem, int64_t place, Row& row,
   const float temperature = is_member ? ensemble.temperature.at(b, 0, lane) : 0.0f;
   const bool heats = lane < problem.num_temperatures && problem.temperatures.at(b, 0, lane) > 0.0f;
   const bool greedy = __ballot_sync(kAllLanes, heats) == 0;
-  const float* cutoffs = cutoffs_known ? problem.cutoffs + place * kCutoffs : nullptr;
+  const double* cutoffs = cutoffs_known ? problem.cutoffs + place * kCutoffs : nullptr;
   if (lane == 0) {
     row.count = ensemble.num_members;
     row.is_mixture = problem.is_mixture();
     row.greedy = greedy;
     row.empty = false;
-    row.plausible = cutoffs == nullptr ? kNoMass : load_fresh(cutoffs + kPlausibleCutoff);
+    row.plausible =
+        cutoffs == nullptr ? kNoMass : static_cast<float>(load_fresh(cutoffs + kPlausibleCutoff));
     read_child(problem, b, t, row);
     Field& target = row.target;
     target.flags = 0;

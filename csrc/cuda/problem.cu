@@ -47,7 +47,7 @@ size_t attach(Problem& problem, void* workspace) {
   Layout layout(workspace);
   // Always as many, so that tickets never lie where another problem left data.
   problem.tickets = layout.take<unsigned>(kMaxPlaces);
-  problem.cutoffs = layout.take<float>(places * kCutoffs);
+  problem.cutoffs = layout.take<double>(places * kCutoffs);
   problem.partials = layout.take<Partial>(places * problem.slots * problem.sub_tiles);
   problem.totals = layout.take<Total>(places * problem.slots);
   problem.best = layout.take<int64_t>(places);

@@ -30,15 +30,16 @@ struct LaneStats {
 
   __device__ void add(const T (&values)[kPerLane], const Field& field, int32_t found) {
     T most = top;
+    const T cutoff = static_cast<T>(field.cutoff);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (values[i] > most && rounded(values[i]) >= field.cutoff) most = values[i];
+      if (values[i] > most && values[i] >= cutoff) most = values[i];
     }
     const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
     sum *= scale(top, most, inverse_temperature);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (!(rounded(values[i]) >= field.cutoff) || values[i] == -HUGE_VAL) continue;
+      if (!(values[i] >= cutoff) || values[i] == -HUGE_VAL) continue;
       sum += scale(values[i], most, inverse_temperature);
     }
     top = most;
@@ -222,7 +223,7 @@ __device__ void repair(const Problem& problem, StatsShared& shared, int64_t plac
   }
   if (static_cast<int>(threadIdx.x) < kCutoffs) {
     const int k = static_cast<int>(threadIdx.x);
-    const float cutoff = k < row.count ? row.members[k].cutoff : kNoMass;
+    const double cutoff = k < row.count ? row.members[k].cutoff : kNoMass;
     store(problem.cutoffs + place * kCutoffs + k, cutoff);
   }
   __syncthreads();

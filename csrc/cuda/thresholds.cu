@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cutoffs, where there are filters or plausibility: a block for each row and field finds the least
-// value that survives. Values are compared in single precision, through integers of the same order,
-// and a search fixes four bits of the answer in each sweep. To add a filter: its step in `cutoff`,
+// value that survives. Numbers are compared through integers of the same order, and a search fixes
+// four bits of the answer in each sweep. To add a filter: its step in `cutoff`,
 // its tensor in Ensemble and in `filters_at`.
 #include "stats.cuh"
 
@@ -17,19 +17,31 @@ struct ThresholdShared {
   double totals[kDigits];
 };
 
-// Unsigned integers in the order of the numbers.
-__device__ __forceinline__ uint32_t to_ordered(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  return bits ^ ((bits >> 31) != 0 ? ~0u : 1u << 31);
+// Unsigned integers in the order of the numbers; those of single precision fill the upper half.
+__device__ __forceinline__ uint64_t to_ordered(double value, bool single) {
+  if (single) {
+    const uint32_t bits = __float_as_uint(static_cast<float>(value));
+    return uint64_t{bits ^ ((bits >> 31) != 0 ? ~0u : 1u << 31)} << 32;
+  }
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits ^ ((bits >> 63) != 0 ? ~uint64_t{0} : uint64_t{1} << 63);
 }
 
-__device__ __forceinline__ float from_ordered(uint32_t ordered) {
-  return __uint_as_float(ordered ^ ((ordered >> 31) != 0 ? 1u << 31 : ~0u));
+__device__ __forceinline__ double from_ordered(uint64_t ordered, bool single) {
+  if (single) {
+    const auto high = static_cast<uint32_t>(ordered >> 32);
+    return static_cast<double>(__uint_as_float(high ^ ((high >> 31) != 0 ? 1u << 31 : ~0u)));
+  }
+  const uint64_t bits = ordered ^ ((ordered >> 63) != 0 ? uint64_t{1} << 63 : ~uint64_t{0});
+  double value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 // The least float >= x: a float is below x iff it is below this.
 __device__ __forceinline__ float round_up(double x) {
-  const float nearest = rounded(x);
+  const auto nearest = static_cast<float>(x);
   return static_cast<double>(nearest) < x ? nextafterf(nearest, -kNoMass) : nearest;
 }
 
@@ -49,7 +61,7 @@ class FieldValues {
     double sums[kDigits] = {};
     for (int64_t token = threadIdx.x; token < vocab_size_; token += kThreads) {
       const double value = at(token);
-      const int here = digit(rounded(value));
+      const int here = digit(value);
       if (here < 0) continue;
       const double mass = weight(value);
 #pragma unroll
@@ -83,17 +95,18 @@ class FieldValues {
     return top;
   }
 
-  // The least float above which there is less than `limit`.
+  // The least number above which there is less than `limit`.
   template <typename Weight>
-  __device__ float least_above(double limit, const Weight& weight) {
-    uint32_t low = 0;
+  __device__ double least_above(double limit, const Weight& weight) {
+    const bool single = is_single();
+    uint64_t low = 0;
     double beyond = 0.0;  // weight of what is above the bracket
-    for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
+    for (int shift = 64 - kDigitBits; shift >= (single ? 32 : 0); shift -= kDigitBits) {
       sum(
           kDigits,
-          [=](float value) {
-            const uint32_t ordered = to_ordered(value);
-            const uint32_t digit = ordered < low ? kDigits : (ordered - low) >> shift;
+          [=](double value) {
+            const uint64_t ordered = to_ordered(value, single);
+            const uint64_t digit = ordered < low ? kDigits : (ordered - low) >> shift;
             return digit < kDigits ? static_cast<int>(digit) : -1;
           },
           weight);
@@ -101,14 +114,16 @@ class FieldValues {
       while (digit > 0 && beyond + shared_.totals[digit] < limit) {
         beyond += shared_.totals[digit--];
       }
-      low += static_cast<uint32_t>(digit) << shift;
+      low += static_cast<uint64_t>(digit) << shift;
       __syncthreads();
     }
-    const float least = from_ordered(low);
+    const double least = from_ordered(low, single);
     if (!isnan(least)) return least;
-    return (low >> 31) != 0 ? -kNoMass : kNoMass;
+    return (low >> 63) != 0 ? -kNoMass : kNoMass;
   }
 
+  // Whether the values are logits as they were given.
+  __device__ bool is_single() const { return !is_target_; }
   __device__ const Field& field() const { return field_; }
   __device__ double total() const { return shared_.totals[0]; }
 
@@ -126,13 +141,12 @@ class FieldValues {
 };
 
 // The least value that survives temperature 0, top-k, then top-p, then min-p.
-__device__ float cutoff(const Ensemble& ensemble, int64_t b, bool filters, FieldValues& values) {
+__device__ double cutoff(const Ensemble& ensemble, int64_t b, bool filters, FieldValues& values) {
   const Field& field = values.field();
-  const double top = values.top();
-  if (top == -static_cast<double>(kNoMass)) return -kNoMass;
-  if (field.temperature == 0.0f) return rounded(top);
-  float least = kNoMass;
-  if (!filters || top == static_cast<double>(kNoMass)) return least;
+  const double top = values.top(), nothing = kNoMass;
+  if (top == -nothing || field.temperature == 0.0f) return top;
+  double least = nothing;
+  if (!filters || top == nothing) return least;
   const int32_t top_k = ensemble.top_k.data == nullptr ? 0 : ensemble.top_k.at(b);
   if (top_k > 0) {
     least = values.least_above(static_cast<double>(top_k), [](double) { return 1.0; });
@@ -140,25 +154,27 @@ __device__ float cutoff(const Ensemble& ensemble, int64_t b, bool filters, Field
   const float top_p = ensemble.top_p.data == nullptr ? 1.0f : ensemble.top_p.at(b);
   if (top_p < 1.0f) {
     const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
-    const float kept = least;
+    const double kept = least;
     const auto mass = [=](double value) {
-      if (rounded(value) < kept || value == static_cast<double>(kNoMass)) return 0.0;
+      if (value < kept || value == nothing) return 0.0;
       return static_cast<double>(expf(static_cast<float>(value - top) * inverse_temperature));
     };
-    values.sum(1, [](float) { return 0; }, mass);
+    values.sum(1, [](double) { return 0; }, mass);
     const double limit = static_cast<double>(top_p) * values.total();
     __syncthreads();
-    const float nucleus = values.least_above(limit, mass);
+    const double nucleus = values.least_above(limit, mass);
     least = nucleus > least ? nucleus : least;
   }
   const float min_p = ensemble.min_p.data == nullptr ? 0.0f : ensemble.min_p.at(b);
   if (min_p > 0.0f) {
     const double ratio = log(min_p < 1.0f ? static_cast<double>(min_p) : 1.0);
-    const float floor = round_up(top + static_cast<double>(field.temperature) * ratio);
+    const double exact = top + static_cast<double>(field.temperature) * ratio;
+    const double floor = values.is_single() ? static_cast<double>(round_up(exact)) : exact;
     least = floor > least ? floor : least;
   }
-  const float most = rounded(top);
-  return least < most ? least : most;
+  least = least < top ? least : top;
+  // What is computed may differ in its last bit where it is computed again.
+  return values.is_single() || isinf(least) ? least : least - 1e-14 * (1.0 + fabs(least));
 }
 
 // Where member 0 finds a token implausible.
@@ -193,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1) thresholds(Problem problem, bool 
   }
   __syncthreads();
   const bool filters = !row.greedy && filters_at(problem.ensemble, b);
-  float found = kNoMass;
+  double found = kNoMass;
   if (which == kPlausibleCutoff) {
     found = plausible(problem, shared);
   } else if (wanted(problem, row, which, filters) &&

@@ -144,7 +144,7 @@ __device__ double residual_mass(const VerifyParams& params, const Row& row, int6
 // exp((value - top) / temperature) in single precision.
 template <typename T>
 __device__ __forceinline__ double single_mass(const Field& field, T value) {
-  if (field.empty || value == -HUGE_VAL || rounded(value) < field.cutoff) return 0.0;
+  if (field.empty || value == -HUGE_VAL || value < static_cast<T>(field.cutoff)) return 0.0;
   const T top = static_cast<T>(field.top);
   const float distance = value == top ? 0.0f : static_cast<float>(value - top);
   const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
@@ -259,10 +259,7 @@ __device__ void refine(const Problem& problem, Walk& walk, Row& row) {
                  [&](int64_t token) { return static_cast<double>(clean(load_raw(field, token))); });
   }
   // The cutoff of a mixture's logarithm was found by the members' normalisers as they were.
-  if (row.warped && threadIdx.x == 0) {
-    const float cutoff = row.target.cutoff;
-    if (!isinf(cutoff)) row.target.cutoff = cutoff - 1e-6f - 2.5e-7f * fabsf(cutoff);
-  }
+  if (row.warped && threadIdx.x == 0) row.target.cutoff -= 1e-6;
   if (!row.is_mixture || row.warped) {
     refine_field(problem, walk, row.target, [&](int64_t token) {
       const double value = token_value(row, token);
