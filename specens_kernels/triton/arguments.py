@@ -35,7 +35,7 @@ class Law(NamedTuple):
         "product". by_member: whether members are warped.
     first, columns: the first member's column of the temperature, and how many there are.
     rows: of each sequence. sub_tiles: of a row, in whole tiles of `width`; tiles: at least as many
-        tiles, a power of two.
+        tiles, a power of two. narrow: sub-tiles of a program that computes in double precision.
     """
 
     logits: Any
@@ -67,6 +67,7 @@ class Law(NamedTuple):
     filtered: Any
     plausible: Any
     width: Any
+    narrow: Any
     tiles: Any
 
 
@@ -165,6 +166,7 @@ def law_arguments(logits: Sequence[Tensor], law: LawTensors, member: int = -1) -
         filtered=tl.constexpr(any(value is not None for value in filters)),
         plausible=tl.constexpr(plausible),
         width=tl.constexpr(width),
+        narrow=tl.constexpr(min(width, 2)),
         tiles=tl.constexpr(triton.next_power_of_2(tiles)),
     )
 

@@ -26,7 +26,7 @@ from .laws import (
 )
 
 WARPS = 8
-BLOCK = tl.constexpr(8192)
+BLOCK = tl.constexpr(2048)
 
 
 @triton.jit

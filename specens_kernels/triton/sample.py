@@ -23,7 +23,7 @@ from .laws import (
 )
 from .sweep import sweep
 
-WARPS = 4
+WARPS = 8
 
 
 @triton.jit

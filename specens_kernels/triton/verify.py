@@ -42,11 +42,10 @@ from .laws import (
     weight_of,
     yes,
 )
-from .stats import WARPS as STATS_WARPS
-from .stats import tile_tokens
+from .stats import NARROW_WARPS, tile_tokens
 from .sweep import sweep
 
-WARPS = 4
+WARPS = 8
 INVALID_DRAFT = tl.constexpr(8)
 EMPTY_RESIDUAL = tl.constexpr(16)
 PADDING = tl.constexpr(-1)
@@ -174,7 +173,7 @@ def _left(verdict, target, draft):
 
 @triton.jit
 def residual(law, proposal, work, verdict):
-    """Grid: sequences, tiles."""
+    """Grid: sequences, narrow tiles."""
     b, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     stop, outcome = _stop(law, verdict, b)
     if outcome == DENSE:
@@ -182,10 +181,10 @@ def residual(law, proposal, work, verdict):
         row = b * law.rows + stop
         proposer = proposer_of(law, proposal, b, stop, greedy)
         laws = load_laws(law, work, row)
-        offsets, mask = tile_tokens(law, tile)
+        offsets, mask = tile_tokens(law, tile, law.narrow)
         target, draft = look(law, proposal, laws, b, stop, proposer, offsets, mask, tl.float32)
         masses = tl.sum(_left(verdict, target, draft), 1).to(tl.float64)
-        at = b * law.sub_tiles + tile * law.width + tl.arange(0, law.width)
+        at = b * law.sub_tiles + tile * law.narrow + tl.arange(0, law.narrow)
         tl.store(verdict.residuals + at, masses)
 
 
@@ -381,8 +380,8 @@ def verify(
         sweep(made, proposal, work, batch)
         decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=WARPS)
         if _is_dense(proposal) and not greedy:
-            tiles = made.sub_tiles // made.width.value
-            residual[(batch, tiles)](made, proposal, work, verdict, num_warps=STATS_WARPS)
+            tiles = made.sub_tiles // made.narrow.value
+            residual[(batch, tiles)](made, proposal, work, verdict, num_warps=NARROW_WARPS)
     if batch > 0:
         emit[(batch,)](made, proposal, work, verdict, num_warps=WARPS)
     return verdict.tokens, verdict.log_probs, verdict.num_accepted, verdict.path, verdict.status
