@@ -31,6 +31,7 @@ class Unsupported(NotImplementedError):
 class Law(NamedTuple):
     """M members' logits and how they become one law.
 
+    sources: M + 1, or M + 2 where there is one that is warped as a whole.
     kind: "mixture" (of warped members), "warped" (a mixture of bare members, warped as a whole) or
         "product". by_member: whether members are warped.
     first, columns: the first member's column of the temperature, and how many there are.
@@ -59,6 +60,7 @@ class Law(NamedTuple):
     rows: Any
     sub_tiles: Any
     members: Any
+    sources: Any
     kind: Any
     by_member: Any
     fold: Any
@@ -158,6 +160,7 @@ def law_arguments(logits: Sequence[Tensor], law: LawTensors, member: int = -1) -
         rows=rows,
         sub_tiles=tiles * width,
         members=tl.constexpr(len(logits)),
+        sources=tl.constexpr(len(logits) + (1 if kind == "mixture" else 2)),
         kind=tl.constexpr(kind),
         by_member=tl.constexpr(by_member),
         fold=tl.constexpr(rules.FOLDS[law.ensemble]),

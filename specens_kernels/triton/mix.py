@@ -22,7 +22,7 @@ def totals(law, work, statuses):
     laws, _empty, _lse, status, _draft_status = measure(
         law, None, work, row, b, t, -1, is_greedy(law, b)
     )
-    store_laws(law, work, row, laws, law.members + (1 if law.kind == "mixture" else 2))
+    store_laws(law, work, row, laws)
     tl.store(statuses + row, status)
 
 

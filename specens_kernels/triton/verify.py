@@ -98,7 +98,7 @@ def _draft_token(proposal, b, t):
 @triton.jit
 def _known_proposer(law, proposal, b, t):
     if proposal.proposers is None:
-        return t >= 0
+        return yes()
     else:
         at = proposal.proposers + b * proposal.proposers_batch + t * proposal.proposers_node
         proposer = tl.load(at, mask=t < proposal.nodes, other=0)
@@ -127,7 +127,7 @@ def decide(law, proposal, work, verdict):
     laws, empty, _lse, status, draft_status = measure(
         law, proposal, work, row, b, t, proposer, greedy
     )
-    store_laws(law, work, row, laws, law.members + (1 if law.kind == "mixture" else 2))
+    store_laws(law, work, row, laws)
     token = _draft_token(proposal, b, t)
     child = (t < proposal.nodes) & (token != PADDING)
     valid = child & (token >= 0) & (token < law.vocab_size)
@@ -195,7 +195,7 @@ def residual(law, proposal, work, verdict):
 def _rescaled(law, laws, source: tl.constexpr, factor):
     """`laws` with the scale of one source multiplied."""
     scales = ()
-    for k in tl.static_range(law.members + (1 if law.kind == "mixture" else 2)):
+    for k in tl.static_range(law.sources):
         if k == source:
             scales = scales + (laws[2][k] * factor,)
         else:
@@ -247,7 +247,7 @@ def _measure_again(law, proposal, work, verdict, row, b, t, proposer):
         target, draft = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
         left = tl.sum(_left(verdict, target, draft), 0)
         tl.store(verdict.residuals + b * law.sub_tiles + sub_tile, left)
-    store_laws(law, work, row, laws, law.members + (1 if law.kind == "mixture" else 2))
+    store_laws(law, work, row, laws)
 
 
 # --- the token after the accepted ones ------------------------------------------------------------
