@@ -24,7 +24,7 @@ from .laws import (
     with_source,
 )
 
-WARPS = 8
+WARPS = 16
 BLOCK = tl.constexpr(2048)
 
 

@@ -23,7 +23,7 @@ from .laws import (
 )
 from .sweep import sweep
 
-WARPS = 8
+WARPS = 4
 
 
 @triton.jit
