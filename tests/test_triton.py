@@ -211,7 +211,7 @@ def test_a_verification_reads_every_row_once(ensemble: str, members: int) -> Non
     rows = members * (nodes + 1) * row
     sweep = traffic[f"{ensemble}_stats"].loaded
     assert rows <= sweep < rows * 1.01
-    assert traffic["residual"].loaded < members * row * 1.01
+    assert traffic["residual"].loaded < members * row * 1.03
 
 
 def test_the_package_imports_without_triton() -> None:
