@@ -19,10 +19,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 
 import torch
 import triton
@@ -44,8 +46,9 @@ BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 class Row:
     """One kernel on one target.
 
-    spills: instructions, or registers on AMD. occupancy: of a multiprocessor's warps; None where it
-    is not known. wide_loads: 128-bit loads from global memory.
+    spills: instructions that touch local memory; on AMD, vector registers kept there. occupancy: of
+        a multiprocessor's warps; None where it is not known. wide_loads: of 128 bits from global
+        memory.
     """
 
     kernel: str
@@ -123,25 +126,51 @@ def recorded(run: Callable[[], object]) -> list[tuple[Any, dict[str, Any], int]]
     return found
 
 
+def made(ensemble: str, members: int, **options: Any) -> tuple[list[torch.Tensor], Any]:
+    """bfloat16 logits of one sequence, and their law."""
+    law = Law([1 / members] * members, ensemble, **options)
+    shape = (1, NODES + 1, VOCAB_SIZE)
+    logits = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(members)]
+    device = torch.device("meta")
+    return logits, law.tensors("report", 1, NODES + 1, members, device, VOCAB_SIZE)
+
+
+def verifies(logits: list[torch.Tensor], law: Any) -> None:
+    """One `verify`, whose drafts are the last member's."""
+    tokens = torch.empty(1, NODES, dtype=torch.int64, device="meta")
+    numbers = torch.empty(1, NODES + 1, 4, device="meta")
+    backend.verify(
+        logits, tokens, numbers, None, torch.empty_like(tokens), None, None, law, "rejection", 1.0,
+        True,
+    )  # fmt: skip
+
+
+def the_other_ops() -> None:
+    logits, law = made("mixture", 2)
+    backend.mix(logits, law)
+    backend.sample(logits, torch.empty(1, NODES + 1, 4, device="meta"), law, -1)
+    words = torch.empty(1, NODES, dtype=torch.int64, device="meta")
+    backend.uniforms(words[:, 0], words, 0, 0)
+
+
+def calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Names and calls; between them they launch every kernel."""
+    for ensemble, members in (("mixture", 1), ("mixture", 2), ("mixture", 3), ("product", 2)):
+        yield f"{ensemble} M={members}", partial(verifies, *made(ensemble, members))
+    yield "product M=3", partial(verifies, *made("product", 3))
+    filters = {"scope": "ensemble", "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
+    yield "filtered M=2", partial(verifies, *made("mixture", 2, **filters))
+    yield "M=2", the_other_ops
+
+
 def launches() -> Iterator[Launch]:
-    """Of `verify` with bfloat16 logits of one to three members, the last of which proposes."""
-    cases = [("mixture", 1), ("mixture", 2), ("mixture", 3), ("product", 2), ("product", 3)]
-    for ensemble, members in cases:
-        law = Law([1 / members] * members, ensemble)
-        shape = (1, NODES + 1, VOCAB_SIZE)
-        logits = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(members)]
-        tokens = torch.empty(1, NODES, dtype=torch.int64, device="meta")
-        numbers = torch.empty(1, NODES + 1, 4, device="meta")
-        proposers = torch.empty(1, NODES, dtype=torch.int64, device="meta")
-        tensors = law.tensors("verify", 1, NODES + 1, members, torch.device("meta"), VOCAB_SIZE)
-        calls = recorded(
-            lambda a=(logits, tokens, numbers, None, proposers, None, None, tensors): (
-                backend.verify(*a, "rejection", 1.0, True)
-            )
-        )
-        for kernel, arguments, warps in calls:
-            name = f"{kernel.fn.__name__} {ensemble} M={members}"
-            yield Launch(name, kernel, arguments, warps)
+    """Of every call, each kernel once."""
+    for case, call in calls():
+        known = {}
+        for kernel, arguments, warps in recorded(call):
+            name = f"{kernel.fn.__name__} {case}"
+            known.setdefault(name, Launch(name, kernel, arguments, warps))
+        yield from known.values()
 
 
 def signature(value: Any, path: tuple[int, ...], constants: Any, hints: Any) -> Any:
@@ -168,10 +197,11 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The compiled kernel."""
     constants: dict[tuple[int, ...], Any] = {}
     hints: dict[tuple[int, ...], Any] = {}
-    types = {
-        name: signature(launch.arguments[name], (i,), constants, hints)
-        for i, name in enumerate(launch.kernel.arg_names)
-    }
+    types = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        value = tl.constexpr(value) if parameter.is_constexpr else value
+        types[parameter.name] = signature(value, (i,), constants, hints)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=hints)
     return triton.compile(source, target=target, options={"num_warps": launch.warps})
 
@@ -205,7 +235,7 @@ def amd_row(name: str, target: str, compiled: Any) -> Row:
         target,
         count("vgpr_count"),
         count("group_segment_fixed_size"),
-        count("vgpr_spill_count") + count("sgpr_spill_count"),
+        count("vgpr_spill_count"),
         None,
         len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
     )

@@ -28,11 +28,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Law(NamedTuple):
     """M members' logits and how they become one law.
 
+    sources: M + 1, or M + 2 where there is one that is warped as a whole.
     kind: "mixture" (of warped members), "warped" (a mixture of bare members, warped as a whole) or
         "product". by_member: whether members are warped.
     first, columns: the first member's column of the temperature, and how many there are.
     rows: of each sequence. sub_tiles: of a row, in whole tiles of `width`; tiles: at least as many
-        tiles, a power of two.
+        tiles, a power of two. narrow: sub-tiles of a program that computes in double precision.
     """
 
     logits: Any
@@ -56,6 +57,7 @@ class Law(NamedTuple):
     rows: Any
     sub_tiles: Any
     members: Any
+    sources: Any
     kind: Any
     by_member: Any
     fold: Any
@@ -64,6 +66,7 @@ class Law(NamedTuple):
     filtered: Any
     plausible: Any
     width: Any
+    narrow: Any
     tiles: Any
 
 
@@ -161,6 +164,7 @@ def law_arguments(logits: Sequence[Tensor], law: LawTensors, member: int = -1) -
         rows=rows,
         sub_tiles=tiles * width,
         members=tl.constexpr(len(logits)),
+        sources=tl.constexpr(len(logits) + (1 if kind == "mixture" else 2)),
         kind=tl.constexpr(kind),
         by_member=tl.constexpr(by_member),
         fold=tl.constexpr(rules.FOLDS[law.ensemble]),
@@ -169,6 +173,7 @@ def law_arguments(logits: Sequence[Tensor], law: LawTensors, member: int = -1) -
         filtered=tl.constexpr(any(value is not None for value in filters)),
         plausible=tl.constexpr(plausible),
         width=tl.constexpr(width),
+        narrow=tl.constexpr(min(width, 2)),
         tiles=tl.constexpr(triton.next_power_of_2(tiles)),
     )
 

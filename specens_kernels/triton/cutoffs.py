@@ -11,9 +11,7 @@ import triton.language as tl
 
 from .laws import (
     clean,
-    coefficient_of,
     is_greedy,
-    least_plausible,
     load_raw,
     member_laws,
     member_row,
@@ -22,11 +20,12 @@ from .laws import (
     proposal_temperature,
     proposer_of,
     scores,
+    term_laws,
     with_source,
 )
 
-WARPS = 8
-BLOCK = tl.constexpr(8192)
+WARPS = 16
+BLOCK = tl.constexpr(2048)
 
 
 @triton.jit
@@ -215,16 +214,7 @@ def _bare_laws(law, work, row, b, t, greedy):
     if law.kind == "warped":
         laws, _empty, _status = member_laws(law, work, row, b, t, greedy)
     else:
-        tops = ()
-        leasts = ()
-        scales = ()
-        cutoffs = ()
-        for k in tl.static_range(law.members):
-            tops = tops + (zero,)
-            leasts = leasts + (least_plausible(law, work, row),)
-            scales = scales + (coefficient_of(law, b, t, k, greedy),)
-            cutoffs = cutoffs + (tl.full((), -float("inf"), tl.float32),)
-        laws = (tops, leasts, scales, cutoffs)
+        laws, _alive = term_laws(law, work, row, b, t, greedy)
     return with_source(laws, zero, zero, zero, zero)
 
 

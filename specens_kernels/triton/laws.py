@@ -203,7 +203,7 @@ def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constex
         if law.kind == "product":
             found, vetoed = fold_in(law, found, vetoed, value, laws[2][k], laws[3][k])
             if law.plausible and k == 0:
-                vetoed = vetoed | (value < laws[1][k])
+                vetoed = vetoed | (value < laws[0][k])
         else:
             found += mass_of(value, laws, k, found.dtype)
     if law.kind == "product":
@@ -347,10 +347,11 @@ def _pinned(law, b, k, top, greedy):
 def term_laws(law, work, row, b, t, greedy):
     """`laws` of the members of a product, and the sub-tiles where a token may survive them.
 
-    The inverse is not used; there stands the least plausible value.
+    A scale is a coefficient here; in place of top and inverse stands the least plausible value.
     """
     ids, exists = sub_tile_ids(law)
     alive = exists
+    least = least_plausible(law, work, row)
     tops = ()
     inverses = ()
     scales = ()
@@ -367,8 +368,8 @@ def term_laws(law, work, row, b, t, greedy):
             pinned = used & _pinned(law, b, k, top, greedy)
             cutoff = tl.where(pinned, top, cutoff)
             alive = alive & ((maxima == top) | (pinned == 0))
-        tops = tops + (coefficient,)
-        inverses = inverses + (least_plausible(law, work, row),)
+        tops = tops + (least,)
+        inverses = inverses + (least,)
         scales = scales + (coefficient,)
         cutoffs = cutoffs + (cutoff,)
     return (tops, inverses, scales, cutoffs), alive
@@ -454,8 +455,8 @@ def measure(law, proposal, work, row, b, t, proposer, greedy):
 
 
 @triton.jit
-def store_laws(law, work, row, laws, COUNT: tl.constexpr):
-    for source in tl.static_range(COUNT):
+def store_laws(law, work, row, laws):
+    for source in tl.static_range(law.sources):
         at = work.records + (row * (law.members + 2) + source) * 4
         for i in tl.static_range(4):
             tl.store(at + i, laws[i][source].to(tl.float64))
@@ -468,7 +469,7 @@ def load_laws(law, work, row):
     inverses = ()
     scales = ()
     cutoffs = ()
-    for source in tl.static_range(law.members + (1 if law.kind == "mixture" else 2)):
+    for source in tl.static_range(law.sources):
         at = work.records + (row * (law.members + 2) + source) * 4
         tops = tops + (tl.load(at),)
         inverses = inverses + (tl.load(at + 1),)

@@ -10,7 +10,7 @@ from specens_kernels.law import LawTensors
 
 from .arguments import law_arguments, workspace
 from .laws import is_greedy, load_laws, log_probs, measure, store_laws
-from .stats import WARPS, tile_tokens
+from .stats import NARROW_WARPS, tile_tokens
 from .sweep import sweep
 
 
@@ -22,16 +22,16 @@ def totals(law, work, statuses):
     laws, _empty, _lse, status, _draft_status = measure(
         law, None, work, row, b, t, -1, is_greedy(law, b)
     )
-    store_laws(law, work, row, laws, law.members + (1 if law.kind == "mixture" else 2))
+    store_laws(law, work, row, laws)
     tl.store(statuses + row, status)
 
 
 @triton.jit
 def write(law, work, results):
-    """Grid: rows, tiles."""
+    """Grid: rows, narrow tiles."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, t = row // law.rows, row % law.rows
-    offsets, mask = tile_tokens(law, tile)
+    offsets, mask = tile_tokens(law, tile, law.narrow)
     found = log_probs(law, load_laws(law, work, row), b, t, offsets, mask)
     tl.store(results + row * law.vocab_size + offsets, found.to(tl.float32), mask=mask)
 
@@ -47,6 +47,6 @@ def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     if batch > 0 and made.rows > 0:
         sweep(made, None, work, batch)
         totals[(batch * made.rows,)](made, work, statuses, num_warps=4)
-        grid = (batch * made.rows, made.sub_tiles // made.width.value)
-        write[grid](made, work, results, num_warps=WARPS)
+        grid = (batch * made.rows, made.sub_tiles // made.narrow.value)
+        write[grid](made, work, results, num_warps=NARROW_WARPS)
     return results, statuses

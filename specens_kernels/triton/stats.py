@@ -39,12 +39,13 @@ from .laws import (
 )
 
 WARPS = 16
+NARROW_WARPS = 8
 
 
 @triton.jit
-def tile_tokens(law, tile):
-    """(width, 1024) tokens of a tile, and which of them exist."""
-    sub_tile = tile * law.width + tl.arange(0, law.width)
+def tile_tokens(law, tile, WIDTH: tl.constexpr):
+    """(WIDTH, 1024) tokens of a group of sub-tiles, and which of them exist."""
+    sub_tile = tile * WIDTH + tl.arange(0, WIDTH)
     offsets = sub_tile[:, None] * SUB_TILE + tl.arange(0, SUB_TILE)[None, :]
     return offsets, offsets < law.vocab_size
 
@@ -57,7 +58,8 @@ def _store_peaks(law, work, row, tile, source, values, inverse, hard, cutoff):
     kept = (values > -float("inf")) & (values.to(tl.float32) >= cutoff)
     kept = kept & ((values == top) | (hard == 0))
     sums = tl.sum(tl.where(kept, masses, 0.0), 1)
-    at = source_at(law, row, source) + tile * law.width + tl.arange(0, law.width)
+    sub_tile = tile * values.shape[0] + tl.arange(0, values.shape[0])
+    at = source_at(law, row, source) + sub_tile
     tl.store(work.tops + at, tops.to(tl.float64))
     tl.store(work.sums + at, sums)
 
@@ -88,7 +90,7 @@ def _own_peaks(law, proposal, work, row, b, tile, source, proposer, raw):
 def _separate_peaks(law, proposal, work, row, b, t, tile, proposer):
     """Of separate draft logits, for the rows that have some."""
     if proposer == law.members:
-        offsets, mask = tile_tokens(law, tile)
+        offsets, mask = tile_tokens(law, tile, law.width)
         pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
         raw = load_raw(pointer, offsets, mask)
         _own_peaks(law, proposal, work, row, b, tile, law.members, proposer, raw)
@@ -100,7 +102,7 @@ def _member_peaks(law, proposal, work, row, b, t, tile, proposer, greedy, k: tl.
     if proposal is not None:
         drafts = proposer == k
     if (weight_of(law, b, t, k) != 0) | drafts:
-        offsets, mask = tile_tokens(law, tile)
+        offsets, mask = tile_tokens(law, tile, law.width)
         raw = load_raw(member_row(law, b, t, k), offsets, mask)
         values = clean(raw)
         temperature, hard = member_temperature(law, b, k, greedy)
@@ -135,7 +137,7 @@ def mixture_stats(law, proposal, work):
 
 @triton.jit
 def _product_peaks(law, proposal, work, row, b, t, tile, proposer, greedy):
-    offsets, mask = tile_tokens(law, tile)
+    offsets, mask = tile_tokens(law, tile, law.width)
     folded = tl.zeros(offsets.shape, tl.float64)
     vetoed = mask == 0
     nan = no()
@@ -196,7 +198,7 @@ def product_stats(law, proposal, work):
 
 @triton.jit
 def warped_stats(law, work):
-    """The mixture as a whole, in rows whose temperature or filters change it. Grid: rows, tiles."""
+    """The mixture as a whole, in rows that warping changes. Grid: rows, narrow tiles."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, t = row // law.rows, row % law.rows
     greedy = is_greedy(law, b)
@@ -204,7 +206,7 @@ def warped_stats(law, work):
         laws, _empty, _status = member_laws(law, work, row, b, t, greedy)
         zero = tl.full((), 0.0, tl.float64)
         laws = with_source(laws, zero, zero, zero, zero)
-        offsets, mask = tile_tokens(law, tile)
+        offsets, mask = tile_tokens(law, tile, law.narrow)
         values, _drafted = scores(law, None, laws, b, t, -1, offsets, mask, tl.float64)
         temperature, _hard = own_temperature(law, b, 0, greedy)
         cutoff = stored_cutoff(law, work, row, law.members + 1)

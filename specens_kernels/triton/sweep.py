@@ -31,4 +31,5 @@ def sweep(law: Law, proposal: Proposal | None, work: Workspace, batch: int) -> N
     if law.kind.value == "warped":
         if filtered:
             cutoffs.target_cutoffs[(rows,)](law, work, num_warps=cutoffs.WARPS)
-        stats.warped_stats[(rows, tiles)](law, work, num_warps=stats.WARPS)
+        narrow = law.sub_tiles // law.narrow.value
+        stats.warped_stats[(rows, narrow)](law, work, num_warps=stats.NARROW_WARPS)

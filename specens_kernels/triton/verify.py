@@ -43,11 +43,12 @@ from .laws import (
     weight_of,
     yes,
 )
-from .stats import WARPS as STATS_WARPS
-from .stats import tile_tokens
+from .stats import NARROW_WARPS, tile_tokens
 from .sweep import sweep
 
-WARPS = 4
+# Chosen so that nothing spills; benchmarks/gpu_report.py shows it.
+DECIDE_WARPS = 16
+EMIT_WARPS = 4
 INVALID_DRAFT = tl.constexpr(8)
 EMPTY_RESIDUAL = tl.constexpr(16)
 PADDING = tl.constexpr(-1)
@@ -100,7 +101,7 @@ def _draft_token(proposal, b, t):
 @triton.jit
 def _known_proposer(law, proposal, b, t):
     if proposal.proposers is None:
-        return t >= 0
+        return yes()
     else:
         at = proposal.proposers + b * proposal.proposers_batch + t * proposal.proposers_node
         proposer = tl.load(at, mask=t < proposal.nodes, other=0)
@@ -129,7 +130,7 @@ def decide(law, proposal, work, verdict):
     laws, empty, _lse, status, draft_status = measure(
         law, proposal, work, row, b, t, proposer, greedy
     )
-    store_laws(law, work, row, laws, law.members + (1 if law.kind == "mixture" else 2))
+    store_laws(law, work, row, laws)
     token = _draft_token(proposal, b, t)
     child = (t < proposal.nodes) & (token != PADDING)
     valid = child & (token >= 0) & (token < law.vocab_size)
@@ -175,7 +176,7 @@ def _left(verdict, target, draft):
 
 @triton.jit
 def residual(law, proposal, work, verdict):
-    """Grid: sequences, tiles."""
+    """Grid: sequences, narrow tiles."""
     b, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     stop, outcome = _stop(law, verdict, b)
     if outcome == DENSE:
@@ -183,10 +184,10 @@ def residual(law, proposal, work, verdict):
         row = b * law.rows + stop
         proposer = proposer_of(law, proposal, b, stop, greedy)
         laws = load_laws(law, work, row)
-        offsets, mask = tile_tokens(law, tile)
+        offsets, mask = tile_tokens(law, tile, law.narrow)
         target, draft = look(law, proposal, laws, b, stop, proposer, offsets, mask, tl.float32)
         masses = tl.sum(_left(verdict, target, draft), 1).to(tl.float64)
-        at = b * law.sub_tiles + tile * law.width + tl.arange(0, law.width)
+        at = b * law.sub_tiles + tile * law.narrow + tl.arange(0, law.narrow)
         tl.store(verdict.residuals + at, masses)
 
 
@@ -197,7 +198,7 @@ def residual(law, proposal, work, verdict):
 def _rescaled(law, laws, source: tl.constexpr, factor):
     """`laws` with the scale of one source multiplied."""
     scales = ()
-    for k in tl.static_range(law.members + (1 if law.kind == "mixture" else 2)):
+    for k in tl.static_range(law.sources):
         if k == source:
             scales = scales + (laws[2][k] * factor,)
         else:
@@ -249,7 +250,7 @@ def _measure_again(law, proposal, work, verdict, row, b, t, proposer):
         target, draft = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
         left = tl.sum(_left(verdict, target, draft), 0)
         tl.store(verdict.residuals + b * law.sub_tiles + sub_tile, left)
-    store_laws(law, work, row, laws, law.members + (1 if law.kind == "mixture" else 2))
+    store_laws(law, work, row, laws)
 
 
 # --- the token after the accepted ones ------------------------------------------------------------
@@ -380,12 +381,12 @@ def verify(
     verdict = _verdict(made, numbers, batch, nodes, acceptance, lenience, bonus)
     if batch > 0 and made.rows > 0:
         sweep(made, proposal, work, batch)
-        decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=WARPS)
+        decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=DECIDE_WARPS)
         if _is_dense(proposal) and not greedy:
-            tiles = made.sub_tiles // made.width.value
-            residual[(batch, tiles)](made, proposal, work, verdict, num_warps=STATS_WARPS)
+            tiles = made.sub_tiles // made.narrow.value
+            residual[(batch, tiles)](made, proposal, work, verdict, num_warps=NARROW_WARPS)
     if batch > 0:
-        emit[(batch,)](made, proposal, work, verdict, num_warps=WARPS)
+        emit[(batch,)](made, proposal, work, verdict, num_warps=EMIT_WARPS)
     return verdict.tokens, verdict.log_probs, verdict.num_accepted, verdict.path, verdict.status
 
 

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report on GPU kernels: its arithmetic, its gate, and that every kernel compiles."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from gpu_report import BUDGET, Row, excesses, occupancy  # noqa: E402
+
+ROW = Row("stats", "sm_90", 56, 128, 0, 0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [
+        (32, 0, 8, 1.0),
+        (64, 0, 8, 0.5),
+        (65, 0, 8, 0.375),  # 72 registers a thread, 28 warps that are 3 blocks
+        (255, 0, 4, 0.125),
+        (32, 100 * 1024, 8, 0.25),
+        (16, 0, 1, 0.5),  # 32 blocks at most
+    ],
+)
+def test_occupancy_is_that_of_the_calculator(
+    registers: int, shared: int, warps: int, expected: float
+) -> None:
+    assert occupancy("sm_90", registers, shared, warps) == expected
+
+
+def test_a_row_within_its_budget_passes() -> None:
+    assert list(excesses(ROW, asdict(ROW))) == []
+    assert list(excesses(replace(ROW, registers=40), asdict(ROW))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spills": 1}, "spills: expected 0, got 1"),
+        ({"registers": 57}, "registers: expected <= 56, got 57"),
+        ({"shared": 256}, "shared: expected <= 128, got 256"),
+        ({"wide_loads": 0}, "expected 128-bit loads, got none"),
+    ],
+)
+def test_a_row_beyond_its_budget_fails(change: dict[str, int], message: str) -> None:
+    found = list(excesses(replace(ROW, **change), asdict(ROW)))
+    assert found == [f"stats on sm_90: {message}"]
+
+
+def test_a_kernel_without_a_budget_fails() -> None:
+    assert list(excesses(ROW, None)) == [
+        "stats on sm_90: expected an entry in gpu_budget.json, got none"
+    ]
+
+
+def test_no_kernel_of_the_budget_spills() -> None:
+    rows = json.loads(BUDGET.read_text()).values()
+    assert [row["kernel"] for row in rows if row["spills"]] == []
+
+
+COMPILE = """
+import gpu_report
+for launch in gpu_report.launches():
+    if "mixture M=1" in launch.name:
+        compiled = gpu_report.compile_launch(launch, gpu_report.GPUTarget("cuda", 80, 32))
+        assert gpu_report.nvidia_row(launch.name, "sm_80", compiled, launch.warps).spills == 0
+        compiled = gpu_report.compile_launch(launch, gpu_report.GPUTarget("hip", "gfx942", 64))
+        assert gpu_report.amd_row(launch.name, "gfx942", compiled).spills == 0
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_both_makers() -> None:
+    path = os.pathsep.join([str(BENCHMARKS), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
