@@ -158,7 +158,7 @@ def call(seed: int, sizes: tuple[int, ...]) -> Call:
     return Call(op, arguments, options, name)
 
 
-def check(one: Call, backend: str) -> None:
+def check(backend: str, one: Call) -> None:
     """The backend's results are the reference's."""
     expected, found = one.run("reference"), one.run(backend)
     for i, (right, ours) in enumerate(zip(expected, found, strict=True)):

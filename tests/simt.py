@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the CUDA kernels for the CPU, with CMake, and calls the ops on them."""
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,14 @@ def what_is_missing() -> str:
 
 @cache
 def build() -> Any:
-    """The module `specens_simt`."""
+    """The module `specens_simt`; one process builds at a time."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build()
+
+
+def _build() -> Any:
     import cmake
     import ninja
     import pybind11
