@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cutoffs, where there are filters or plausibility: a block for each row and field finds the least
 // value that survives. Numbers are compared through integers of the same order, and a search fixes
-// four bits of the answer in each sweep. To add a filter: its step in `cutoff`,
-// its tensor in Ensemble and in `filters_at`.
+// four bits of the answer in each sweep. To add a filter: its step in `cutoff`, its tensor in
+// Ensemble and in `filters_at`.
 #include "stats.cuh"
 
 namespace specens {
