@@ -6,16 +6,25 @@ are device functions of the same names in `rules.py`. To add an op: its file her
 and the function that launches them; what two ops share is in `laws.py` and `stats.py`.
 """
 
-try:
-    from .mix import mix
-    from .sample import sample
-    from .uniforms import uniforms
-    from .verify import verify
-except ImportError as error:
-    AVAILABLE = False
-    REASON = f"Triton cannot be imported ({error})"
-else:
-    AVAILABLE = True
-    REASON = ""
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
-__all__ = ["AVAILABLE", "REASON", "mix", "sample", "uniforms", "verify"]
+from specens_kernels.native import Unsupported
+
+AVAILABLE = find_spec("triton") is not None
+REASON = "" if AVAILABLE else "Triton is not installed"
+_OPS = ("mix", "sample", "uniforms", "verify")
+
+
+def __getattr__(name: str) -> Any:
+    """An op; Triton, which takes a while, is imported when the first one is asked for."""
+    if name not in _OPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        files = [import_module(f"{__name__}.{each}") for each in _OPS]
+    except ImportError as error:
+        raise Unsupported(f"Triton cannot be imported ({error})") from error
+    # Importing a file has put it here under its name, which is the op's.
+    globals().update({each: getattr(file, each) for each, file in zip(_OPS, files, strict=True)})
+    return globals()[name]
