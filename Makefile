@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 SANITIZE := build/sanitize
+# Processes that run tests side by side.
+WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-native lint format bench lines
+.PHONY: help dev demo test test-fast test-native gpu-report lint format bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -28,10 +30,10 @@ demo: dev  ## Decode with the shipped models
 	$(BIN)/specens demo
 
 test: dev test-native  ## Run every test this machine can run
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-fast: dev  ## Run the tests that take less than a second
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	@if [ "$(SPECENS_NATIVE)" != 1 ] && ! command -v $(CXX) >/dev/null; then \
@@ -46,6 +48,9 @@ test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	$(BIN)/cmake --build $(SANITIZE)/thread --target test_cuda; \
 	$(BIN)/ctest --test-dir $(SANITIZE)/thread -R cuda --output-on-failure
 
+gpu-report: dev  ## Compile the GPU kernels: registers, spills, occupancy, against their budget
+	$(BIN)/python benchmarks/gpu_report.py --check
+
 lint: dev  ## Check style and types; change nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -57,10 +62,11 @@ format: dev  ## Rewrite the sources in the house style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: dev  ## Run the three benchmarks
+bench: dev  ## Run the benchmarks
 	$(BIN)/python benchmarks/bench_verify.py
 	$(BIN)/python benchmarks/bench_loop.py
 	$(BIN)/python benchmarks/bench_generate.py
+	$(BIN)/python benchmarks/bench_traffic.py
 
 lines:  ## Count the lines of each part
 	@for part in specens_kernels python csrc tests benchmarks; do \

@@ -6,14 +6,16 @@
     python benchmarks/gpu_report.py --write    # and make that the budget
 
 Every launch of `verify` in a few representative calls is recorded on tensors without data, and its
-kernel compiled for each target by the compilers that Triton brings: ptxas for NVIDIA's, LLVM for
-AMD's. To add kernels: a function that yields `Row`s, named in `SOURCES`.
+Triton kernel compiled for each target by the compilers that Triton brings: ptxas for NVIDIA's, LLVM
+for AMD's. The CUDA kernels are compiled by nvcc, where there is one; the emulator says how large
+their blocks are. To add kernels: a function that yields `Row`s, named in `SOURCES`.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,9 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the emulator
+
+import simt
 import torch
 import triton
 import triton.language as tl
@@ -34,9 +39,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specens_kernels import Law
-from specens_kernels import triton as backend
+from specens_kernels import Law, backend, mix, sample, uniforms, verify
+from specens_kernels import triton as kernels
 
+ROOT = Path(__file__).parents[1]
 BUDGET = Path(__file__).with_name("gpu_budget.json")
 VOCAB_SIZE, NODES = 128_256, 4
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -46,9 +52,9 @@ BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 class Row:
     """One kernel on one target.
 
-    spills: instructions that touch local memory; on AMD, vector registers kept there. occupancy: of
-        a multiprocessor's warps; None where it is not known. wide_loads: of 128 bits from global
-        memory.
+    spills: instructions that touch local memory; on AMD, vector registers kept there; of nvcc's
+        kernels, bytes. occupancy: of a multiprocessor's warps; None where it is not known.
+        wide_loads: of 128 bits from global memory.
     """
 
     kernel: str
@@ -82,7 +88,7 @@ RESERVED_SHARED = 1024  # by the driver, for each block
 
 def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
     """Resident warps over the most there can be: the formula of cuda_occupancy.h."""
-    limits = MULTIPROCESSORS[target]
+    limits = MULTIPROCESSORS[target.rstrip("a")]
     by_warp = -(-registers * 32 // 256) * 256
     # Registers are given to warps in each of four partitions.
     resident = REGISTERS // 4 // by_warp * 4
@@ -139,7 +145,7 @@ def verifies(logits: list[torch.Tensor], law: Any) -> None:
     """One `verify`, whose drafts are the last member's."""
     tokens = torch.empty(1, NODES, dtype=torch.int64, device="meta")
     numbers = torch.empty(1, NODES + 1, 4, device="meta")
-    backend.verify(
+    kernels.verify(
         logits, tokens, numbers, None, torch.empty_like(tokens), None, None, law, "rejection", 1.0,
         True,
     )  # fmt: skip
@@ -147,10 +153,10 @@ def verifies(logits: list[torch.Tensor], law: Any) -> None:
 
 def the_other_ops() -> None:
     logits, law = made("mixture", 2)
-    backend.mix(logits, law)
-    backend.sample(logits, torch.empty(1, NODES + 1, 4, device="meta"), law, -1)
+    kernels.mix(logits, law)
+    kernels.sample(logits, torch.empty(1, NODES + 1, 4, device="meta"), law, -1)
     words = torch.empty(1, NODES, dtype=torch.int64, device="meta")
-    backend.uniforms(words[:, 0], words, 0, 0)
+    kernels.uniforms(words[:, 0], words, 0, 0)
 
 
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -255,7 +261,77 @@ def triton_rows() -> Iterator[Row]:
         yield amd_row(launch.name, "gfx942", compiled)
 
 
-SOURCES = (triton_rows,)
+# --- CUDA -----------------------------------------------------------------------------------------
+
+FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "--Werror=all-warnings", "-Xptxas", "-v")
+_KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+_ENTRY = re.compile(r"\.entry (\w+)\((.*?)\n}", re.DOTALL)
+_WIDE_LOAD = re.compile(r"\bld\.global(?:\.[\w:]+)*?\.v4\.[bfsu]32\b")
+
+
+def cuda_rows() -> Iterator[Row]:
+    """Every kernel of csrc/cuda on every target."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None or simt.what_is_missing():
+        print(f"no CUDA kernels in this report: {simt.what_is_missing() or 'no nvcc'}")
+        return
+    blocks = block_sizes()
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        for target in ("sm_80", "sm_90a", "sm_100a"):
+            yield from compiled_rows(source, target, nvcc, blocks)
+
+
+def block_sizes() -> dict[str, tuple[int, int]]:
+    """Kernel -> threads of a block and bytes of its shared memory."""
+    logits = [torch.randn(1, 3, 50) for _ in range(2)]
+    numbers, words = torch.rand(1, 3, 4), torch.zeros(1, 2, dtype=torch.int64)
+    law = Law((0.5, 0.5), scope="ensemble", temperature=0.7, top_k=5)
+    with simt.emulated() as module, backend("cuda"):
+        mix(logits, law)
+        sample(logits, numbers, law)
+        verify(logits, words, numbers, law, proposers=words)
+        uniforms(words[:, 0], words, 0)
+        found: dict[str, tuple[int, int]] = module.blocks()
+    return found
+
+
+def kernel_name(symbol: str) -> str:
+    """The kernel's name in a mangled symbol, with the number of its variant if it is a template."""
+    found = re.search(r"\d([a-z]+(?:_[a-z]+)+|thresholds)(?:ILNS\w*?E(\d)E)?E", symbol)
+    if found is None:
+        return symbol
+    return found[1] + (f"<{found[2]}>" if found[2] else "")
+
+
+def compiled_rows(
+    source: Path, target: str, nvcc: str, blocks: dict[str, tuple[int, int]]
+) -> Iterator[Row]:
+    """One row for each kernel of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *FLAGS, f"-arch={target}", "-cubin", "--keep", "--keep-dir", folder]
+        command += [str(source), "-o", str(Path(folder, "kernels.cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"{source.name} for {target}:\n{done.stderr}")
+        code = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
+    bodies = dict(_ENTRY.findall(code))
+    symbol, spills = "", 0
+    for line in done.stderr.splitlines():
+        if found := _KERNEL.search(line):
+            symbol = found[1]
+        elif found := _SPILLS.search(line):
+            spills = sum(map(int, found.groups()))
+        elif found := _USED.search(line):
+            name, registers = kernel_name(symbol), int(found[1])
+            threads, shared = blocks[name.split("<")[0]]
+            share = occupancy(target, registers, shared, threads // 32)
+            wide = len(_WIDE_LOAD.findall(bodies[symbol]))
+            yield Row(f"cuda {name}", target, registers, shared, spills, share, wide)
+
+
+SOURCES = (triton_rows, cuda_rows)
 
 
 # --- the program ----------------------------------------------------------------------------------
@@ -287,7 +363,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Registers, spills and load width of kernels.")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()

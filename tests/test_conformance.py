@@ -48,6 +48,13 @@ def test_random_calls(backend: str, sizes: tuple[int, ...], seeds: list[int]) ->
         check(backend, call(seed, sizes))
 
 
+@EVERY
+def test_calls_that_some_backend_once_got_wrong(backend: str) -> None:
+    """Values that single precision cannot tell apart, next to a threshold or a residual."""
+    for seed in (25, 2087, 2826, 3095, 3221, 3662, 5277):
+        check(backend, call(seed, SMALL))
+
+
 # --- searches ---
 
 

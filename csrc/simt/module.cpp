@@ -22,6 +22,14 @@ PYBIND11_MODULE(specens_simt, module) {
     }
     return table;
   });
+  // {kernel: (threads, bytes of shared memory)} of a block.
+  module.def("blocks", [] {
+    py::dict table;
+    for (const auto& [name, seen] : simt::traffic()) {
+      table[py::str(name)] = py::make_tuple(seen.threads, seen.shared);
+    }
+    return table;
+  });
   module.def("reset_traffic", [] {
     simt::current_traffic = nullptr;
     simt::traffic().clear();

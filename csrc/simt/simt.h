@@ -123,6 +123,8 @@ struct Place {
 
 struct Traffic {
   std::atomic<int64_t> launches{0}, loaded{0}, stored{0};
+  int threads = 0;    // of a block of the last launch
+  size_t shared = 0;  // bytes of its shared memory
 };
 
 inline std::map<std::string, Traffic>& traffic() {
@@ -535,6 +537,8 @@ void launch(const char* name, const Grid& grid, const Body& body) {
   current_traffic =
       &traffic()[std::string(name, std::strcspn(name, "<"))];  // no template arguments
   current_traffic->launches.fetch_add(1, std::memory_order_relaxed);
+  current_traffic->threads = threads;
+  current_traffic->shared = grid.shared;
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), size_t{0});
   if (const uint64_t seed = environment("SIMT_SEED", 0)) {

@@ -40,7 +40,7 @@ def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
 class Plan:
     """Where the tokens of one forward go, shared by all layers and set before each forward.
 
-    `start` is the common first slot, or None for a ragged forward, whose slots are `positions`.
+    `start` is the common first slot, or None for a ragged forward, whose slots are `slots`.
     Rows are a range `first_row`, `num_rows` of the storage, or any list, `rows`.
     """
 

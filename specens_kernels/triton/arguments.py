@@ -94,7 +94,8 @@ class Workspace(NamedTuple):
     tops, sums: (rows, S, sub-tiles) largest value, and mass relative to it.
     flags: (rows, S, tiles) status bits.
     maxima: (rows, M, sub-tiles) of each member of a product.
-    cutoffs: (rows, M + 3) least value that survives, of each source; last, the least plausible one.
+    cutoffs: (rows, M + 3) float64. Least value that survives, of each source; last, the least
+        plausible one.
     records: (rows, S, 4) float64. Top, inverse temperature, scale and cutoff of each source; of a
         member of a product, its coefficient is the scale.
     """
@@ -195,7 +196,7 @@ def workspace(law: Law, batch: int) -> Workspace:
         sums=empty(rows, sources, law.sub_tiles),
         flags=empty(rows, sources, tiles, dtype=torch.int32),
         maxima=empty(rows, members, law.sub_tiles) if pinned else None,
-        cutoffs=empty(rows, members + 3) if cut else None,
+        cutoffs=empty(rows, members + 3, dtype=torch.float64) if cut else None,
         records=empty(rows, sources, 4, dtype=torch.float64),
     )
 

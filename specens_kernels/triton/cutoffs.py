@@ -30,20 +30,40 @@ BLOCK = tl.constexpr(2048)
 
 @triton.jit
 def _order(value):
-    """An integer that is ordered as the float32 is."""
-    bits = value.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """An integer that is ordered as the number is."""
+    if value.dtype == tl.float64:
+        bits = value.to(tl.int64, bitcast=True)
+        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _value(order):
-    bits = order ^ ((order >> 31) & 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
+    if order.dtype == tl.int64:
+        bits = order ^ ((order >> 63) & 0x7FFFFFFFFFFFFFFF)
+        return bits.to(tl.float64, bitcast=True)
+    else:
+        bits = order ^ ((order >> 31) & 0x7FFFFFFF)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _nothing(law, FIELD: tl.constexpr):
+    """-inf, in the precision of a field's values."""
+    if FIELD > law.members:
+        return tl.full((), -float("inf"), tl.float64)
+    else:
+        return tl.full((), -float("inf"), tl.float32)
 
 
 @triton.jit
 def _values(law, proposal, laws, b, t, proposer, start, FIELD: tl.constexpr):
-    """float32 values of a block of a field: a member, the proposal (M) or the target (M + 1)."""
+    """Values of a block of a field: a member, the proposal (M) or the target (M + 1).
+
+    A target's are folded, of double precision: two of them may round to one float32.
+    """
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < law.vocab_size
     if FIELD < law.members:
@@ -59,13 +79,13 @@ def _values(law, proposal, laws, b, t, proposer, start, FIELD: tl.constexpr):
                     values = clean(load_raw(member_row(law, b, t, k), offsets, mask))
     else:
         found, _drafted = scores(law, None, laws, b, t, -1, offsets, mask, tl.float64)
-        values = tl.where(mask, found.to(tl.float32), -float("inf"))
+        values = tl.where(mask, found, -float("inf"))
     return values
 
 
 @triton.jit
 def _top(law, proposal, laws, b, t, proposer, FIELD: tl.constexpr):
-    top = tl.full((), -float("inf"), tl.float32)
+    top = _nothing(law, FIELD)
     for start in range(0, law.vocab_size, BLOCK):
         values = _values(law, proposal, laws, b, t, proposer, start, FIELD)
         top = tl.maximum(top, tl.max(values, 0))
@@ -80,8 +100,8 @@ def _split(
     """Of the values that reach the floor: how many lie above an edge, or their mass; the least of
     them; and the largest that does not lie above it."""
     weight = tl.full((), 0.0, tl.float64)
-    above = tl.full((), float("inf"), tl.float32)
-    below = tl.full((), -float("inf"), tl.float32)
+    above = -_nothing(law, FIELD)
+    below = _nothing(law, FIELD)
     for start in range(0, law.vocab_size, BLOCK):
         values = _values(law, proposal, laws, b, t, proposer, start, FIELD)
         reaches = (values >= floor) & (values > -float("inf"))
@@ -110,7 +130,8 @@ def _least(
     high = top
     step = tl.full((), 0, tl.int32)
     while low < high:
-        middle = ((_order(low).to(tl.int64) + _order(high).to(tl.int64)) >> 1).to(tl.int32)
+        first, last = _order(low), _order(high)
+        middle = (first >> 1) + (last >> 1) + (first & last & 1)
         edge = tl.where((step & 1) == 0, _value(middle), low * 0.5 + high * 0.5)
         edge = tl.where((edge >= low) & (edge < high), edge, low)
         weight, above, below = _split(
@@ -132,7 +153,7 @@ def _round_up(value):
 @triton.jit
 def _cutoff(law, proposal, laws, b, t, proposer, top, temperature, FIELD: tl.constexpr):
     """Of a row whose top is finite."""
-    lowest = tl.full((), -float("inf"), tl.float32)
+    lowest = _nothing(law, FIELD)
     inverse = 1.0 / temperature.to(tl.float64)
     if law.top_k is not None:
         k = tl.load(law.top_k + b * law.top_k_batch)
@@ -144,7 +165,7 @@ def _cutoff(law, proposal, laws, b, t, proposer, top, temperature, FIELD: tl.con
     if law.top_p is not None:
         p = tl.load(law.top_p + b * law.top_p_batch).to(tl.float64)
         if p < 1:
-            edge = tl.full((), -float("inf"), tl.float32)
+            edge = _nothing(law, FIELD)
             mass, _above, _below = _split(
                 law, proposal, laws, b, t, proposer, edge, lowest, top, inverse, FIELD, True
             )
@@ -155,7 +176,9 @@ def _cutoff(law, proposal, laws, b, t, proposer, top, temperature, FIELD: tl.con
         p = tl.load(law.min_p + b * law.min_p_batch).to(tl.float64)
         if p > 0:
             least = top.to(tl.float64) + temperature.to(tl.float64) * tl.log(tl.minimum(p, 1.0))
-            lowest = tl.maximum(lowest, _round_up(least))
+            if FIELD <= law.members:
+                least = _round_up(least)
+            lowest = tl.maximum(lowest, least)
     return lowest
 
 
@@ -164,7 +187,7 @@ def _find(
     law, proposal, laws, work, row, b, t, proposer, temperature, hard, greedy, FIELD: tl.constexpr
 ):  # fmt: skip
     top = _top(law, proposal, laws, b, t, proposer, FIELD)
-    found = tl.full((), -float("inf"), tl.float32)
+    found = _nothing(law, FIELD)
     if law.filtered:
         finite = (top > -float("inf")) & (top < float("inf"))
         if finite & (hard == 0) & (greedy == 0):

@@ -109,16 +109,27 @@ def proposer_of(law, proposal, b, t, greedy):
 
 @triton.jit
 def stored_cutoff(law, work, row, source):
+    """Of a member or the proposal, whose values are float32."""
     if law.filtered:
-        return tl.load(work.cutoffs + row * (law.members + 3) + source)
+        return tl.load(work.cutoffs + row * (law.members + 3) + source).to(tl.float32)
     else:
         return tl.full((), -float("inf"), tl.float32)
 
 
 @triton.jit
+def target_cutoff(law, work, row):
+    """Of what is warped as a whole, whose values are float64."""
+    if law.filtered:
+        return tl.load(work.cutoffs + row * (law.members + 3) + law.members + 1)
+    else:
+        return tl.full((), -float("inf"), tl.float64)
+
+
+@triton.jit
 def least_plausible(law, work, row):
     if law.plausible:
-        return tl.load(work.cutoffs + row * (law.members + 3) + law.members + 2)
+        at = work.cutoffs + row * (law.members + 3) + law.members + 2
+        return tl.load(at).to(tl.float32)
     else:
         return tl.full((), -float("inf"), tl.float32)
 
@@ -167,14 +178,14 @@ def mass_below(value, top, inverse, DTYPE: tl.constexpr):
 
 @triton.jit
 def mass_of(value, laws, source: tl.constexpr, DTYPE: tl.constexpr):
-    kept = (value > -float("inf")) & (value.to(tl.float32) >= laws[3][source])
+    kept = (value > -float("inf")) & (value.to(laws[3][source].dtype) >= laws[3][source])
     mass = mass_below(value, laws[0][source], laws[1][source], DTYPE)
     return tl.where(kept, laws[2][source].to(DTYPE) * mass, 0.0)
 
 
 @triton.jit
 def log_mass_of(value, laws, source: tl.constexpr):
-    kept = (value > -float("inf")) & (value.to(tl.float32) >= laws[3][source])
+    kept = (value > -float("inf")) & (value.to(laws[3][source].dtype) >= laws[3][source])
     below = tl.where(value == laws[0][source], 0.0, value.to(tl.float64) - laws[0][source])
     return tl.where(kept, below * laws[1][source] + tl.log(laws[2][source]), -float("inf"))
 
@@ -444,9 +455,9 @@ def measure(law, proposal, work, row, b, t, proposer, greedy):
         top, mass = _measure(law, work, row, source, inverse, no(), alive)
         top = tl.where(bare, 0.0, top)
         mass = tl.where(bare, 1.0, mass)
-        cutoff = tl.full((), -float("inf"), tl.float32)
+        cutoff = tl.full((), -float("inf"), tl.float64)
         if not law.by_member:
-            cutoff = stored_cutoff(law, work, row, source)
+            cutoff = target_cutoff(law, work, row)
         empty = empty | (mass <= 0)
         laws = with_source(laws, top, inverse, tl.where(empty, 0.0, reciprocal(mass)), cutoff)
         lse = tl.where(empty, -float("inf"), top * inverse + tl.log(tl.where(empty, 1.0, mass)))
@@ -485,7 +496,9 @@ def _weighed(law, work, row, laws, source: tl.constexpr, alive, WHOLE: tl.conste
     if not WHOLE:
         sums = tl.where(tops > -float("inf"), 1.0, 0.0).to(tl.float64)
     masses = sums * mass_below(tops, laws[0][source], laws[1][source], tl.float64)
-    return tl.where(tops.to(tl.float32) >= laws[3][source], laws[2][source] * masses, 0.0)
+    return tl.where(
+        tops.to(laws[3][source].dtype) >= laws[3][source], laws[2][source] * masses, 0.0
+    )
 
 
 @triton.jit

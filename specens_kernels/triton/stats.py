@@ -33,6 +33,7 @@ from .laws import (
     scores,
     source_at,
     stored_cutoff,
+    target_cutoff,
     weight_of,
     with_source,
     yes,
@@ -55,7 +56,7 @@ def _store_peaks(law, work, row, tile, source, values, inverse, hard, cutoff):
     tops = tl.max(values, 1)
     top = tops[:, None]
     masses = mass_below(values, top.to(tl.float64), inverse, tl.float32)
-    kept = (values > -float("inf")) & (values.to(tl.float32) >= cutoff)
+    kept = (values > -float("inf")) & (values.to(cutoff.dtype) >= cutoff)
     kept = kept & ((values == top) | (hard == 0))
     sums = tl.sum(tl.where(kept, masses, 0.0), 1)
     sub_tile = tile * values.shape[0] + tl.arange(0, values.shape[0])
@@ -170,11 +171,11 @@ def _product_peaks(law, proposal, work, row, b, t, tile, proposer, greedy):
                 _own_peaks(law, proposal, work, row, b, tile, law.members, proposer, raw)
     values = folded_value(folded, vetoed)
     inverse = tl.full((), 1.0, tl.float32)
-    cutoff = tl.full((), -float("inf"), tl.float32)
+    cutoff = tl.full((), -float("inf"), tl.float64)
     if not law.by_member:
         temperature, _hard = own_temperature(law, b, 0, greedy)
         inverse = 1.0 / temperature
-        cutoff = stored_cutoff(law, work, row, law.members + 1)
+        cutoff = target_cutoff(law, work, row)
     _store_peaks(law, work, row, tile, law.members + 1, values, inverse, no(), cutoff)
     _store_flags(law, work, row, tile, law.members + 1, nan, infinite)
 
@@ -209,5 +210,5 @@ def warped_stats(law, work):
         offsets, mask = tile_tokens(law, tile, law.narrow)
         values, _drafted = scores(law, None, laws, b, t, -1, offsets, mask, tl.float64)
         temperature, _hard = own_temperature(law, b, 0, greedy)
-        cutoff = stored_cutoff(law, work, row, law.members + 1)
+        cutoff = target_cutoff(law, work, row)
         _store_peaks(law, work, row, tile, law.members + 1, values, 1.0 / temperature, no(), cutoff)

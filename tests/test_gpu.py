@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a card can show: the kernels on it, CUDA graphs, streams, no wait for the device.
+
+Everything here needs a CUDA device. What can be shown without one is in test_conformance.py, where
+the same kernels run in Triton's interpreter and in the emulator.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import REAL, SMALL, TILES, Call, call
+from torch import Tensor
+
+import specens_kernels
+from specens_kernels import Law, Stream, cuda, sample, uniforms, verify
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True),
+]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend of the card; the emulator's stand-in plays no part here."""
+    if request.param == "cuda" and not cuda.AVAILABLE:
+        pytest.skip(f"cuda: {cuda.REASON}")
+    with specens_kernels.backend(request.param):
+        yield request.param
+
+
+def on_card(value: Any) -> Any:
+    """The same, every tensor in it on the card."""
+    if isinstance(value, Tensor):
+        return value.cuda()
+    if isinstance(value, Law):
+        names = ("weights", "temperature", "top_k", "top_p", "min_p")
+        moved = {name: on_card(getattr(value, name)) for name in names}
+        rest = {name: getattr(value, name) for name in ("ensemble", "scope", "plausibility")}
+        return Law(**moved, **rest, vocab_size=value.vocab_size)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_card, value))
+    return {key: on_card(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("sizes", [SMALL, TILES, REAL], ids=str)
+@pytest.mark.parametrize("first", range(0, 300, 20))
+def test_the_reference_s_tokens(backend: str, sizes: tuple[int, ...], first: int) -> None:
+    for seed in range(first, first + 20):
+        one = call(seed, sizes)
+        there = Call(one.op, on_card(one.arguments), on_card(one.options), one.name)
+        expected, found = one.run("reference"), there.run(backend)
+        for right, ours in zip(expected, found, strict=True):
+            if not right.is_floating_point():
+                assert torch.equal(ours.cpu(), right), one.name
+
+
+class Turn:
+    """One draft and one verification over fixed memory, as a decoder would capture them."""
+
+    def __init__(self, batch: int = 3, nodes: int = 4, vocab_size: int = 50_000) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, nodes + 1, vocab_size)
+        self.logits = [
+            (3 * torch.randn(shape, generator=generator)).bfloat16().cuda() for _ in range(2)
+        ]
+        self.seeds = torch.arange(batch).cuda()
+        self.positions = torch.arange(nodes + 1)[None].cuda()
+        self.proposers = torch.zeros(1, nodes, dtype=torch.int32).cuda()
+        self.law = Law((0.5, 0.5), temperature=0.8)
+
+    def run(self) -> tuple[Tensor, ...]:
+        numbers = uniforms(self.seeds, self.positions, Stream.DRAFT)
+        drafts = sample(self.logits, numbers, self.law, member=0).tokens[:, :-1]
+        coins = uniforms(self.seeds, self.positions, Stream.VERIFY)
+        return verify(self.logits, drafts, coins, self.law, proposers=self.proposers)
+
+
+def test_a_graph_replays_with_new_numbers(backend: str) -> None:
+    turn = Turn()
+    turn.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = turn.run()
+    for position in (0, 100, 200):
+        turn.positions.copy_(torch.arange(position, position + 5)[None])
+        graph.replay()
+        replayed = [value.clone() for value in captured]
+        for one, other in zip(replayed, turn.run(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_current_stream_is_used(backend: str) -> None:
+    turn = Turn()
+    expected = turn.run()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    found = []
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            found.append(turn.run())
+    torch.cuda.synchronize()
+    for verdict in found:
+        assert all(torch.equal(one, other) for one, other in zip(verdict, expected, strict=True))
+
+
+def test_no_op_waits_for_the_device(backend: str) -> None:
+    turn = Turn()
+    turn.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        turn.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    program = (
+        "import specens_kernels, test_gpu\n"
+        f"with specens_kernels.backend({backend!r}):\n"
+        "    test_gpu.Turn(vocab_size=9001).run()\n"
+        "test_gpu.torch.cuda.synchronize()\n"
+    )
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
+    path = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout[-4000:]
