@@ -25,6 +25,7 @@ from .laws import (
 )
 
 WARPS = 16
+TARGET_WARPS = 8
 BLOCK = tl.constexpr(2048)
 
 

@@ -22,7 +22,7 @@ def sweep(law: Law, proposal: Proposal | None, work: Workspace, batch: int) -> N
     separate = int(proposal is not None and proposal.logits is not None)
     if law.kind.value == "product":
         if filtered and not by_member:
-            cutoffs.target_cutoffs[(rows,)](law, work, num_warps=cutoffs.WARPS)
+            cutoffs.target_cutoffs[(rows,)](law, work, num_warps=cutoffs.TARGET_WARPS)
         grid = (rows, tiles, 1 + separate)
         stats.product_stats[grid](law, proposal, work, num_warps=stats.WARPS)
         return
@@ -30,6 +30,6 @@ def sweep(law: Law, proposal: Proposal | None, work: Workspace, batch: int) -> N
     stats.mixture_stats[grid](law, proposal, work, num_warps=stats.WARPS)
     if law.kind.value == "warped":
         if filtered:
-            cutoffs.target_cutoffs[(rows,)](law, work, num_warps=cutoffs.WARPS)
+            cutoffs.target_cutoffs[(rows,)](law, work, num_warps=cutoffs.TARGET_WARPS)
         narrow = law.sub_tiles // law.narrow.value
         stats.warped_stats[(rows, narrow)](law, work, num_warps=stats.NARROW_WARPS)
