@@ -203,6 +203,7 @@ def test_a_changed_tensor_is_seen_whatever_its_dtype(dtype: torch.dtype) -> None
 
 def test_threads_may_share_a_new_law() -> None:
     logits = [torch.randn(1, 1, 50) for _ in range(2)]
+    expected = mix(logits, Law((0.9, 0.1), temperature=0.5))[0]
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -213,7 +214,7 @@ def test_threads_may_share_a_new_law() -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
-            mix(logits, law)
+            assert torch.equal(mix(logits, law)[0], expected)
     finally:
         sys.setswitchinterval(before)
 
