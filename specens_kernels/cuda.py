@@ -6,6 +6,7 @@ launches them on torch's current stream: no synchronisation, nothing that a CUDA
 hold once the workspace has its size. What the kernels cannot do raises `Unsupported`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
@@ -86,7 +88,8 @@ def verify(
         draft_temperature,
         law,
         acceptance,
-        lenience,
+        parameters,
+        memory,
         bonus,
     )
     _launch(module.cuda_verify, module.cuda_verify_workspace, flat, draft_tokens.device)

@@ -40,6 +40,11 @@ class Unsupported(NotImplementedError):
     """Valid arguments that no native kernel takes; the message is the reason."""
 
 
+def rules() -> list[str]:
+    """The acceptance rules that have a native kernel."""
+    return list(_RULES)
+
+
 def cpu_isa() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline"; SPECENS_CPU_ISA chooses it."""
     return str(_C.cpu_isa())
@@ -86,7 +91,8 @@ def verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
@@ -100,7 +106,8 @@ def verify(
         draft_temperature,
         law,
         acceptance,
-        lenience,
+        parameters,
+        memory,
         bonus,
     )
     flat.append(get_num_threads())
@@ -164,7 +171,8 @@ def flatten_verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Arguments and results of `verify`."""
@@ -184,7 +192,7 @@ def flatten_verify(
     num_accepted = empty(batch, dtype=int32, device=device)
     path = empty(batch, nodes, dtype=int32, device=device)
     status = empty(batch, dtype=int32, device=device)
-    flat += _RULES[acceptance], lenience, bonus, batch, nodes
+    flat += _RULES[acceptance], parameters[0] if parameters else 1.0, bonus, batch, nodes
     flat += _integers(draft_tokens)
     flat += _NO_VALUES if proposers is None else _integers(proposers)
     flat.append(numbers.data_ptr())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, mix, sample, verify
+from specens_kernels import ENSEMBLES, Acceptance, Law, mix, sample, verify
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPS = {"mix": mix, "sample": sample, "verify": verify}
@@ -134,9 +134,9 @@ def call(seed: int, sizes: tuple[int, ...]) -> Call:
     if op == "sample":
         member = dice.choice([None, None, dice.randrange(members)])
         return Call(op, (logits, dice.numbers(batch, rows, 4), law), {"member": member}, name)
+    rule, lenience = dice.choice(["greedy", "lenient", "rejection"]), dice.choice([1.0, 0.7])
     options: dict[str, Any] = {
-        "acceptance": dice.choice(sorted(ACCEPTANCE_RULES)),
-        "lenience": dice.choice([1.0, 0.7]),
+        "acceptance": Acceptance("lenient", lenience=lenience) if rule == "lenient" else rule,
         "bonus": bonus,
     }
     sources = logits[0][:, :nodes]

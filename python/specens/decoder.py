@@ -22,7 +22,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, Status
+from specens_kernels import ENSEMBLES, Acceptance, Law, Status
 
 from .members import member, unwrapped
 from .processors import Stopper, Warp, per_row, split
@@ -103,8 +103,7 @@ class SpeculativeDecoder:
         proposer: int | None = None,
         order: Sequence[int] | None = None,
         draft: Any = None,
-        acceptance: str = "rejection",
-        lenience: float = 1.0,
+        acceptance: Acceptance | str = "rejection",
         scope: str = "member",
         plausibility: float = 0.0,
         tokenizers: Sequence[Any] | None = None,
@@ -124,8 +123,8 @@ class SpeculativeDecoder:
             proposer: "speculative": the member that drafts. None is the cheapest, or `draft`.
             order: "alternating": the rotation, default proposer first. None is cheapest first.
             draft: "speculative": a causal LM outside the ensemble that drafts.
-            acceptance: an entry of `specens_kernels.ACCEPTANCE_RULES`. lenience: (0, 1], for
-                "lenient".
+            acceptance: a rule with its parameters, `specens_kernels.Acceptance`, or the name of an
+                entry of `ACCEPTANCE_RULES`.
             scope: "member" warps each member and then folds; "ensemble" folds first.
             plausibility: [0, 1]. "product": drops what the first member finds implausible.
             tokenizers: one per model (the draft's last). Needed where vocabularies are padded
@@ -146,18 +145,13 @@ class SpeculativeDecoder:
         if len(self.weights) != size:
             raise _wrong("weights", f"{size} numbers", f"{len(self.weights)}")
         _check_name("schedule", schedule, SCHEDULES)
-        _check_name("acceptance", acceptance, ACCEPTANCE_RULES)
         _check_name("ensemble", ensemble, ENSEMBLES)
-        if not 0.0 < lenience <= 1.0:
-            raise _wrong("lenience", "a number in (0, 1]", lenience)
-        if lenience != 1.0 and acceptance != "lenient":
-            raise _wrong("lenience", f"1 for acceptance {acceptance!r}", lenience)
         if draft is not None and schedule != "speculative":
             raise _wrong("draft", f"None for schedule {schedule!r}", type(draft).__name__)
         if schedule == "component" and (ensemble != "mixture" or scope != "member"):
             raise _wrong("schedule", "a mixture of scope 'member' for 'component'", ensemble)
         self.ensemble, self.scope, self.plausibility = ensemble, scope, float(plausibility)
-        self.acceptance, self.lenience, self.seed = acceptance, float(lenience), seed
+        self.acceptance, self.seed = Acceptance.of(acceptance), seed
         self.vocab_size = shared_vocabulary(models, tokenizers)
         self._law(Warp())  # checks weights, scope and plausibility before any model runs
         self._tokenizer = None if tokenizers is None else tokenizers[0]
@@ -293,7 +287,6 @@ class SpeculativeDecoder:
             member_laws=[self._member_law(warp)] * len(self.members),
             schedule=self.schedule,
             acceptance=self.acceptance,
-            lenience=self.lenience,
             input_ids=input_ids,
             lengths=lengths,
             seeds=self._seeds(seed, input_ids),

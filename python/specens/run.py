@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from specens_kernels import PADDING, Law, Stream, Verdict, sample, uniforms, verify
+from specens_kernels import (
+    PADDING,
+    Acceptance,
+    Law,
+    Stream,
+    Verdict,
+    sample,
+    uniforms,
+    verify,
+)
 
 from .members import Member
 from .processors import Stopper
@@ -141,8 +150,7 @@ class Run:
         law: Law,
         member_laws: Sequence[Law],
         schedule: Schedule,
-        acceptance: str,
-        lenience: float,
+        acceptance: Acceptance,
         input_ids: Tensor,
         lengths: Sequence[int],
         seeds: Tensor,
@@ -163,7 +171,7 @@ class Run:
         self.members = list(members)
         self.ensemble = range(num_ensemble)
         self.law, self.member_laws = law, member_laws
-        self.schedule, self.acceptance, self.lenience = schedule, acceptance, lenience
+        self.schedule, self.acceptance = schedule, acceptance
         self.processors = processors if any(len(p) > 0 for p in processors) else None
         self.stopper = stopper
         self.statistics = statistics
@@ -334,7 +342,6 @@ class Run:
             proposers=proposers,
             draft_logits=draft_logits,
             acceptance=self.acceptance,
-            lenience=self.lenience,
             bonus=verification.bonus,
         )
 

@@ -7,6 +7,7 @@ rejected dense draft leaves of that row alone, a program for each tile. `emit` d
 for each sequence.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -378,7 +379,8 @@ def verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
@@ -393,6 +395,7 @@ def verify(
         draft_tokens, proposers, draft_logits, draft_temperature, law, greedy
     )
     work = workspace(made, batch)
+    lenience = parameters[0] if parameters else 1.0
     verdict = _verdict(made, numbers, batch, nodes, acceptance, lenience, bonus)
     if batch > 0 and made.rows > 0:
         sweep(made, proposal, work, batch)
