@@ -22,7 +22,7 @@ too. tests/test_acceptance.py asks for its law in closed form.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -261,7 +261,10 @@ def _likelihood(at: Situation, threshold: float, smoothing: float) -> Judgement:
     return _gate(at, surprise <= threshold)
 
 
-def remember(memory: Tensor, log_prob: Tensor, smoothing: float) -> Tensor:
+_Number = TypeVar("_Number", float, Tensor)
+
+
+def remember(memory: _Number, log_prob: _Number, smoothing: float) -> _Number:
     """The memory of `likelihood`, a moving average in nats, after one more emitted token."""
     return smoothing * memory - (1 - smoothing) * log_prob
 
