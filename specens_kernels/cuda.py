@@ -37,7 +37,7 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tenso
     _check_device(seeds.device)
     flat, out = native.flatten_uniforms(seeds, positions, stream, index)
     flat.append(_stream(out.device))
-    module.cuda_uniforms(flat)
+    _call(module.cuda_uniforms, flat, out.device)
     return out
 
 
@@ -123,6 +123,11 @@ def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.
         if not captured:
             _workspaces[key] = workspace
     flat += workspace.data_ptr(), workspace.numel(), stream
+    _call(function, flat, device)
+
+
+def _call(function: Any, flat: list[Any], device: torch.device) -> None:
+    """With the tensors' device as the current one, which the stream must belong to."""
     if device.type != "cuda":
         function(flat)
         return
