@@ -3,7 +3,7 @@
 
 A call flattens its tensors as `native.py` does, lends the stream's workspace to the kernels and
 launches them on torch's current stream: no synchronisation, nothing that a CUDA graph could not
-hold once the workspace has its size. What the kernels cannot do raises `Unsupported`.
+hold. What the kernels cannot do raises `Unsupported`.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tenso
     _check_device(seeds.device)
     flat, out = native.flatten_uniforms(seeds, positions, stream, index)
     flat.append(_stream(out.device))
-    module.cuda_uniforms(flat)
+    _call(module.cuda_uniforms, flat, out.device)
     return out
 
 
@@ -117,11 +117,20 @@ def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.
     stream = _stream(device)
     needed = workspace_bytes(flat)
     key = (device, stream)
-    workspace = _workspaces.get(key)
+    # A graph has its own, which every replay zeroes: it may outlive the stream's, run on another
+    # stream, and be the first to run of several.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    workspace = None if captured else _workspaces.get(key)
     if workspace is None or workspace.numel() < needed:
         workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
-        _workspaces[key] = workspace
+        if not captured:
+            _workspaces[key] = workspace
     flat += workspace.data_ptr(), workspace.numel(), stream
+    _call(function, flat, device)
+
+
+def _call(function: Any, flat: list[Any], device: torch.device) -> None:
+    """With the tensors' device as the current one, which the stream must belong to."""
     if device.type != "cuda":
         function(flat)
         return

@@ -77,14 +77,13 @@ __device__ Chain walk_chain(const Problem& problem, const VerifyParams& params,
   Chain chain = {static_cast<int64_t>(blockIdx.y), 0, false, 0};
   const int w = warp_id();
   const bool cutoffs_known = problem.cut || problem.folds_warped();
+  if (cutoffs_known) await_previous();  // else `read_row` reads the caller's tensors only
   for (int64_t first = 0;; first += kWarps) {
-    const int64_t t = first + w;
+    const int64_t t = first + w, place = chain.b * problem.rows + t;
     Row& row = shared.rows[w];
-    if (t < problem.rows) {
-      const int64_t place = chain.b * problem.rows + t;
-      read_row(problem, place, row, cutoffs_known);
-      read_laws(problem, place, row, true);
-    }
+    if (t < problem.rows) read_row(problem, place, row, cutoffs_known);
+    await_previous();  // returns at once when it has returned before
+    if (t < problem.rows) read_laws(problem, place, row, true);
     if (lane_id() == 0) {
       shared.outcomes[w] = t < problem.rows ? decide(problem, params, row, chain.b, t) : kEnds;
       shared.status[w] = shared.outcomes[w] == kEnds ? 0 : row_status(row);
@@ -391,8 +390,8 @@ int cuda_verify(const VerifyParams& params, void* workspace, size_t workspace_by
   launch_stats(problem, stream);
   const bool dense = params.proposers.data != nullptr || params.draft_logits.data != nullptr;
   const dim3 grid(dense ? tiles_of(problem) : 1, static_cast<unsigned>(problem.batch));
-  SPECENS_LAUNCH(verify_resample, grid, dim3(kThreads), sizeof(VerifyShared), stream, problem,
-                 params);
+  SPECENS_LAUNCH_EARLY(verify_resample, grid, dim3(kThreads), sizeof(VerifyShared), stream, problem,
+                       params);
   return launch_error();
 }
 
