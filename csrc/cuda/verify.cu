@@ -37,10 +37,29 @@ __device__ __forceinline__ bool is_greedy(const Problem& problem, const Row& row
   return row.greedy || problem.collapsed;
 }
 
-__device__ __forceinline__ double left(const VerifyParams& params, double target, double draft) {
-  const double kept =
-      with_rule(params.rule, [&](auto rule) { return rule.kept(target, draft, params.lenience); });
-  return target > kept ? target - kept : 0.0;
+// What a rule that sweeps nothing is asked about.
+struct At {
+  double p, q, memory;
+  const double* parameters;
+  int64_t vocab_size;
+  bool bare;
+};
+
+// The rules that have CUDA kernels (specens_kernels/cuda.py names them) sweep nothing, and leave
+// what `rejection` does.
+__device__ __forceinline__ double kept(const VerifyParams& params, double target, double draft) {
+  const At at = {target, draft, 0.0, params.parameters, params.ensemble.vocab_size, false};
+  return with_rule(params.rule, [&](auto rule) {
+    if constexpr (decltype(rule)::kSweeps) {
+      return 0.0;
+    } else {
+      return rule.judge(at).kept;
+    }
+  });
+}
+
+__device__ __forceinline__ double left(double target, double draft) {
+  return left_of(Judgement{}, target, draft);
 }
 
 // --- the chain ---
@@ -59,9 +78,7 @@ __device__ Outcome decide(const Problem& problem, const VerifyParams& params, co
   const double draft = row.proposer == kNobody
                            ? 1.0
                            : field_mass(row.proposal, static_cast<double>(row.drafted[kFields]));
-  const double kept =
-      with_rule(params.rule, [&](auto rule) { return rule.kept(target, draft, params.lenience); });
-  return coin * draft < kept ? kKept : kStops;
+  return coin * draft < kept(params, target, draft) ? kKept : kStops;
 }
 
 __device__ void emit(const VerifyParams& params, const Row& row, const Chain& chain, int64_t t,
@@ -136,9 +153,9 @@ __device__ void finish(const VerifyParams& params, const Row& row, const Chain& 
 
 __device__ double residual_mass(const VerifyParams& params, const Row& row, int64_t token) {
   const double target = value_mass(row, token_value(row, token));
-  if (row.proposer == kNobody) return token == row.token ? left(params, target, 1.0) : target;
+  if (row.proposer == kNobody) return token == row.token ? left(target, 1.0) : target;
   const auto logit = static_cast<double>(clean(load_raw(row.proposal, token)));
-  return left(params, target, field_mass(row.proposal, logit));
+  return left(target, field_mass(row.proposal, logit));
 }
 
 // exp((value - top) / temperature) in single precision.
@@ -206,7 +223,7 @@ __device__ double lane_residual(const Problem& problem, const VerifyParams& para
     } else if (row.warped) {
       target = value_mass(row, target);
     }
-    residual += left(params, target, static_cast<double>(drafted[i]) * scale);
+    residual += left(target, static_cast<double>(drafted[i]) * scale);
   }
   return residual;
 }
