@@ -190,37 +190,34 @@ void Leftover::measure_point() {
   masses_[sub_tile] = measure_sub_tile(sub_tile);
 }
 
-// Whether there is enough of it for the precision at which it was measured.
-bool Leftover::measure_dense(bool exactly) {
+void Leftover::measure_dense(bool exactly) {
   const Law& target = laws_.target();
-  const bool scaled = judgement_.left == Left::kScaled;
-  if (!exactly && scaled && (!target.has_single_precision() || laws_.draft_is_empty())) {
-    return false;
-  }
-  // Two laws that are nearly equal differ by less than what their normalisers are good to.
-  if (exactly) laws_.refine();
+  const bool single = !exactly && judgement_.left == Left::kScaled;
   laws_.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
     const int sub_tile = static_cast<int>(index);
     const bool excludes = judgement_.without_token && drafted_.token / kSubTile == index;
     masses_[index] = target.masses()[index] == 0.0 ? 0.0
-                     : !exactly && scaled && !excludes
+                     : single && !excludes
                          ? target.residual(sub_tile, laws_.draft(), judgement_.scale)
                          : measure_sub_tile(sub_tile);
   });
-  mass_ = sum(masses_.get(), target.sub_tiles());
-  return mass_ > (exactly ? kLeast : kLeastSingle);
 }
 
-bool Leftover::measure() {
+bool Leftover::measure(bool exactly) {
   const Law& target = laws_.target();
-  if (judgement_.left == Left::kScaled && judgement_.scale == 0.0) return false;
+  const bool scaled = judgement_.left == Left::kScaled;
+  if (scaled && judgement_.scale == 0.0) return false;
   masses_.reset(new double[target.sub_tiles()]);
-  if (drafted_.dense && judgement_.left != Left::kTarget) {
-    return measure_dense(false) || measure_dense(true);
+  const bool dense = drafted_.dense && judgement_.left != Left::kTarget;
+  if (!dense) {
+    measure_point();
+  } else if (exactly || !scaled || (target.has_single_precision() && !laws_.draft_is_empty())) {
+    measure_dense(exactly);
+  } else {
+    return false;
   }
-  measure_point();
   mass_ = sum(masses_.get(), target.sub_tiles());
-  return mass_ > kLeast;
+  return mass_ > (exactly || !dense ? kLeast : kLeastSingle);
 }
 
 int64_t Leftover::draw_from(const double (&numbers)[3]) const {

@@ -31,15 +31,16 @@ class Leftover {
   Leftover(RowLaws& laws, const Drafted& drafted, const Judgement& judgement)
       : laws_(laws), drafted_(drafted), judgement_(judgement) {}
 
-  // Its mass, and whether that is more than rounding.
+  // Finds its mass; false if that may be rounding. What is next to nothing needs normalisers that
+  // are exact up to double precision, by laws.refine() and a judgement made after it.
+  bool measure(bool exactly);
   double mass() const { return mass_; }
-  bool measure();
   // A token of what was measured.
   int64_t draw_from(const double (&numbers)[3]) const;
 
  private:
   void measure_point();
-  bool measure_dense(bool exactly);
+  void measure_dense(bool exactly);
   double measure_sub_tile(int sub_tile) const;
   void fill(int sub_tile, double* out) const;
 

@@ -110,8 +110,14 @@ int64_t Walk::replacement(int64_t row, const Drafted& drafted, const Judgement& 
   if (greedy_) return judgement.vetoed ? best_but(laws_, drafted.token) : best_;
   if (laws_.target().empty()) return 0;
   if (judgement.left == Left::kTarget && !judgement.without_token) return drawn(row);
+  const DrawNumbers numbers = draw_numbers(params_.uniforms, batch_, row);
   Leftover left(laws_, drafted, judgement);
-  if (left.measure()) return left.draw_from(draw_numbers(params_.uniforms, batch_, row).value);
+  if (left.measure(false)) return left.draw_from(numbers.value);
+  // Two laws that are nearly equal differ by less than what their normalisers are good to.
+  laws_.refine();
+  const bool again = params_.rule != RuleId::kBlock;
+  Leftover exact(laws_, drafted, again ? judge(params_, laws_, drafted) : judgement);
+  if (exact.measure(true)) return exact.draw_from(numbers.value);
   status_ |= kEmptyResidual;
   return drawn(row);
 }
@@ -167,11 +173,11 @@ Judgement scaled(double scale) {
 
 // sum max(reach p - q, 0).
 double Walk::mass_left(const Drafted& drafted, double reach) {
+  if (reach == 0.0) return 0.0;
   Leftover left(laws_, drafted, scaled(reach));
-  left.measure();
-  if (left.mass() + 1.0 - reach >= kLeastSlack) return left.mass();
+  if (left.measure(false) && left.mass() + 1.0 - reach >= kLeastSlack) return left.mass();
   laws_.refine();
-  left.measure();
+  left.measure(true);
   return left.mass();
 }
 
