@@ -237,8 +237,7 @@ def _divergence_gate(name: str) -> "Judge":
         p, q = at.target, at.draft
         if 0 < top_k < p.shape[-1]:
             inside = _top(p, top_k)
-            p, q = torch.where(inside, p, 0.0), torch.where(inside, q, 0.0)
-            rest = [(1 - _total(law)).clamp(min=0) for law in (p, q)]
+            rest = [_total(torch.where(inside, 0.0, law)) for law in (p, q)]
             found = _total(torch.where(inside, terms(p, q), 0.0)) + terms(rest[0], rest[1])
         else:
             found = _total(terms(p, q))

@@ -26,6 +26,8 @@ elif not hasattr(module, "cuda_verify"):
 else:
     AVAILABLE, REASON = True, ""
 
+# Those that need no sweep of their own.
+RULES = ("rejection", "k_seq", "lenient", "greedy")
 _MAX_MEMBERS = 8
 _MAX_ROWS = 65_535
 _MAX_VOCABULARY = 2048 * 1024
@@ -77,7 +79,11 @@ def verify(
     """See `reference.verify`."""
     if parents is not None:
         raise Unsupported("trees have no CUDA kernel")
+    if acceptance not in RULES:
+        raise Unsupported(f"rule {acceptance!r} has no CUDA kernel")
     _check(logits, law)
+    if draft_temperature is not None:
+        draft_temperature = draft_temperature.to(torch.float32)
     flat, results = native.flatten_verify(
         logits,
         draft_tokens,

@@ -502,7 +502,7 @@ class _Sequence(NamedTuple):
                 break
             drafts.append(draft)
         count, reach, kept, kept_reach = len(drafts), 1.0, 0, 1.0
-        if len(targets) == count and (bonus or count < len(self.tokens)):
+        if len(targets) == count and bonus:
             target = self.target(count)
             status |= target.status
             targets.append(target.log_probs)
