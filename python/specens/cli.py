@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `specens`: generate, demo, probe and bench.
+"""The command `specens`: generate, methods, demo, probe and bench.
 
 A command parses, calls the library and shows what came back (`terminal.py`). What the library
 refuses becomes one line on standard error and exit code 2; anything unexpected keeps its traceback.
@@ -70,8 +70,9 @@ _Weights = Annotated[
     str | None, typer.Option(help="One number per model, such as 0.5,0.5. None is equal shares.")
 ]
 _EnsembleName = Annotated[str, typer.Option("--ensemble", help="mixture or product.")]
-_Draft = Annotated[
-    str | None, typer.Option(help="A model outside the ensemble that drafts, for 'speculative'.")
+_Drafts = Annotated[
+    list[str] | None,
+    typer.Option("--draft", help="A model outside the ensemble that drafts. Repeat it for more."),
 ]
 _Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 # Memory for all of them is taken at once.
@@ -108,14 +109,18 @@ def generate(
     models: _Models = None,
     weights: _Weights = None,
     ensemble: _EnsembleName = "mixture",
+    method: Annotated[
+        str | None,
+        typer.Option(help="A published method, its schedule and rule: see `specens methods`."),
+    ] = None,
     schedule: Annotated[
-        str, typer.Option(help="alternating, speculative, component or plain.")
-    ] = "alternating",
+        str | None, typer.Option(help="One of those in the README. None is alternating.")
+    ] = None,
     gamma: Annotated[
         str | None,
         typer.Option(
-            help="Tokens per proposal; for 'alternating' also one per model: 4,2. "
-            "None is 1 for 'alternating' and 4 for 'speculative'."
+            help="Tokens per proposal; for 'alternating' also one per model: 4,2; for 'hierarchy' "
+            "one per draft. None is 1 for 'alternating' and 4 for 'speculative'."
         ),
     ] = None,
     proposer: Annotated[
@@ -124,11 +129,20 @@ def generate(
     order: Annotated[
         str | None, typer.Option(help="'alternating': the rotation, such as 1,0.")
     ] = None,
-    draft: _Draft = None,
+    drafts: _Drafts = None,
     acceptance: Annotated[
-        str,
-        typer.Option(help="A rule and its parameters, such as js:threshold=0.3; see the README."),
-    ] = "rejection",
+        list[str] | None,
+        typer.Option(
+            help="A rule and its parameters, such as js:threshold=0.3; for 'hierarchy' one per "
+            "draft. None is rejection."
+        ),
+    ] = None,
+    draft_weight: Annotated[
+        float | None, typer.Option(help="Methods that mix draft and target: the draft's share.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Method 'diversed': the folder of a trained head.")
+    ] = None,
     scope: Annotated[
         str, typer.Option(help="What temperature and filters warp: each member, or the ensemble.")
     ] = "member",
@@ -169,28 +183,39 @@ def generate(
 
     from .benchmark import sampling, total
     from .decoder import SpeculativeDecoder
+    from .methods import build, method_named
 
-    rule = Acceptance.parse(acceptance)
+    rules = [Acceptance.parse(one) for one in acceptance or []]
+    options: dict[str, Any] = {
+        "weights": shares,
+        "schedule": schedule,
+        "num_speculative_tokens": gammas[0] if gammas and len(gammas) == 1 else gammas,
+        "proposer": proposer,
+        "order": rotation,
+        "acceptance": rules[0] if len(rules) == 1 else rules or None,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {"ensemble": ensemble, "scope": scope, "plausibility": plausibility}
+    chosen = None if method is None else method_named(method)
+    _check_method(chosen, draft_weight, head, options)
     Law(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # checks, before loading
     arguments = sampling(
         max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    loaded, tokenizers = _load("generate", models, draft, dtype, trust_remote_code, threads)
+    if chosen is not None and not models:
+        models = [terminal.FAMILY_PREFIX + name for name in chosen.models]
+        drafts = drafts or [terminal.FAMILY_PREFIX + name for name in chosen.drafts]
+        threads = threads or 1
+    loaded, tokenizers = _load("generate", models, drafts, dtype, trust_remote_code, threads)
     tokenizer = tokenizers[0]
-    decoder = SpeculativeDecoder(
-        loaded[:-1] if draft is not None else loaded,
-        weights=shares,
-        ensemble=ensemble,
-        schedule=schedule,
-        num_speculative_tokens=gammas[0] if gammas and len(gammas) == 1 else gammas,
-        proposer=proposer,
-        order=rotation,
-        draft=loaded[-1] if draft is not None else None,
-        acceptance=rule,
-        scope=scope,
-        plausibility=plausibility,
-        tokenizers=tokenizers,
-    )
+    size = len(loaded) - len(drafts or [])
+    if chosen is None:
+        if drafts:
+            options["draft"] = loaded[size:]
+        decoder = SpeculativeDecoder(loaded[:size], tokenizers=tokenizers, **options)
+    else:
+        options |= {} if draft_weight is None else {"draft_weight": draft_weight}
+        decoder = build(chosen, loaded[:size], loaded[size:], tokenizers, head=head, **options)
     encoded = [terminal.encode("generate", tokenizer, one, chat=chat) for one in prompts]
     first_seed = secrets.randbits(32) if seed is None else seed
     found = []
@@ -206,6 +231,22 @@ def generate(
         console = terminal.errors()
         console.print(terminal.members_table(whole))
         console.print(f"{terminal.summary(whole)}\nseed {first_seed}")
+
+
+def _check_method(
+    method: Any, draft_weight: float | None, head: str | None, options: dict[str, Any]
+) -> None:
+    """Refuse what does not go with the method, and without one what only methods take."""
+    for option, value in (("--draft-weight", draft_weight), ("--head", head)):
+        if value is not None and method is None:
+            raise ValueError(f"generate: {option}: expected a --method that mixes, got none")
+    if method is None:
+        return
+    if "schedule" in options:
+        expected = f"none beside --method {method.name}"
+        raise ValueError(f"generate: --schedule: expected {expected}, got {options['schedule']!r}")
+    if method.joins and "weights" in options:
+        raise ValueError(f"generate: --weights: expected --draft-weight for {method.name!r}")
 
 
 def _continue(
@@ -305,6 +346,21 @@ def demo(
 
 
 @app.command()
+def methods(as_json: _Json = False) -> None:
+    """List the methods of `generate --method`: their law, what they need, when to use them."""
+    from rich.console import Console
+
+    from . import terminal
+    from .methods import METHODS
+
+    if as_json:
+        keys = ("name", "law", "lossless", "needs", "use", "source")
+        terminal.write_json([{key: getattr(m, key) for key in keys} for m in METHODS.values()])
+    else:
+        Console(highlight=False).print(terminal.methods_table(METHODS.values()))
+
+
+@app.command()
 def probe(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or family:code.")],
     dtype: _Dtype = "auto",
@@ -337,7 +393,9 @@ def bench(
     models: _Models = None,
     weights: _Weights = None,
     ensemble: _EnsembleName = "mixture",
-    draft: _Draft = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A model outside the ensemble that drafts.")
+    ] = None,
     gamma: Annotated[str, typer.Option(help="Numbers of tokens per proposal to try.")] = "1,2,4",
     max_new_tokens: _MaxNewTokens = 64,
     temperature: _Temperature = 1.0,
@@ -361,7 +419,8 @@ def bench(
 
     from .benchmark import compare, contestants, sampling, workload
 
-    loaded, tokenizers = _load("bench", models, draft, dtype, trust_remote_code, threads)
+    drafts = None if draft is None else [draft]
+    loaded, tokenizers = _load("bench", models, drafts, dtype, trust_remote_code, threads)
     decoders = contestants(
         loaded[:-1] if draft is not None else loaded,
         gammas=gammas,
@@ -389,17 +448,16 @@ def bench(
 def _load(
     command: str,
     models: Sequence[str] | None,
-    draft: str | None,
+    drafts: Sequence[str] | None,
     dtype: str,
     trust_remote_code: bool,
     threads: int | None,
 ) -> tuple[list[Any], list[Any]]:
-    """The ensemble's models, then the draft if there is one, and the tokenizers of all."""
+    """The ensemble's models, then the drafts, and the tokenizers of all."""
     from . import terminal
 
     names = list(models or [terminal.FAMILY_PREFIX + name for name in family.FAMILY])
-    if draft is not None:
-        names.append(draft)
+    names += drafts or []
     if threads is None and not models:
         threads = 1
     if threads is not None:

@@ -127,7 +127,7 @@ class _Laws:
                 return logits if logits.shape[1] == count else logits.narrow(1, offset, count)
         pieces = [self._pieces(row, begin, count) for row, begin in zip(rows, begins, strict=True)]
         head = pieces[0]
-        if head and all(
+        if sum(size for *_, size in head) == count and all(
             len(mine) == len(head)
             and all(
                 a[0] is b[0] and a[2:] == b[2:] and a[1] == k and len(a[0].logits) == len(rows)

@@ -7,7 +7,7 @@ gets nothing but text. To add a column to a table, add it where the table is mad
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from . import family
 if TYPE_CHECKING:
     from .abilities import Probe
     from .benchmark import Row
+    from .methods import Method
     from .statistics import Statistics
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -257,6 +258,16 @@ def write_json(value: Any) -> None:
     from .benchmark import finite
 
     write_text(json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def methods_table(methods: "Iterable[Method]") -> Table:
+    """What each method emits, needs and is for."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("method", "law of the text", "needs", "use it for"):
+        table.add_column(column, overflow="fold")
+    for method in methods:
+        table.add_row(method.name, method.law, method.needs, method.use)
+    return table
 
 
 def members_table(statistics: "Statistics") -> Table:

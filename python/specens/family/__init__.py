@@ -31,3 +31,8 @@ def path(name: str) -> Path:
             f"family: name: unknown name {name!r}; known names: {', '.join(sorted(FAMILY))}"
         )
     return Path(str(files(__name__) / name))
+
+
+def head_path() -> Path:
+    """The folder of the weight head of `draft` and `code`, as `WeightHead.load` takes it."""
+    return Path(str(files(__name__) / "head"))

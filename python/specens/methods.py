@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods by the names they were published under: which schedule, which rule, which models.
+
+A method is nothing but arguments of `SpeculativeDecoder`, so everything it does stands elsewhere:
+schedules in `schedules.py`, acceptance rules in `specens_kernels.ACCEPTANCE_RULES`. `build` makes
+the decoder; `specens generate --method NAME` and benchmarks/bench_methods.py go through it. To add
+a method, add an entry to `METHODS`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from specens_kernels import Acceptance
+
+from . import family
+from .decoder import SpeculativeDecoder
+from .schedules import ConfidenceStop, EntropyStop
+from .weights import WeightHead
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published way of decoding.
+
+    name: what it is called here.
+    law: the law of the text: "ensemble" or "target" where it is exact; else what it is instead.
+    needs: what it is made of, in words.
+    use: when to use it.
+    source: who published it.
+    options: arguments of `SpeculativeDecoder`.
+    models: of the family that ships, the ensemble's. drafts: the drafts, the smallest first.
+    joins: whether the draft is a member of the ensemble, its first.
+    samples: whether it cannot decode greedily.
+    prepare: (models, drafts) -> drafts, where the drafts are made of the models.
+    """
+
+    name: str
+    law: str
+    needs: str
+    use: str
+    source: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = ("code",)
+    drafts: tuple[str, ...] = ("draft",)
+    joins: bool = False
+    samples: bool = False
+    prepare: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]] | None = None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the text has exactly the law that was asked for."""
+        return self.law in ("ensemble", "target")
+
+
+def _speculative(rule: str, **parameters: float) -> dict[str, Any]:
+    return {"schedule": "speculative", "acceptance": Acceptance(rule, **parameters)}
+
+
+def _hierarchy(*rules: Acceptance, tokens: tuple[int, ...] = (3, 5)) -> dict[str, Any]:
+    return {"schedule": "hierarchy", "num_speculative_tokens": tokens, "acceptance": rules}
+
+
+_PAIR = "a draft and a target"
+_MEMBERS = ("code", "prose")
+_CASCADES = "Narasimhan et al. 2024, arXiv:2405.19261"
+_SE = "Fu et al. 2025, arXiv:2502.01662"
+_DIVERSED = "DIVERSED 2026, arXiv:2604.07622"
+_PYRAMID = "PyramidSD 2025, arXiv:2510.12966"
+
+_METHODS = (
+    # --- the ensemble's own law ---
+    Method(
+        "plain",
+        "ensemble",
+        "members",
+        "the baseline: every member reads every token",
+        "-",
+        {"schedule": "plain"},
+        models=_MEMBERS,
+        drafts=(),
+    ),
+    Method(
+        "alternating",
+        "ensemble",
+        "members",
+        "members of similar cost; any ensemble, greedy or sampled",
+        f"Speculative Ensemble, {_SE}",
+        {"schedule": "alternating"},
+        models=_MEMBERS,
+        drafts=(),
+    ),
+    Method(
+        "component",
+        "ensemble",
+        "members, sampled mixture",
+        "sampling from a mixture of members of one cost",
+        "Mixture-model-like ensemble, arXiv:2605.00419",
+        {"schedule": "component"},
+        models=_MEMBERS,
+        drafts=(),
+        samples=True,
+    ),
+    Method(
+        "lookahead",
+        "ensemble",
+        "members, sampled mixture",
+        "sampling from a mixture of which one member is much cheaper",
+        "here",
+        {"schedule": "lookahead"},
+        drafts=("draft",),
+        joins=True,
+        samples=True,
+    ),
+    Method(
+        "speculative_ensemble",
+        "ensemble",
+        "a draft and members",
+        "a draft much cheaper than the members",
+        f"SD of an ensemble, {_SE}",
+        {"schedule": "speculative"},
+        models=_MEMBERS,
+    ),
+    # --- one target's law ---
+    Method(
+        "speculative",
+        "target",
+        _PAIR,
+        "a draft that often agrees",
+        "Leviathan et al. 2023, arXiv:2211.17192",
+        _speculative("rejection"),
+    ),
+    Method(
+        "block",
+        "target",
+        _PAIR,
+        "as speculative, longer drafts: never keeps fewer tokens",
+        "Sun et al. 2024, arXiv:2403.10444",
+        _speculative("block") | {"num_speculative_tokens": 6},
+    ),
+    Method(
+        "lookup",
+        "target",
+        "nothing but the target",
+        "text that repeats its prompt: editing, summaries, code",
+        "Prompt lookup, Saxena 2023",
+        {"schedule": "lookup"},
+        drafts=(),
+    ),
+    Method(
+        "confidence",
+        "target",
+        _PAIR,
+        "a draft whose agreement varies along the text",
+        "transformers' assistant_confidence_threshold; cf. DISCO, arXiv:2405.04304",
+        _speculative("rejection") | {"num_speculative_tokens": 8, "stop": ConfidenceStop()},
+    ),
+    Method(
+        "adaedl",
+        "target",
+        _PAIR,
+        "the same, by the draft's entropy",
+        "AdaEDL, arXiv:2410.18351",
+        _speculative("rejection") | {"num_speculative_tokens": 8, "stop": EntropyStop()},
+    ),
+    Method(
+        "hierarchy",
+        "ensemble",
+        "two or more drafts and a target",
+        "a mid-sized model between draft and target",
+        "HSD, arXiv:2510.19705",
+        _hierarchy(Acceptance(), Acceptance()),
+        models=_MEMBERS,
+        drafts=("draft", "code"),
+    ),
+    # --- relaxed: faster than the target allows ---
+    Method(
+        "static",
+        "draft_weight of the draft, the rest of the target",
+        _PAIR,
+        "trading the target's law for speed by one number",
+        f"static ensemble, {_DIVERSED}",
+        {"schedule": "speculative", "proposer": 0},
+        joins=True,
+    ),
+    Method(
+        "diversed",
+        "a learned mixture of draft and target at each position",
+        f"{_PAIR}, a trained head",
+        "the same, where a task says what matters",
+        _DIVERSED,
+        {"schedule": "speculative", "proposer": 0},
+        joins=True,
+    ),
+    Method(
+        "pyramid_fuzzy",
+        "each level's where it is near the level above, else the latter's",
+        "two drafts and a target",
+        "most speed, least control",
+        f"PyramidSD-F, {_PYRAMID}",
+        _hierarchy(Acceptance("js_fsd", threshold=0.4), Acceptance("js_fsd", threshold=0.5)),
+        models=_MEMBERS,
+        drafts=("draft", "code"),
+    ),
+    Method(
+        "pyramid_assisted",
+        "the qualifier's where it is near the target, else the target's",
+        "two drafts and a target",
+        "as fuzzy, but nothing below the qualifier's quality",
+        f"PyramidSD-A, {_PYRAMID}",
+        _hierarchy(Acceptance(), Acceptance("js_fsd", threshold=0.5)),
+        models=_MEMBERS,
+        drafts=("draft", "code"),
+    ),
+    *(
+        Method(
+            name, Acceptance(rule).rule.law, _PAIR, use, source, _speculative(rule, **parameters)
+        )
+        for name, rule, parameters, use, source in (
+            ("fsd", "js_fsd", {"threshold": 0.4}, "where laws are near", "arXiv:2502.20704"),
+            ("js", "js", {"threshold": 0.2}, "the same, bounded", "cf. arXiv:2502.20704"),
+            ("kl", "kl", {"threshold": 0.5}, "the same", "cf. arXiv:2502.20704"),
+            ("reverse_kl", "reverse_kl", {"threshold": 0.5}, "the same", "arXiv:2601.04766"),
+            ("tv", "tv", {"threshold": 0.4}, "the same", "cf. arXiv:2502.20704"),
+            ("lenient", "lenient", {"lenience": 0.5}, "a little bias", "arXiv:2211.17192"),
+            ("mentored", "mentored", {"divergence": 0.15}, "bounded KL", "Tran-Thien 2023"),
+            ("cactus", "cactus", {"divergence": 0.75}, "bounded KL per token", "ICLR 2026"),
+            ("cascade_chow", "cascade_chow", {"alpha": 0.3}, "sure drafts", _CASCADES),
+            ("cascade_diff", "cascade_diff", {"alpha": 0.1}, "as sure as the target", _CASCADES),
+            ("cascade_opt", "cascade_opt", {"alpha": 0.3}, "the same, weighed", _CASCADES),
+            ("cascade_v1", "cascade_v1", {"alpha": 0.2}, "the same by token", _CASCADES),
+            ("cascade_v2", "cascade_v2", {"alpha": 0.3}, "the same by token", _CASCADES),
+            ("cascade_v3", "cascade_v3", {"alpha": 0.8}, "the same by token", _CASCADES),
+            ("typical", "typical", {}, "plausible tokens", "Medusa, arXiv:2401.10774"),
+            ("top_k", "top_k", {"k": 3}, "plausible tokens", "cf. arXiv:2211.17192"),
+            ("consultant", "likelihood", {}, "likely drafts", "arXiv:2506.02391"),
+            ("bild", "likelihood", {"smoothing": 0.0}, "likely tokens", "arXiv:2302.07863"),
+            ("easd", "entropy_veto", {}, "text other than both prefer", "arXiv:2512.23765"),
+        )
+    ),
+)
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _METHODS})
+
+
+def method_named(name: str) -> Method:
+    """The entry of `METHODS`; raises ValueError."""
+    if name not in METHODS:
+        raise ValueError(
+            f"generate: --method: unknown name {name!r}; known names: {', '.join(sorted(METHODS))}"
+        )
+    return METHODS[name]
+
+
+def build(
+    method: Method,
+    models: Sequence[Any],
+    drafts: Sequence[Any] = (),
+    tokenizers: Sequence[Any] | None = None,
+    *,
+    draft_weight: float = 0.3,
+    head: WeightHead | str | None = None,
+    **overrides: Any,
+) -> SpeculativeDecoder:
+    """The decoder of a method.
+
+    Args:
+        method: what to build.
+        models: the ensemble's, or the one target.
+        drafts: the smallest first.
+        tokenizers: of the models, then of the drafts.
+        draft_weight: "static", "lookahead": the draft's share of the mixture, [0, 1].
+        head: "diversed": the trained head, or its folder; None is the family's own.
+        overrides: arguments of `SpeculativeDecoder` in place of the method's.
+    Raises:
+        ValueError: the models do not fit the method, or an argument is out of range.
+    """
+    wanted = len(method.drafts)
+    if method.prepare is not None:
+        drafts = method.prepare(models, drafts)
+        tokenizers = None if tokenizers is None else [*tokenizers[: len(models)], tokenizers[0]]
+    elif len(drafts) < wanted or (wanted < 2 and len(drafts) > wanted):
+        raise ValueError(
+            f"method: drafts: expected {wanted} for {method.name!r}, got {len(drafts)}"
+        )
+    options = {**method.options, **overrides}
+    if isinstance(options.get("acceptance"), tuple) and len(options["acceptance"]) != len(drafts):
+        raise ValueError(
+            f"method: drafts: expected {len(options['acceptance'])} for {method.name!r}, "
+            f"got {len(drafts)}"
+        )
+    if method.joins:
+        if len(models) != 1:
+            raise ValueError(
+                f"method: models: expected one target for {method.name!r}, got {len(models)}"
+            )
+        options["weights"] = weights = _weights(method, draft_weight, head)
+        if isinstance(weights, WeightHead):
+            options["ensemble"] = weights.ensemble
+        models, drafts = [*drafts, *models], []
+        tokenizers = None if tokenizers is None else [tokenizers[-1], *tokenizers[:-1]]
+    if drafts:
+        several = options["schedule"] == "hierarchy"
+        options["draft"] = list(drafts) if several else drafts[0]
+    return SpeculativeDecoder(models, tokenizers=tokenizers, **options)
+
+
+def _weights(
+    method: Method, draft_weight: float, head: WeightHead | str | None
+) -> WeightHead | tuple[float, float]:
+    if method.name == "diversed":
+        if isinstance(head, WeightHead):
+            return head
+        return WeightHead.load(family.head_path() if head is None else head)
+    if not 0.0 <= draft_weight <= 1.0:
+        raise ValueError(f"method: draft_weight: expected a number in [0, 1], got {draft_weight}")
+    return (draft_weight, 1 - draft_weight)
