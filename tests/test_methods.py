@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method runs on the family that ships; the exact ones write the text that they must.
+
+That sampled text has its law is shown schedule by schedule in test_schedules.py, and rule by rule
+in test_verify_law.py; here also for weights that differ at each position.
+"""
+
+import itertools
+
+import pytest
+import torch
+from laws import ensemble_law
+from test_schedules import HONEST, VOCAB_SIZE, WRONG, p_values
+from torch import Tensor
+from toys import noisy, prompts, toy
+
+from specens import SpeculativeDecoder, family
+from specens.methods import METHODS, Method, build, method_named
+from specens.weights import WeightHead, last_hidden
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EACH = pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[dict, object]:
+    transformers = pytest.importorskip("transformers")
+    models = {
+        name: transformers.AutoModelForCausalLM.from_pretrained(
+            family.path(name), dtype=torch.float32
+        ).eval()
+        for name in family.FAMILY
+    }
+    return models, transformers.AutoTokenizer.from_pretrained(family.path("code"))
+
+
+def made(method: Method, loaded: tuple[dict, object], **options: object) -> SpeculativeDecoder:
+    models, tokenizer = loaded
+    mine = [models[name] for name in method.models]
+    drafts = [models[name] for name in method.drafts]
+    return build(method, mine, drafts, [tokenizer] * (len(mine) + len(drafts)), **options)
+
+
+def text(decoder: SpeculativeDecoder, loaded: tuple[dict, object], **options: object) -> list[int]:
+    ids = loaded[1](family.PROMPTS[0], return_tensors="pt")["input_ids"]
+    settings = {"max_new_tokens": 24, "do_sample": True, "top_k": 0, "seed": 3, **options}
+    return decoder.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
+
+
+@EACH
+def test_a_method_samples_and_repeats_itself(method: Method, loaded) -> None:
+    decoder = made(method, loaded)
+    first = text(decoder, loaded)
+    assert decoder.statistics.num_tokens == 24
+    assert text(decoder, loaded) == first
+    assert text(decoder, loaded, seed=4) != first
+
+
+@EACH
+def test_an_exact_method_writes_the_plain_greedy_text(method: Method, loaded) -> None:
+    decoder = made(method, loaded)
+    if method.samples:
+        with pytest.raises(ValueError, match="expected True for schedule"):
+            text(decoder, loaded, do_sample=False)
+        return
+    written = text(decoder, loaded, do_sample=False)
+    models = [loaded[0][name] for name in method.models]
+    plain = text(SpeculativeDecoder(models, schedule="plain"), loaded, do_sample=False)
+    assert written == plain or not method.lossless
+
+
+@EACH
+def test_a_draft_that_is_its_target_is_always_kept(method: Method, loaded) -> None:
+    unlike = ("diversed", "easd", "consultant", "bild", "typical", "cascade_v1", "cascade_v2")
+    if not method.drafts or method.name in (*unlike, "cascade_v3"):
+        return  # the rule or the head does not look at agreement, or there is no draft
+    models, tokenizer = loaded
+    drafts = [models["code"]] * len(method.drafts)
+    decoder = build(method, [models["code"]], drafts, [tokenizer] * (1 + len(drafts)))
+    text(decoder, loaded)
+    if method.name == "top_k":
+        assert decoder.statistics.acceptance_rate > 0.5
+    else:
+        assert decoder.statistics.acceptance_rate == 1.0
+
+
+def test_what_build_refuses(loaded) -> None:
+    models, tokenizer = loaded
+    code, tokenizers = models["code"], [tokenizer] * 2
+    with pytest.raises(ValueError, match="method: drafts: expected 1 for 'fsd', got 0"):
+        build(METHODS["fsd"], [code], [], [tokenizer])
+    with pytest.raises(ValueError, match="method: drafts: expected 2 for 'hierarchy', got 1"):
+        build(METHODS["hierarchy"], [code], [code], tokenizers)
+    with pytest.raises(ValueError, match="method: models: expected one target for 'static', got 2"):
+        build(METHODS["static"], [code, code], [code], [tokenizer] * 3)
+    with pytest.raises(ValueError, match=r"draft_weight: expected a number in \[0, 1\], got 2"):
+        build(METHODS["static"], [code], [code], tokenizers, draft_weight=2)
+    with pytest.raises(ValueError, match="--method: unknown name 'fast'; known names: adaedl"):
+        method_named("fast")
+
+
+# --- weights at each position ---------------------------------------------------------------------
+
+
+def head_law(models: list, head: WeightHead, prompt: Tensor, length: int) -> Tensor:
+    """(V,) * length: the joint law of the next tokens, every prefix read anew."""
+    joint = torch.ones((), dtype=torch.float64)
+    for step in range(length):
+        tails = torch.tensor(list(itertools.product(range(VOCAB_SIZE), repeat=step)))
+        tails = tails.long().reshape(VOCAB_SIZE**step, step)
+        texts = torch.cat([prompt.expand(len(tails), -1), tails], 1)
+        logits, hidden = [], []
+        for model in models:
+            with torch.no_grad(), last_hidden(model) as collected:
+                logits.append(model(texts, use_cache=False).logits[:, -1].double())
+            hidden.append(collected[-1][:, -1:])
+        draft_weight = head.draft_weight(*hidden)[:, 0]
+        rows = [
+            ensemble_law([a, b], (u, 1 - u), head.ensemble)
+            for a, b, u in zip(*logits, draft_weight.tolist(), strict=True)
+        ]
+        joint = joint[..., None] * torch.stack(rows).reshape((VOCAB_SIZE,) * (step + 1))
+    return joint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ensemble", ["mixture", "product"])
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_weights_of_a_head_give_its_law_at_every_position(ensemble: str, gamma: int) -> None:
+    target = toy(0, VOCAB_SIZE)
+    models = [noisy(target, 2.0), target]
+    dice = torch.Generator().manual_seed(1)
+    delta = 3 * torch.randn(32, generator=dice) / 32**0.5
+    head = WeightHead(delta, torch.tensor(0.3), ensemble)
+    prompt = prompts([3], VOCAB_SIZE)["input_ids"]
+    joint = head_law(models, head, prompt, 4)
+
+    def found(**options: object) -> dict:
+        decoder = SpeculativeDecoder(
+            models,
+            weights=options.pop("weights", head),
+            ensemble=ensemble,
+            schedule="speculative",
+            proposer=0,
+            num_speculative_tokens=gamma,
+            **options,
+        )
+        texts = [
+            decoder.generate(
+                prompt.expand(1000, -1),
+                attention_mask=torch.ones(1000, 3, dtype=torch.int64),
+                max_new_tokens=6,
+                do_sample=True,
+                top_k=0,
+                seed=seed,
+            )
+            for seed in (0, 1000, 2000)
+        ]
+        return p_values(torch.cat(texts)[:, 3:7], joint)
+
+    assert min(found().values()) > HONEST
+    # The bonus token as it was published, and one weight for all positions, are found out.
+    assert min(found(bonus="last").values()) < WRONG
+    mean = 0.5 + float(torch.tensor(0.3)) / 10
+    assert min(found(weights=(mean, 1 - mean)).values()) < WRONG
