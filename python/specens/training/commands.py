@@ -153,12 +153,12 @@ def diversed(
     models, tokenizers = _load([draft, target], dtype, trust_remote_code, threads)
     pair = _pair(models, tokenizers, [draft, target])
     folder = _folder(out)
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     with _progress("training", steps) as advance:
         head, rows = training.train_head(
             pair, examples, judge, settings, folder, resume=resume, progress=advance
         )
-    trained_s = time.perf_counter() - began
+    trained_s, trained_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     draw_curves(folder / "curves.png", rows, training.CURVES)
     with terminal.progress("evaluating", len(STATIC_WEIGHTS) + 1) as step:
         found = compare_with_static(
@@ -168,7 +168,9 @@ def diversed(
         "reward": reward,
         "training_examples": len(examples),
         "training_seconds": trained_s,
+        "training_cpu_seconds": trained_cpu_s,
         "evaluation_seconds": time.perf_counter() - began - trained_s,
+        "evaluation_cpu_seconds": time.process_time() - began_cpu - trained_cpu_s,
         "last_steps": _mean_of_last(rows),
         **found,
     }
@@ -278,7 +280,7 @@ def draft(
     folder = _folder(out)
     with terminal.progress("measuring", 1):
         before = distil.held_out_acceptance(student, law, test)
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     with _progress("training", steps) as advance:
         rows = distil.train_draft(
             student,
@@ -291,7 +293,7 @@ def draft(
             resume=resume,
             progress=advance,
         )
-    trained_s = time.perf_counter() - began
+    trained_s, trained_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     draw_curves(folder / "curves.png", rows, distil.CURVES)
@@ -300,6 +302,7 @@ def draft(
         "training_windows": list(windows.shape),
         "held_out_windows": list(test.shape),
         "training_seconds": trained_s,
+        "training_cpu_seconds": trained_cpu_s,
         "last_steps": _mean_of_last(rows),
         "acceptance_before": before,
         "acceptance_after": after,

@@ -227,7 +227,8 @@ def train_draft(
             draft_logits, target_logits, settings, reference_logits, counts
         )
         number = int(trained.sum())
-        loss = (losses * trained).sum() / max(number, 1)
+        # Without a token there is no gradient, and the optimiser does not step.
+        loss = (losses * trained).sum() / number if number else losses.new_zeros(())
         with torch.no_grad():
             kept = 1 - divergence(target_logits, draft_logits, "tv").mean()
         return loss, {"acceptance": kept.item(), "trained_tokens": float(number)}
