@@ -105,7 +105,7 @@ def diversed(
     new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 32,
     evaluation_samples: Annotated[
         int, typer.Option(min=1, help="Texts per held-out example and weight.")
-    ] = 4,
+    ] = 2,
     rate: _Rate = 0.02,
     warmup_steps: _Warmup = 10,
     clip: _Clip = 1.0,
@@ -196,8 +196,12 @@ def draft(
     data: _Data = None,
     evaluation: _Evaluation = None,
     divergence: Annotated[
-        str, typer.Option(help="kl (target to draft), reverse_kl, js or tv.")
-    ] = "kl",
+        str,
+        typer.Option(
+            help="tv, kl (target to draft), reverse_kl or js. tv is the chance of a rejection itself, "
+            "but teaches little where the laws hardly overlap: start with kl there."
+        ),
+    ] = "tv",
     select: Annotated[
         float,
         typer.Option(help="AdaSPEC: train on this fraction of tokens; 0.4 in the paper."),
@@ -213,12 +217,15 @@ def draft(
             help="The targets write, the draft speculates, and learns where it was rejected alone.",
         ),
     ] = False,
-    steps: _Steps = 400,
+    steps: _Steps = 500,
     batch: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 6,
     window_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Online: of each prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Online: what is written.")] = 64,
-    rate: _Rate = 1e-3,
+    rate: Annotated[
+        float,
+        typer.Option(help="AdamW's, after the warm-up; for large drafts 1e-4 or less."),
+    ] = 3e-3,
     warmup_steps: _Warmup = 20,
     clip: _Clip = 1.0,
     save_every: _SaveEvery = 100,

@@ -44,7 +44,7 @@ class DraftSettings:
     windows_per_step: texts in a step. prompt_tokens, new_tokens: of each, when online.
     """
 
-    divergence: str = "kl"
+    divergence: str = "tv"
     ensemble: str = "mixture"
     weights: tuple[float, ...] = (1.0,)
     select: float = 1.0
@@ -53,7 +53,7 @@ class DraftSettings:
     prompt_tokens: int = 64
     new_tokens: int = 64
     seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(400, 1e-3))
+    schedule: Schedule = field(default_factory=lambda: Schedule(500, 3e-3))
 
     def __post_init__(self) -> None:
         """Check every number and name."""

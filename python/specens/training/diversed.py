@@ -50,7 +50,7 @@ class HeadSettings:
     prompt_tokens: int = 64
     new_tokens: int = 32
     baseline: str = "group"
-    acceptance_scale: float = 0.02
+    acceptance_scale: float = 0.1
     seed: int = 0
     schedule: Schedule = field(default_factory=lambda: Schedule(100, 0.02))
 
