@@ -430,6 +430,7 @@ def test_curves_are_drawn_where_matplotlib_is(
 # --- examples -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_modules_are_those_that_the_family_has_not_read() -> None:
     held_out = HELD_OUT_MODULES.pattern.split("|")
     assert sorted([*examples.HEAD_MODULES, *examples.EVALUATION_MODULES]) == sorted(held_out)

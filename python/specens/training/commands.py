@@ -198,8 +198,8 @@ def draft(
     divergence: Annotated[
         str,
         typer.Option(
-            help="tv, kl (target to draft), reverse_kl or js. tv is the chance of a rejection itself, "
-            "but teaches little where the laws hardly overlap: start with kl there."
+            help="tv, kl (target to draft), reverse_kl or js. tv is the chance of a rejection, but "
+            "teaches little where the laws hardly overlap: start with kl there."
         ),
     ] = "tv",
     select: Annotated[

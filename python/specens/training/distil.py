@@ -23,7 +23,6 @@ from torch import Tensor
 
 from specens.benchmark import sampling
 from specens.decoder import SpeculativeDecoder
-from specens.members import forward_arguments
 from specens_kernels import DIVERGENCES, Law, Stream, divergence, mix, sample, uniforms, verify
 
 from .examples import in_turn, row_seeds
@@ -85,34 +84,28 @@ class Targets:
         self.law = Law(settings.weights, settings.ensemble, vocab_size=vocab_size)
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         """(B, S, V) logits, or log-probabilities where there are several models."""
-        found = [read(model, tokens, mask) for model in self.models]
+        found = [read(model, tokens) for model in self.models]
         if len(found) == 1 and self.law.weights == (1.0,):
             return found[0][..., : self.vocab_size]
         return mix(found, self.law)[0]
 
 
-def read(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, S, V) logits of left-padded texts; the mask is 1 where there are tokens."""
-    options: dict[str, Any] = {}
-    if mask is not None:
-        options["attention_mask"] = mask
-        if "position_ids" in forward_arguments(model):
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-    logits: Tensor = model(tokens, use_cache=False, return_dict=True, **options).logits
+def read(model: Any, tokens: Tensor) -> Tensor:
+    """(B, S, V) logits of texts (B, S) of equal length."""
+    logits: Tensor = model(tokens, use_cache=False, return_dict=True).logits
     return logits
 
 
 @torch.no_grad()
 def held_out_acceptance(draft: Any, targets: Targets, windows: Tensor) -> dict[str, float]:
-    """Mean of sum_x min(target, draft) over the positions of windows (W, S), and over windows its
-    standard error."""
+    """Mean of sum_x min(target, draft) over the positions of windows (W, S), and its error."""
     means = []
-    for window in windows:
+    for window in windows.to(draft.device):
         logits = read(draft, window[None])[..., : targets.vocab_size]
         means.append(1 - divergence(targets.logits(window[None]), logits, "tv").mean())
-    found = torch.stack(means).double()
+    found = torch.stack(means).double().cpu()
     error = found.std().item() / len(found) ** 0.5 if len(found) > 1 else float("nan")
     return {"mean": found.mean().item(), "standard_error": error}
 
@@ -209,8 +202,8 @@ def train_draft(
 
     def step_of(step: int, memory: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
         chosen = in_turn(len(windows), settings.windows_per_step, step, settings.seed)
-        seeds = row_seeds(settings.seed, step, len(chosen))
-        tokens, counts = windows[chosen], None
+        seeds = row_seeds(settings.seed, step, len(chosen)).to(draft.device)
+        tokens, counts = windows[chosen].to(draft.device), None
         if decoder is not None:
             tokens = _written(decoder, tokens[:, : settings.prompt_tokens], seeds, settings)
         draft_logits = read(draft, tokens)[..., : targets.vocab_size]
