@@ -37,7 +37,8 @@ def shown(measure: Mapping[str, float]) -> str:
 
 def head_table(result: Mapping[str, Any]) -> dict[str, Any]:
     """Static weights and the learned one, for the README."""
-    columns = ("acceptance", "target_log_likelihood", "text_acceptance", "text_log_likelihood")
+    columns = ("acceptance", "target_log_likelihood", "closeness_to_target")
+    columns = (*columns, "text_acceptance", "text_log_likelihood")
     rows = [
         [name, *(shown(measures[column]) for column in columns)]
         for name, measures in result["candidates"].items()

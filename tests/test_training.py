@@ -553,6 +553,8 @@ def test_a_constant_head_is_on_the_front_and_a_better_one_above(pair: Pair) -> N
     same = found["candidates"]["static 0.4"]
     assert found["candidates"]["learned"] == same
     assert same["target_log_likelihood"] == same["reward"]
+    whole = found["candidates"]["static 0.0"]["closeness_to_target"]
+    assert whole["mean"] == pytest.approx(0, abs=1e-5)  # the target alone
     acceptances = [
         found["candidates"][name]["text_acceptance"]["mean"]
         for name in ("static 0.0", "static 0.5", "static 1.0")
@@ -578,7 +580,11 @@ def test_examples_without_references_have_no_quality_of_text(pair: Pair) -> None
     head = WeightHead.constant(128, 192)
     bare = [replace(one, reference="") for one in TEXTS]
     found = front.compare_with_static(pair, head, bare, LIKELIHOOD, TINY, samples=1)
-    assert sorted(found["above_front"]) == ["reward", "target_log_likelihood"]
+    assert sorted(found["above_front"]) == [
+        "closeness_to_target",
+        "reward",
+        "target_log_likelihood",
+    ]
     assert "text_acceptance" not in found["candidates"]["learned"]
 
 

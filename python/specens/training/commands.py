@@ -105,7 +105,7 @@ def diversed(
     new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 32,
     evaluation_samples: Annotated[
         int, typer.Option(min=1, help="Texts per held-out example and weight.")
-    ] = 2,
+    ] = 3,
     rate: _Rate = 0.02,
     warmup_steps: _Warmup = 10,
     clip: _Clip = 1.0,
@@ -459,8 +459,10 @@ def _show_front(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("text_acceptance", "text_log_likelihood", "acceptance", "target_log_likelihood")
-    columns = (*columns, *(() if result["reward"] == "likelihood" else ("reward",)))
+    columns = ["acceptance", "target_log_likelihood", "closeness_to_target"]
+    if result["reward"] != "likelihood":
+        columns.append("reward")
+    columns += ["text_acceptance", "text_log_likelihood"]
     table = Table(title="held-out means ± standard errors", title_justify="left")
     table.add_column("draft weight", no_wrap=True)
     for name in columns:

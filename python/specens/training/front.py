@@ -3,12 +3,14 @@
 
 Every constant weight is a point (acceptance, quality), together the static front. A head is
 compared with the front at its own acceptance, by linear interpolation, and the standard error comes
-from resampling the examples. Quality is measured in three ways:
+from resampling the examples. Quality is measured in four ways, per token in nats where not said:
 
 * `text_log_likelihood`: of the references, teacher-forced, under the ensemble: how good a model of
   real text the ensemble is.
-* `target_log_likelihood`: of the ensemble's own texts, under the target: how close the ensemble
-  stays to the target. The target alone is not its maximum, whose texts are the target's favourites.
+* `target_log_likelihood`: of the ensemble's own texts, under the target. The target alone does not
+  have the most: texts of few surprises have more.
+* `closeness_to_target`: minus KL(ensemble || target), estimated on the ensemble's own texts: how
+  little the target's law is bent.
 * `reward`: of the ensemble's own texts.
 """
 
@@ -31,6 +33,7 @@ STATIC_WEIGHTS = tuple(n / 10 for n in range(11))
 QUALITIES = {
     "text_log_likelihood": "text_acceptance",
     "target_log_likelihood": "acceptance",
+    "closeness_to_target": "acceptance",
     "reward": "acceptance",
 }
 _RESAMPLES = 1000
@@ -158,12 +161,19 @@ def _write(
         )
         per_text = [
             rollout.mean(rollout.target_log_prob),
+            rollout.mean(rollout.target_log_prob - rollout.log_prob),
             rollout.mean(rollout.acceptance),
             rollout.mean(rollout.draft_weight),
             pair.judge(reward, chosen, rollout),
         ]
         rows.append(torch.stack(per_text))
-    names = ("target_log_likelihood", "acceptance", "draft_weight", "reward")
+    names = (
+        "target_log_likelihood",
+        "closeness_to_target",
+        "acceptance",
+        "draft_weight",
+        "reward",
+    )
     means = torch.cat(rows, -1).reshape(len(names), len(examples), samples).double().mean(-1)
     return dict(zip(names, means.cpu(), strict=True))
 
