@@ -146,9 +146,11 @@ def test_baselines_do_not_look_at_the_row_itself() -> None:
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
 
 
-def pair_of_toys(vocab_size: int = 11) -> tuple[Any, Any, WeightHead]:
+def pair_of_toys(vocab_size: int = 11, kind: str = "llama") -> tuple[Any, Any, WeightHead]:
     """Two models of different sizes and a head that is nowhere near a constant."""
-    draft, target = toy(1, vocab_size), toy(2, vocab_size, hidden_size=32)
+    width = {"llama": "hidden_size", "gpt2": "n_embd"}[kind]
+    draft = toy(1, vocab_size, kind=kind)
+    target = toy(2, vocab_size, kind=kind, **{width: 32})
     head = WeightHead(torch.randn(48) / 3, torch.tensor(0.2))
     return draft, target, head
 
@@ -166,9 +168,12 @@ def exact_laws(
     return weight, (share * q + (1 - share) * p).softmax(-1)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # relative and absolute positions
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
-def test_rollouts_say_what_the_models_say_without_cache_and_padding(ensemble: str) -> None:
-    draft, target, head = pair_of_toys()
+def test_rollouts_say_what_the_models_say_without_cache_and_padding(
+    ensemble: str, kind: str
+) -> None:
+    draft, target, head = pair_of_toys(kind=kind)
     head.ensemble = ensemble
     seeds = torch.tensor([5, 6, 7])
     with torch.no_grad():
@@ -664,7 +669,9 @@ def test_positions_are_rejected_as_often_as_the_laws_differ() -> None:
     assert not distil.rejected(draft, draft, examples.row_seeds(0, 0, 2000)).any()
 
 
-def test_online_learns_where_the_draft_was_rejected_and_nowhere_else(tmp_path: Path) -> None:
+def test_online_learns_where_the_draft_was_rejected_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = toy(4)
     same = trainable(4)
     before = [p.clone() for p in same.parameters()]
@@ -679,6 +686,13 @@ def test_online_learns_where_the_draft_was_rejected_and_nowhere_else(tmp_path: P
     for row in rows[:3]:  # 8 texts of 6 tokens
         assert 0 < row["trained_tokens"] < 48
     assert distil.held_out_acceptance(close, law, windows)["mean"] > earlier + 0.02
+
+    def everywhere(draft_logits: Tensor, *_: Tensor) -> Tensor:
+        return torch.ones(draft_logits.shape[:2], dtype=torch.bool)
+
+    monkeypatch.setattr(distil, "rejected", everywhere)
+    (row,) = learn(tmp_path / "all", close, [target], online=True, steps=1)
+    assert row["trained_tokens"] == 48  # what was written, and not the prompts
 
 
 @pytest.mark.parametrize("way", ["text", "online", "selected"])

@@ -28,7 +28,7 @@ from specens_kernels import DIVERGENCES, Law, Stream, divergence, mix, sample, u
 from .examples import in_turn, row_seeds
 from .loop import Schedule, optimise
 
-CURVES = ("loss", "acceptance", "trained_tokens")
+CURVES = ("loss", "acceptance")
 
 
 @dataclass(frozen=True)
