@@ -7,14 +7,25 @@ as many rows as a verification must read. Situations: `accepted`, all drafts are
 read and a bonus token drawn; `rejected`, a draft is refused at a typical place (the third of five
 for one sequence), which the op turns into less work and the batched program cannot. Last, the
 overhead of a call, at a vocabulary of 32.
+
+    python benchmarks/bench_verify.py --backend triton,cuda
+
+times these backends on a CUDA device, as device.py says, beside the same programs and FlashInfer's
+chain of speculative sampling, where it is installed. vLLM's `rejection_sample` is not among them:
+it takes one model's logits, a bonus token drawn elsewhere and random numbers of its own.
 """
 
 import argparse
+import inspect
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
+import device
 import harness
 import torch
 from harness import WRONG, Spread
@@ -103,6 +114,13 @@ class Inputs:
                 uniforms[b, kept + 1, 0] = 1 - 2.0**-24
         return cls(logits, draft_logits, tokens, uniforms, weights)
 
+    def cuda(self) -> "Inputs":
+        """The same on the current CUDA device."""
+        draft_logits = None if self.draft_logits is None else self.draft_logits.cuda()
+        logits = [tensor.cuda() for tensor in self.logits]
+        rest = (self.tokens.cuda(), self.uniforms.cuda(), self.weights.cuda())
+        return Inputs(logits, draft_logits, *rest)
+
 
 def straightforward(
     logits: Sequence[Tensor],
@@ -140,7 +158,7 @@ def _draw(mass: Tensor, numbers: Tensor) -> Tensor:
     tiles = -(-mass.shape[-1] // TILE)
     grid = torch.nn.functional.pad(mass, (0, tiles * TILE - mass.shape[-1]))
     grid = grid.view(-1, tiles, TILE // SUB_TILE, SUB_TILE)
-    rows = torch.arange(len(mass))
+    rows = torch.arange(len(mass), device=mass.device)
     tile = _pick(grid.sum((-1, -2)), numbers[:, 0])
     sub_tile = _pick(grid[rows, tile].sum(-1), numbers[:, 1])
     token = _pick(grid[rows, tile, sub_tile], numbers[:, 2])
@@ -157,7 +175,7 @@ def ours(inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     law = Law([1 / len(inputs.logits)] * len(inputs.logits))
     proposers = None
     if inputs.draft_logits is None:
-        proposers = torch.zeros(1, NUM_DRAFTS, dtype=torch.int32)
+        proposers = torch.zeros(1, NUM_DRAFTS, dtype=torch.int32, device=inputs.tokens.device)
 
     def run() -> Any:
         return verify(
@@ -174,7 +192,7 @@ def ours(inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
 
 def floor(case: Case, inputs: Inputs) -> Callable[[], Any] | None:
     """A sweep of as many rows as must be read; None where there are no native kernels."""
-    if not native.AVAILABLE:
+    if not native.AVAILABLE or inputs.tokens.is_cuda:
         return None
     width = case.vocab_size
     rows = [tensor.view(1, -1, width)[:, : case.rows_read] for tensor in inputs.logits]
@@ -182,6 +200,53 @@ def floor(case: Case, inputs: Inputs) -> Callable[[], Any] | None:
         return lambda: native.floor_sweep(rows, width)
     drafts = [inputs.draft_logits.view(1, -1, width)[:, : case.draft_rows_read]]
     return lambda: (native.floor_sweep(rows, width), native.floor_sweep(drafts, width))
+
+
+class OwnNumbers(NamedTuple):
+    """The answer of a program that draws its own random numbers: (B, N + 1) and (B,)."""
+
+    tokens: Tensor
+    num_accepted: Tensor
+
+
+def flashinfer(case: Case, inputs: Inputs) -> Callable[[], OwnNumbers] | None:
+    """FlashInfer's softmax of every law, the mixture, its chain; None where it is not installed.
+
+    It draws its own random numbers: for each sequence we look for a seed with which it keeps as
+    many drafts as the others do.
+    """
+    if find_spec("flashinfer") is None:
+        return None
+    sampling = import_module("flashinfer.sampling")
+    if "seed" not in inspect.signature(sampling.chain_speculative_sampling).parameters:
+        print("flashinfer: expected chain_speculative_sampling(seed=...), got none: left out")
+        return None
+    tokens, share = inputs.tokens.int(), 1 / case.members
+    offsets = torch.zeros(case.batch, dtype=torch.int64, device=tokens.device)
+
+    def law(logits: Tensor) -> Tensor:
+        return sampling.softmax(logits.reshape(-1, case.vocab_size)).view(logits.shape)
+
+    def run(seeds: Tensor) -> OwnNumbers:
+        laws = [law(logits) for logits in inputs.logits]
+        target = laws[0] if case.members == 1 else laws[0] * share
+        for other in laws[1:]:
+            target.add_(other, alpha=share)
+        if inputs.draft_logits is None:
+            draft = laws[0][:, :NUM_DRAFTS].contiguous()
+        else:
+            draft = law(inputs.draft_logits)
+        found, _, kept = sampling.chain_speculative_sampling(
+            draft, tokens, target, seed=seeds, offset=offsets
+        )
+        return OwnNumbers(found, kept)
+
+    wanted = torch.tensor(case.kept, device=tokens.device)
+    seeds = torch.zeros(case.batch, dtype=torch.int64, device=tokens.device)
+    for seed in reversed(range(1000)):
+        hits = run(torch.full_like(seeds, seed)).num_accepted == wanted
+        seeds = torch.where(hits, seed, seeds)
+    return lambda: run(seeds)
 
 
 def contestants(case: Case, inputs: Inputs, compiled: bool) -> dict[str, Callable[[], Any]]:
@@ -200,6 +265,9 @@ def contestants(case: Case, inputs: Inputs, compiled: bool) -> dict[str, Callabl
     sweep = floor(case, inputs)
     if sweep is not None:
         found["floor"] = sweep
+    chain = flashinfer(case, inputs) if inputs.tokens.is_cuda else None
+    if chain is not None:
+        found["flashinfer"] = chain
     return found
 
 
@@ -209,17 +277,23 @@ def gate(expected: Any) -> Callable[[str, Any], bool]:
     def agrees(name: str, answer: Any) -> bool:
         if name == "floor":
             return True
-        if hasattr(answer, "status"):
+        counts = expected.num_accepted.long()
+        if isinstance(answer, OwnNumbers):  # the last token is open
+            kept = torch.arange(NUM_DRAFTS + 1) < counts[:, None]
+            drafts = answer.tokens.cpu().long()[kept]
+            same_counts = torch.equal(answer.num_accepted.cpu().long(), counts)
+            return same_counts and torch.equal(drafts, expected.tokens[kept])
+        in_place = hasattr(answer, "status")
+        if in_place:
             last = answer.tokens.gather(1, answer.num_accepted[:, None].long())[:, 0]
             answer = (last, answer.num_accepted, answer.log_probs)
-        last, num_accepted, log_probs = answer
-        counts = expected.num_accepted.long()
+        last, num_accepted, log_probs = (value.cpu() for value in answer)
         emitted = torch.arange(NUM_DRAFTS + 1) <= counts[:, None]
         right = expected.tokens.gather(1, counts[:, None])[:, 0]
         if not torch.equal(num_accepted.long(), counts) or not torch.equal(last, right):
             return False
         # The program keeps the last token's log-probability in its last column, the op in place.
-        places = counts if hasattr(expected, "status") and name == "ours" else NUM_DRAFTS
+        places = counts if in_place else NUM_DRAFTS
         mine = log_probs.clone()
         mine[torch.arange(len(mine)), counts] = log_probs[torch.arange(len(mine)), places]
         return torch.allclose(mine[emitted], expected.log_probs[emitted], atol=1e-3)
@@ -249,6 +323,50 @@ def measure(
             paired = harness.ratios(samples[over], samples[under])
             row[f"{over}_over_{under}"] = Spread.of(paired)
     return row
+
+
+def on_backend(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    """The function, its ops on this backend."""
+
+    def run() -> Any:
+        with backend(name):
+            return function()
+
+    return run
+
+
+def measure_on_device(
+    case: Case,
+    names: Sequence[str],
+    copy: device.Copy,
+    compiled: bool,
+    rounds: int,
+    budget_s: float,
+) -> list[dict[str, Any]]:
+    """Two rows of the result: with a cold L2 and with a warm one."""
+    inputs = Inputs.make(case)
+    with backend("reference"):
+        expected = ours(inputs)()
+    peers = contestants(case, inputs.cuda(), compiled)
+    mine = peers.pop("ours")
+    found = {name: on_backend(name, mine) for name in names} | peers
+    programs = {name: device.captured(function) for name, function in found.items()}
+    agrees = gate(expected)
+    right = {name: program for name, program in programs.items() if agrees(name, program.run())}
+    hows = {name: program.how for name, program in programs.items()}
+    rows = []
+    for cache in device.CACHES:
+        samples = harness.interleave(device.clocks(right, copy, cache), rounds, budget_s)
+        speed = copy.bytes / Spread.of(samples["copy"]).median
+        times: dict[str, Any] = {name: Spread.of(values) for name, values in samples.items()}
+        shares = {
+            f"{name}_of_bandwidth": case.bytes_read / times[name].median / speed
+            for name in right.keys() & set(names)
+        }
+        times |= dict.fromkeys(found.keys() - right.keys(), WRONG)
+        row = {**asdict(case), "cache": cache, "how": hows, "bytes": case.bytes_read}
+        rows.append({**row, "bandwidth": speed, "seconds": times, **shares})
+    return rows
 
 
 def overhead(threads: int, rounds: int) -> dict[str, Spread]:
@@ -299,12 +417,14 @@ COLUMNS = (
 )
 
 
-def shown(row: dict[str, Any]) -> list[str]:
-    """The row as it is printed; times are median (10 %-90 %, minimum) in µs."""
+def time_of(row: dict[str, Any], name: str, digits: int = 0) -> str:
+    """Median (10 %-90 %, minimum) in µs."""
+    value = row["seconds"].get(name, "-")
+    return value.text(1e6, digits) if isinstance(value, Spread) else value
 
-    def time_of(name: str) -> str:
-        value = row["seconds"].get(name, "-")
-        return value.text(1e6, 0) if isinstance(value, Spread) else value
+
+def shown(row: dict[str, Any]) -> list[str]:
+    """The row as it is printed."""
 
     def ratio_of(name: str) -> str:
         return f"{row[name].median:.2f}" if name in row else "-"
@@ -313,7 +433,7 @@ def shown(row: dict[str, Any]) -> list[str]:
     speed = "-" if mine == WRONG else f"{row['bytes'] / mine.median / 1e9:.1f}"
     return [
         *(str(row[k]) for k in ("vocab_size", "members", "batch", "dtype", "situation", "threads")),
-        *map(time_of, ("ours", "eager", "compiled", "floor")),
+        *(time_of(row, name) for name in ("ours", "eager", "compiled", "floor")),
         *map(ratio_of, TARGETS),
         speed,
     ]
@@ -360,12 +480,79 @@ def headline(rows: Sequence[dict[str, Any]], calls: dict[str, dict[str, Spread]]
     return {**found, "wrong_rows": wrong, "targets": TARGETS | {"call_us": 30.0}}
 
 
+PEERS = ("eager", "compiled", "flashinfer")
+
+
+def device_table(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """What is printed for backends of a CUDA device; %: of the copy's bandwidth."""
+    columns = [*COLUMNS[:5], "L2", *(f"{name} µs" for name in (*names, *PEERS))]
+    columns += [*(f"{name} %" for name in names), "copy GB/s", "no graph"]
+    lines = []
+    for row in rows:
+        keys = ("vocab_size", "members", "batch", "dtype", "situation", "cache")
+        shares = [row.get(f"{name}_of_bandwidth") for name in names]
+        lines.append(
+            [
+                *(row[key] for key in keys),
+                *(time_of(row, name, 1) for name in (*names, *PEERS)),
+                *("-" if share is None else f"{share:.0%}" for share in shares),
+                f"{row['bandwidth'] / 1e9:.0f}",
+                " ".join(name for name, how in row["how"].items() if how != "graph") or "-",
+            ]
+        )
+    reasons = {(name, how) for row in rows for name, how in row["how"].items() if how != "graph"}
+    notes = [f"{name} is timed with what launching costs: {how}" for name, how in sorted(reasons)]
+    return "\n".join([harness.table(columns, lines), *notes])
+
+
+def device_headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians in µs: M = 2, B = 1, bfloat16, the headline's vocabulary."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        shape = (row["vocab_size"], row["members"], row["batch"], row["dtype"])
+        if shape != (HEADLINE_VOCAB_SIZE, 2, 1, "bfloat16"):
+            continue
+        for name, value in row["seconds"].items():
+            time = value if value == WRONG else round(value.median * 1e6, 1)
+            found[f"{name}_{row['situation']}_{row['cache']}_us"] = time
+    return {**found, "wrong_rows": sum(WRONG in row["seconds"].values() for row in rows)}
+
+
+def on_device(options: argparse.Namespace) -> int:
+    """`main` for backends of a CUDA device."""
+    rows: list[dict[str, Any]] = []
+    copy = device.Copy.make()
+    rounds, budget_s = (50, 1.0) if options.quick else (200, 10.0)
+    for case in harness.in_time(options, cases(options)):
+        compiled = is_compiled(case, max(options.threads), options)
+        rows += measure_on_device(case, options.backend, copy, compiled, rounds, budget_s)
+        print(*asdict(case).values(), "done", flush=True)
+    print(device_table(options.backend, rows))
+    return harness.finish("bench_verify_gpu", options, rows, {}, device_headline(rows))
+
+
+def chosen(text: str) -> list[str]:
+    """Backends, for argparse: `native`, or some of a CUDA device."""
+    names = text.split(",")
+    if names != ["native"] and not set(names) <= {"triton", "cuda"}:
+        raise argparse.ArgumentTypeError(f"expected native, or triton and cuda, got {text}")
+    return names
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, save."""
     parser = harness.arguments("verify against torch eager, torch.compile and the floor.")
     parser.add_argument("--vocab-sizes", type=harness.numbers, default=list(VOCAB_SIZES))
     parser.add_argument("--compiled", choices=("some", "all", "none"), default="some")
+    parser.add_argument("--backend", type=chosen, default=["native"], help="e.g. triton,cuda")
     options = parser.parse_args(arguments)
+    if options.backend != ["native"]:
+        if not torch.cuda.is_available():
+            wanted = ", ".join(options.backend)
+            line = f"bench_verify: --backend: expected a CUDA device for {wanted}, got none"
+            print(line, file=sys.stderr)
+            return 2
+        return on_device(options)
     if not native.AVAILABLE:
         print(f"{native.REASON}: `ours` is the reference, and there is no floor")
     rounds, budget_s = (9, 1.5) if options.quick else (21, 20.0)

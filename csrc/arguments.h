@@ -137,7 +137,8 @@ inline VerifyParams read_verify(Reader& in) {
   VerifyParams params;
   params.ensemble = read_ensemble(in);
   params.rule = static_cast<RuleId>(in.integer());
-  params.lenience = in.real();
+  for (double& parameter : params.parameters) parameter = in.real();
+  params.memory = read_values<double>(in);
   params.bonus = in.integer() != 0;
   params.batch = in.integer();
   params.nodes = in.integer();

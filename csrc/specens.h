@@ -109,7 +109,8 @@ struct SampleParams {
 struct VerifyParams {
   Ensemble ensemble;
   RuleId rule;
-  double lenience;
+  double parameters[kMaxParameters];  // of the rule, in the registry's order
+  Values<double> memory;              // (B,); null data: 0
   bool bonus;
   int64_t batch;
   int64_t nodes;

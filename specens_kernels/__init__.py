@@ -5,7 +5,7 @@ Needs torch only. `Law` says how logits become one distribution; `uniforms`, `mi
 `verify` are the ops; `backend` chooses their implementation.
 """
 
-from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from .acceptance import ACCEPTANCE_RULES, Acceptance, AcceptanceRule
 from .divergences import DIVERGENCES, divergence
 from .ensembles import ENSEMBLES, Ensemble
 from .law import Law
@@ -30,6 +30,7 @@ __all__ = [
     "ENSEMBLES",
     "PADDING",
     "POINT_MASS",
+    "Acceptance",
     "AcceptanceRule",
     "Ensemble",
     "Law",

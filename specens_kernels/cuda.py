@@ -3,9 +3,10 @@
 
 A call flattens its tensors as `native.py` does, lends the stream's workspace to the kernels and
 launches them on torch's current stream: no synchronisation, nothing that a CUDA graph could not
-hold once the workspace has its size. What the kernels cannot do raises `Unsupported`.
+hold. What the kernels cannot do raises `Unsupported`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ elif not hasattr(module, "cuda_verify"):
 else:
     AVAILABLE, REASON = True, ""
 
+# Those that need no sweep of their own.
+RULES = ("rejection", "k_seq", "lenient", "greedy")
 _MAX_MEMBERS = 8
 _MAX_ROWS = 65_535
 _MAX_VOCABULARY = 2048 * 1024
@@ -37,7 +40,7 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tenso
     _check_device(seeds.device)
     flat, out = native.flatten_uniforms(seeds, positions, stream, index)
     flat.append(_stream(out.device))
-    module.cuda_uniforms(flat)
+    _call(module.cuda_uniforms, flat, out.device)
     return out
 
 
@@ -69,13 +72,18 @@ def verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
     if parents is not None:
         raise Unsupported("trees have no CUDA kernel")
+    if acceptance not in RULES:
+        raise Unsupported(f"rule {acceptance!r} has no CUDA kernel")
     _check(logits, law)
+    if draft_temperature is not None:
+        draft_temperature = draft_temperature.to(torch.float32)
     flat, results = native.flatten_verify(
         logits,
         draft_tokens,
@@ -86,7 +94,8 @@ def verify(
         draft_temperature,
         law,
         acceptance,
-        lenience,
+        parameters,
+        memory,
         bonus,
     )
     _launch(module.cuda_verify, module.cuda_verify_workspace, flat, draft_tokens.device)
@@ -114,11 +123,20 @@ def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.
     stream = _stream(device)
     needed = workspace_bytes(flat)
     key = (device, stream)
-    workspace = _workspaces.get(key)
+    # A graph has its own, which every replay zeroes: it may outlive the stream's, run on another
+    # stream, and be the first to run of several.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    workspace = None if captured else _workspaces.get(key)
     if workspace is None or workspace.numel() < needed:
         workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
-        _workspaces[key] = workspace
+        if not captured:
+            _workspaces[key] = workspace
     flat += workspace.data_ptr(), workspace.numel(), stream
+    _call(function, flat, device)
+
+
+def _call(function: Any, flat: list[Any], device: torch.device) -> None:
+    """With the tensors' device as the current one, which the stream must belong to."""
     if device.type != "cuda":
         function(flat)
         return

@@ -34,10 +34,16 @@ else:
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_VALUES = (0, 0, 0, 0)
+_MAX_PARAMETERS = 4  # rules.h
 
 
 class Unsupported(NotImplementedError):
     """Valid arguments that no native kernel takes; the message is the reason."""
+
+
+def rules() -> list[str]:
+    """The acceptance rules that have a native kernel."""
+    return list(_RULES)
 
 
 def cpu_isa() -> str:
@@ -86,10 +92,14 @@ def verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
+    if draft_temperature is not None:
+        draft_temperature = draft_temperature.to(float32)
+    memory = None if memory is None else memory.double()
     flat, results = flatten_verify(
         logits,
         draft_tokens,
@@ -100,7 +110,8 @@ def verify(
         draft_temperature,
         law,
         acceptance,
-        lenience,
+        parameters,
+        memory,
         bonus,
     )
     flat.append(get_num_threads())
@@ -164,19 +175,22 @@ def flatten_verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Arguments and results of `verify`."""
+    """Arguments and results of `verify`.
+
+    draft_temperature: float32. memory: float64. They outlive the call.
+    """
     if parents is not None:
         raise Unsupported("trees have no native kernel")
     if acceptance not in _RULES:
         raise Unsupported(f"rule {acceptance!r} has no native kernel; add it to csrc/rules.h")
     flat = _members(logits) + _law(law)
     draft = _NO_VALUES if draft_logits is None else _logits(draft_logits)
-    draft_temperature = (
-        law.temperature if draft_temperature is None else draft_temperature.to(float32)
-    )
+    if draft_temperature is None:
+        draft_temperature = law.temperature
     batch, nodes = draft_tokens.shape
     device = draft_tokens.device
     tokens = empty(batch, nodes + 1, dtype=int64, device=device)
@@ -184,7 +198,10 @@ def flatten_verify(
     num_accepted = empty(batch, dtype=int32, device=device)
     path = empty(batch, nodes, dtype=int32, device=device)
     status = empty(batch, dtype=int32, device=device)
-    flat += _RULES[acceptance], lenience, bonus, batch, nodes
+    flat.append(_RULES[acceptance])
+    flat += *parameters, *(0.0,) * (_MAX_PARAMETERS - len(parameters))
+    flat += _NO_VALUES if memory is None else _per_row(memory)
+    flat += bonus, batch, nodes
     flat += _integers(draft_tokens)
     flat += _NO_VALUES if proposers is None else _integers(proposers)
     flat.append(numbers.data_ptr())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, native, reference, triton
-from .acceptance import ACCEPTANCE_RULES
+from .acceptance import Acceptance
 from .law import Law, LawTensors, nobody_listens
 from .native import Unsupported
 from .reference import PADDING
@@ -185,17 +185,18 @@ def verify(
     proposers: Tensor | None = None,
     draft_logits: Tensor | None = None,
     draft_temperature: Tensor | None = None,
-    acceptance: str = "rejection",
-    lenience: float = 1.0,
+    acceptance: Acceptance | str = "rejection",
+    memory: Tensor | None = None,
     bonus: bool = True,
 ) -> Verdict:
     """Keep the longest path of drafted tokens that the ensemble accepts, and emit one token more.
 
     From the root down, the children of a node are tried in order: a child is kept iff
-    `coin * draft < kept`, and the residual max(target - kept, 0) is the next child's target. Where
-    no child is kept the last residual is drawn from; where there is none to try, the target (the
-    bonus token). No (V,) probability tensor is written. The emitted law is the ensemble's, at every
-    position, if the rule is lossless and each draft was drawn from the law it is said to be from.
+    `coin * draft < kept`, and what the rule leaves of the target, for `rejection` the residual
+    max(target - kept, 0), is the next child's target. Where no child is kept the last residual is
+    drawn from; where there is none to try, the target (the bonus token). No (V,) probability tensor
+    is written. The emitted law is the ensemble's, at every position, if the rule is lossless and
+    each draft was drawn from the law it is said to be from.
 
     Args:
         logits: M tensors (B, N+1, V_m), as for `mix`. Row 0 is the law after the last committed
@@ -211,8 +212,10 @@ def verify(
         draft_logits: (B, N, V_d) or (B, N+1, V_d). Bare logits of a separate draft; row i is the
             law that the children of node i were drawn from.
         draft_temperature: () or (B,) float. The draft's; None is the law's for the first member.
-        acceptance: an entry of `ACCEPTANCE_RULES`. Rows of temperature 0 use "greedy".
-        lenience: (0, 1], for the rule "lenient".
+        acceptance: a rule with its parameters, or the name of an entry of `ACCEPTANCE_RULES`, with
+            its defaults. In rows of temperature 0 a draft is kept iff it is the ensemble's most
+            probable token or the rule trusts it. "block" takes chains only.
+        memory: (B,) float. For rules that remember: what of the tokens before; None is 0.
         bonus: whether a path that ends without a rejection emits a bonus token.
     Returns:
         Verdict: tokens, log_probs, num_accepted, path and status.
@@ -231,13 +234,17 @@ def verify(
     if logits[0].shape[0] != batch or logits[0].shape[1] != rows or logits[0].device != device:
         raise _wrong("verify", "logits[0]", f"(B={batch}, {rows}, V) on {device}", logits[0])
     _check_uniforms("verify", uniforms, batch, nodes + 1, device)
-    if acceptance not in ACCEPTANCE_RULES:
+    chosen = Acceptance.of(acceptance)
+    if chosen.rule.block and parents is not None:
+        raise ValueError("verify: parents: expected None for acceptance 'block', got a tensor")
+    if memory is not None and not chosen.rule.remembers:
         raise ValueError(
-            f"verify: acceptance: unknown rule {acceptance!r}; known rules: "
-            + ", ".join(sorted(ACCEPTANCE_RULES))
+            f"verify: memory: expected None for acceptance {chosen.rule.name!r}, got a tensor"
         )
-    if not 0.0 < lenience <= 1.0:
-        raise ValueError(f"verify: lenience: expected a number in (0, 1], got {lenience}")
+    if memory is not None and (
+        memory.shape != (batch,) or memory.dtype not in _FLOATS or memory.device != device
+    ):
+        raise _wrong("verify", "memory", f"(B={batch},) float on {device}", memory)
     parents = _broadcast("parents", parents, batch, nodes + 1, device)
     proposers = _broadcast("proposers", proposers, batch, nodes, device)
     if draft_logits is not None:
@@ -256,8 +263,9 @@ def verify(
             draft_logits,
             draft_temperature,
             parameters,
-            acceptance,
-            lenience,
+            chosen.rule.name,
+            chosen.parameters,
+            memory,
             bonus,
         )
     )
@@ -347,7 +355,7 @@ _lib.define(
 _lib.define(
     "verify(Tensor[] logits, Tensor draft_tokens, Tensor uniforms, Tensor? parents, "
     "Tensor? proposers, Tensor? draft_logits, Tensor? draft_temperature, "
-    f"{_LAW}, str acceptance, float lenience, bool bonus) "
+    f"{_LAW}, str acceptance, float[] parameters, Tensor? memory, bool bonus) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 

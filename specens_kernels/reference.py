@@ -8,18 +8,26 @@ first, then its schema in `ops.py`. Three ideas carry everything:
 * `target_law` turns M members' logits into one law: clean, warp, fold, normalise.
 * `draw` walks a hierarchical inverse CDF: tile, sub-tile, token, one uniform each. The geometry is
   part of the definition, so that every backend walks to the same token.
-* `verify` walks from the root: a child is kept iff `coin * draft < kept`; otherwise the residual is
-  the next child's target, and in the end the law of the emitted token.
+* `verify` walks from the root: a child is kept iff `coin * draft < kept`; otherwise what the rule
+  leaves is the next child's target, and in the end the law of the emitted token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from .acceptance import (
+    ACCEPTANCE_RULES,
+    AcceptanceRule,
+    Judgement,
+    Situation,
+    block_step,
+    block_threshold,
+    remember,
+)
 from .ensembles import ENSEMBLES
 from .law import LawTensors
 
@@ -371,6 +379,15 @@ class _Step(NamedTuple):
     status: int
 
 
+class _Target(NamedTuple):
+    """The target at one row."""
+
+    log_probs: Tensor  # (V,) float64, not collapsed
+    status: int
+    bare: bool  # the row's temperature is 0: the law is the one at temperature 1, unfiltered
+    greedy: bool  # its most probable token is what is emitted
+
+
 class _Sequence(NamedTuple):
     """One batch row of `verify`: tensors keep a leading dimension of 1."""
 
@@ -383,45 +400,76 @@ class _Sequence(NamedTuple):
     draft_temperature: Tensor
     law: LawTensors
     rule: AcceptanceRule
-    lenience: float
+    parameters: Sequence[float]
 
-    def step(self, row: int, bonus: bool) -> _Step | None:
-        """Try the children of `row` in order; None if there is none to try and no bonus token."""
-        children = [
+    def target(self, row: int) -> _Target:
+        law = target_law([t[:, row : row + 1] for t in self.logits], _at_row(self.law, row))
+        bare = bool(law.greedy)
+        return _Target(law.log_probs[0, 0], int(law.status), bare, bare or self.rule.greedy)
+
+    def children(self, row: int) -> list[int]:
+        return [
             node
             for node, parent in enumerate(self.parents)
             if node > 0 and parent == row and self.tokens[node - 1] != PADDING
         ]
+
+    def step(self, row: int, memory: Tensor, bonus: bool) -> _Step | None:
+        """Try the children of `row` in order; None if there is none to try and no bonus token."""
+        children = self.children(row)
         if not children and not bonus:
             return None
-        target = target_law([t[:, row : row + 1] for t in self.logits], _at_row(self.law, row))
-        log_probs, status = target.log_probs[0, 0], int(target.status)
-        greedy = self.rule.greedy or bool(target.greedy)
-        rule = ACCEPTANCE_RULES["greedy"] if greedy else self.rule
-        mass = (collapse(log_probs) if greedy else log_probs).exp()
+        target = self.target(row)
+        log_probs, status = target.log_probs, target.status
+        mass = log_probs.exp()
         for child in children:
-            token = self.tokens[child - 1]
-            draft, bits = self.proposal(child, row, greedy)
+            draft, bits = self.proposal(child, row, target)
             status |= bits
             if draft is None:
                 continue
-            kept = rule.kept(mass, draft, self.lenience)
-            if self.coins[child] * draft[token] < kept[token]:
+            token = torch.tensor(self.tokens[child - 1], device=mass.device)
+            at = Situation(mass, draft, token, memory, len(children))
+            if self.keeps(child, at, judgement := self.judge(at), target):
                 return _Step(child, None, log_probs, status)
-            residual = (mass - kept).clamp(min=0)
-            if residual.sum() > LEAST_RESIDUAL * mass.sum():
-                mass = residual / residual.sum()
-            elif not greedy and mass.sum() > 0:
-                status |= EMPTY_RESIDUAL
+            left, bits = self.left(mass, judgement, target)
+            status |= bits
+            if not self.rule.independent or child == children[-1]:
+                mass = left
+        if target.greedy:
+            mass = collapse(mass.log()).exp()
         return _Step(None, mass, log_probs, status)
 
-    def proposal(self, child: int, row: int, greedy: bool) -> tuple[Tensor | None, int]:
+    def judge(self, at: Situation) -> Judgement:
+        return self.rule.judge(at, *self.parameters)
+
+    def keeps(self, child: int, at: Situation, judgement: Judgement, target: _Target) -> bool:
+        token, coin = at.token, self.coins[child]
+        if not target.greedy:
+            return bool(coin * at.draft[token] < judgement.kept[token])
+        if coin >= 1 or (judgement.vetoed is not None and bool(judgement.vetoed)):
+            return False
+        if target.bare and judgement.trusted is not None and bool(judgement.trusted):
+            return True
+        return bool(at.target.sum() > 0) and bool(token == first_argmax(at.target.log()))
+
+    def left(self, mass: Tensor, judgement: Judgement, target: _Target) -> tuple[Tensor, int]:
+        """What the next child, or the draw, has for its target, and the status bits."""
+        if target.greedy:
+            vetoed = judgement.vetoed is not None and bool(judgement.vetoed)
+            return (judgement.left if vetoed else mass), 0
+        residual = judgement.left
+        if residual.sum() > LEAST_RESIDUAL * mass.sum():
+            return residual / residual.sum(), 0
+        return mass, EMPTY_RESIDUAL if mass.sum() > 0 else 0
+
+    def proposal(self, child: int, row: int, target: _Target) -> tuple[Tensor | None, int]:
         """The (V,) law that `child` was drawn from, None if it is invalid, and the status bits."""
         token, proposer = self.tokens[child - 1], self.proposers[child - 1]
         known_proposer = PADDING <= proposer < len(self.logits)
         if not 0 <= token < self.law.vocab_size or not known_proposer:
             return None, INVALID_DRAFT
-        if greedy or (proposer == PADDING and self.draft_logits is None):
+        is_point = proposer == PADDING and self.draft_logits is None
+        if is_point or (target.greedy and not (target.bare and self.rule.needs_draft)):
             point = torch.zeros(self.law.vocab_size, dtype=torch.float64, device=self.coins.device)
             point[token] = 1.0
             return point, 0
@@ -430,11 +478,78 @@ class _Sequence(NamedTuple):
         else:
             logits = self.logits[proposer]
             temperature = self.law.temperature.double().expand(1, len(self.logits))[:, proposer]
-        not_greedy = torch.zeros(1, dtype=torch.bool, device=logits.device)
-        alone, status = proposal_law(
-            logits[:, row : row + 1], temperature.double(), self.law, not_greedy
-        )
+        bare = torch.full((1,), target.bare, device=logits.device)
+        alone, status = proposal_law(logits[:, row : row + 1], temperature.double(), self.law, bare)
         return alone.log_probs[0, 0].exp(), int(status)
+
+    def block(self, bonus: bool) -> tuple[int, _Step | None, list[Tensor], int]:
+        """Judge a chain as a whole: drafts kept, what is emitted after them, laws, status bits.
+
+        Draft i is the last one kept with probability h_i, from the last to the first; c_i, the
+        probability that the path so far is kept at all, caps how much of the target is left.
+        """
+        status = 0
+        targets: list[Tensor] = []
+        drafts: list[Tensor] = []
+        for row in range(len(self.tokens)):
+            if self.tokens[row] == PADDING:
+                break
+            target = self.target(row)
+            draft, bits = self.proposal(row + 1, row, target)
+            status |= bits | target.status
+            targets.append(target.log_probs)
+            if draft is None:
+                break
+            drafts.append(draft)
+        count, reach, kept, kept_reach = len(drafts), 1.0, 0, 1.0
+        if len(targets) == count and bonus:
+            target = self.target(count)
+            status |= target.status
+            targets.append(target.log_probs)
+        for i, draft in enumerate(drafts):
+            token = self.tokens[i]
+            ratio = targets[i][token].exp() / draft[token] if draft[token] > 0 else 0.0
+            reach = block_step(reach, float(ratio))
+            threshold = reach
+            if i + 1 < count:
+                mass_left = (reach * targets[i + 1].exp() - drafts[i + 1]).clamp(min=0).sum()
+                threshold = block_threshold(reach, float(mass_left))
+            if self.coins[i + 1] < threshold:
+                kept, kept_reach = i + 1, reach
+        if kept == len(targets):  # everything was kept, and no bonus token is asked for
+            return kept, None, targets, status
+        mass = targets[kept].exp()
+        if kept < count:
+            residual = (kept_reach * mass - drafts[kept]).clamp(min=0)
+            if residual.sum() > LEAST_RESIDUAL:
+                mass = residual / residual.sum()
+            elif mass.sum() > 0:
+                status |= EMPTY_RESIDUAL
+        return kept, _Step(None, mass, targets[kept], status), targets, status
+
+
+def _walk(sequence: _Sequence, memory: Tensor | None, bonus: bool) -> Iterator[_Step]:
+    """The steps from the root to the emitted token."""
+    if sequence.rule.block and not bool(greedy_rows(sequence.law, 1)):
+        kept, last, targets, status = sequence.block(bonus)
+        for row in range(kept):
+            yield _Step(row + 1, None, targets[row], status)
+        if last is not None:
+            yield last
+        return
+    device = sequence.coins.device
+    seen = (
+        torch.zeros((), dtype=torch.float64, device=device) if memory is None else memory.double()
+    )
+    row = 0
+    while (step := sequence.step(row, seen, bonus)) is not None:
+        yield step
+        if step.child is None:
+            return
+        row = step.child
+        if sequence.rule.remembers:
+            log_prob = step.log_probs[sequence.tokens[row - 1]]
+            seen = remember(seen, log_prob, sequence.parameters[-1])
 
 
 def _at_batch(law: LawTensors, b: int) -> LawTensors:
@@ -469,7 +584,8 @@ def verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities, accepted counts, path and status; see `ops.verify`."""
@@ -498,23 +614,22 @@ def verify(
             draft_temperature=draft_temperature.expand(batch)[b : b + 1],
             law=_at_batch(law, b),
             rule=ACCEPTANCE_RULES[acceptance],
-            lenience=lenience,
+            parameters=parameters,
         )
-        row, accepted = 0, 0
-        while (step := sequence.step(row, bonus)) is not None:
+        for accepted, step in enumerate(
+            _walk(sequence, None if memory is None else memory[b], bonus)
+        ):
             status[b] |= step.status
             if step.child is not None:
                 token = sequence.tokens[step.child - 1]
-                path[b, accepted] = row = step.child
+                path[b, accepted] = step.child
+                num_accepted[b] = accepted + 1
             else:
                 assert step.emits_from is not None
+                row = int(path[b, accepted - 1]) if accepted > 0 else 0
                 token = int(draw(step.emits_from, numbers[b, row, 1:]))
             tokens[b, accepted] = token
             log_probs[b, accepted] = step.log_probs[token]
-            if step.child is None:
-                break
-            accepted += 1
-        num_accepted[b] = accepted
     return (
         tokens.to(device),
         log_probs.to(device),

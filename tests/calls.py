@@ -8,13 +8,14 @@ new argument, draw it in `call`.
 
 import math
 import random
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, mix, sample, verify
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, mix, sample, verify
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPS = {"mix": mix, "sample": sample, "verify": verify}
@@ -105,6 +106,30 @@ class Dice(random.Random):
             numbers[self.uniform_tensor(*shape) < 0.3] = self.choice([0.0, 1 - 2.0**-24])
         return numbers
 
+    def acceptance(self, rules: Sequence[str], vocab_size: int) -> Acceptance:
+        """A rule, and parameters that neither always nor never keep a draft."""
+        rule = ACCEPTANCE_RULES[self.choice(rules)]
+        size = vocab_size // 2 + 1
+        values = {
+            "lenience": [1.0, 0.7, 0.05],
+            "divergence": [0.0, 0.01, 0.3, 2.0],
+            "alpha": [0.0, 0.01, 0.1, 0.5, 1.0, self.random()],
+            "threshold": [0.0, 0.01, 0.1, 0.3, 0.6, self.random()],
+            "top_k": [0, 0, 1, 2, 9, 50, size, vocab_size + 9],
+            "epsilon": [0.0, 0.01, 0.1, self.random()],
+            "delta": [0.0, 0.3, self.random()],
+            "k": [1, 2, 3, 20, size],
+            "smoothing": [0.0, 0.2, 1.0, self.random()],
+            "target_entropy": [0.0, 0.3, self.random()],
+            "draft_entropy": [0.0, 0.3, self.random()],
+            "overlap": [0.0, 0.3, 0.8, 1.0],
+            "top_n": [1, 2, 5, 40, size, vocab_size + 3],
+        }
+        if rule.name == "likelihood":
+            values["threshold"] = [0.5, 2.0, 8.0, 4 * self.random()]
+        drawn = {each.name: self.choice(values[each.name]) for each in rule.parameters}
+        return Acceptance(rule.name, **drawn)
+
     def drafts(self, sources: Tensor, vocab_size: int) -> Tensor:
         """Likely tokens of (B, N, V) logits; some are anything, some missing."""
         batch, nodes = sources.shape[:2]
@@ -119,11 +144,13 @@ class Dice(random.Random):
         return tokens.to(self.choice([torch.int32, torch.int64]))
 
 
-def call(seed: int, sizes: tuple[int, ...]) -> Call:
+def call(seed: int, sizes: tuple[int, ...], rules: Sequence[str] = ()) -> Call:
+    """With `rules`, a call of `verify` under one of them."""
     dice = Dice(seed)
     vocab_size, batch = dice.choice(sizes), dice.choice([1, 1, 2, 3])
     nodes, members = dice.choice([0, 1, 2, 5]), dice.choice([1, 2, 2, 3, 4])
     op = dice.choice(["mix", "sample", "verify", "verify", "verify"])
+    op = "verify" if rules else op
     bonus = nodes == 0 or dice.happens(0.8)
     rows = nodes + 1 if bonus or op != "verify" else nodes
     logits = [dice.logits(batch, rows, vocab_size) for _ in range(members)]
@@ -134,11 +161,17 @@ def call(seed: int, sizes: tuple[int, ...]) -> Call:
     if op == "sample":
         member = dice.choice([None, None, dice.randrange(members)])
         return Call(op, (logits, dice.numbers(batch, rows, 4), law), {"member": member}, name)
+    rule, lenience = dice.choice(["greedy", "lenient", "rejection"]), dice.choice([1.0, 0.7])
     options: dict[str, Any] = {
-        "acceptance": dice.choice(sorted(ACCEPTANCE_RULES)),
-        "lenience": dice.choice([1.0, 0.7]),
+        "acceptance": Acceptance("lenient", lenience=lenience) if rule == "lenient" else rule,
         "bonus": bonus,
     }
+    if rules:
+        chosen = dice.acceptance(rules, vocab_size)
+        options["acceptance"] = chosen
+        if chosen.rule.remembers and dice.happens(0.5):
+            options["memory"] = dice.uniform_tensor(batch) * 3
+        name += f", {chosen}"
     sources = logits[0][:, :nodes]
     proposal = dice.choice(["members", "logits", "points"])
     if proposal == "members":
@@ -166,3 +199,37 @@ def check(backend: str, one: Call) -> None:
         torch.testing.assert_close(
             ours, right, **(close or {"atol": 0, "rtol": 0}), msg=lambda m: f"{one.name}\n{m}"
         )
+
+
+NEAR = 1e-6  # what single-precision normalisers leave of a statistic is well within
+
+
+def nearby(acceptance: Acceptance) -> Iterator[Acceptance]:
+    """The rule with each of its real parameters moved by NEAR, where the range allows it."""
+    for i, parameter in enumerate(acceptance.rule.parameters):
+        if parameter.name in ("top_k", "top_n", "k"):
+            continue
+        for step in (-NEAR, NEAR):
+            values = dict(
+                zip(
+                    [each.name for each in acceptance.rule.parameters],
+                    acceptance.parameters,
+                    strict=True,
+                )
+            )
+            values[parameter.name] = acceptance.parameters[i] + step
+            if parameter.low < values[parameter.name] <= parameter.high or (
+                values[parameter.name] == parameter.low and not parameter.open_low
+            ):
+                yield Acceptance(acceptance.rule.name, **values)
+
+
+def is_near_a_threshold(one: Call) -> bool:
+    """Whether the reference itself decides otherwise when a parameter moves by NEAR."""
+    expected = one.run("reference")
+    for moved in nearby(one.options["acceptance"]):
+        options = {**one.options, "acceptance": moved}
+        found = one._replace(options=options).run("reference")
+        if any(not torch.equal(expected[i], found[i]) for i in EXACT[one.op]):
+            return True
+    return False

@@ -11,15 +11,18 @@ from contextlib import ExitStack
 from importlib import import_module
 from types import ModuleType
 
-# Triton looks at it when it is imported: its kernels run on CPU tensors here.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import simt
 import torch
 
 import specens_kernels
 from specens_kernels import native, ops, triton
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton looks at it when imported: its kernels run on CPU tensors here, but for -m gpu."""
+    interpret = "0" if config.getoption("markexpr").startswith("gpu") else "1"
+    os.environ.setdefault("TRITON_INTERPRET", interpret)
 
 
 @pytest.fixture(scope="session", autouse=True)

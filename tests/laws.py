@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import rules
 import torch
 from torch import Tensor
 
@@ -149,6 +150,7 @@ class Case:
     points: tokens of the POINT nodes, by node.
     weights: numbers, or how they depend on the depth (a weight at each position of a chain).
     law: the other arguments of `Law`.
+    acceptance, parameters: the rule.
     zeros: probability that a logit of the language is -inf.
     seed: of the language.
     """
@@ -161,6 +163,7 @@ class Case:
     points: dict[int, int] | None = None
     law: dict[str, Any] | None = None
     acceptance: str = "rejection"
+    parameters: dict[str, float] | None = None
     draft_temperature: float | None = None
     bonus: bool = True
     zeros: float = 0.0
@@ -198,12 +201,39 @@ class Case:
     def target(self, prefix: Tokens) -> Tensor:
         """(V,) law that the token after `prefix` must have."""
         members = [self.logits(m, prefix) for m in range(self.members)]
+        if self.greedy:
+            return one_point(self.bare_target(prefix).argmax(), self.vocab_size)
+        return ensemble_law(members, self.weights_at(len(prefix)), **(self.law or {}))
+
+    def bare_target(self, prefix: Tokens) -> Tensor:
+        """(V,) law of the ensemble as it is asked for a most probable token."""
+        members = [self.logits(m, prefix) for m in range(self.members)]
         settings = dict(self.law or {})
-        if settings.get("temperature") == 0:  # the ensemble's argmax at temperature 1, unfiltered
+        if settings.get("temperature") == 0:  # temperature 1, unfiltered
             bare = ("ensemble", "scope", "plausibility")
             settings = {key: settings[key] for key in bare if key in settings}
-        law = ensemble_law(members, self.weights_at(len(prefix)), **settings)
-        return one_point(law.argmax(), self.vocab_size) if self.greedy else law
+        return ensemble_law(members, self.weights_at(len(prefix)), **settings)
+
+    def bare_draft(self, node: int, prefix: Tokens) -> Tensor:
+        """(V,) law of the proposer at temperature 1, unfiltered."""
+        proposer = self.proposers[node - 1]
+        if proposer == POINT:
+            return one_point((self.points or {})[node], self.vocab_size)
+        proposer = self.members if proposer == SEPARATE else proposer
+        return self.logits(proposer, prefix).softmax(-1)
+
+    def memory(self, prefix: Tokens) -> float:
+        """What the rule "likelihood" remembers after `prefix`."""
+        smoothing = (self.parameters or {}).get("smoothing", 0.0)
+        memory = 0.0
+        for position, token in enumerate(prefix):
+            law = (
+                self.bare_target(prefix[:position])
+                if self.greedy
+                else self.target(prefix[:position])
+            )
+            memory = smoothing * memory - (1 - smoothing) * law[token].log().item()
+        return memory
 
     def draft(self, node: int, prefix: Tokens) -> Tensor:
         """(V,) law that the token of `node` is drawn from."""
@@ -290,21 +320,37 @@ def emitted_law(case: Case, answer: Callable[[Question], float]) -> JointLaw:
 
 
 def predicted(case: Case, question: Question) -> float:
-    """The answer in closed form, for a rule that keeps min(target, draft)."""
+    """The answer in closed form."""
     prefix = tuple(tried.token for tried in question.tried if tried.kept)
-    mass = case.target(prefix)
+    siblings = case.children(question.row)
+    target = mass = case.target(prefix)
+
+    def judge(child: int, token: int) -> tuple[float, Tensor]:
+        """The chance that the child is kept, and what is then left."""
+        parameters = case.parameters or {}
+        memory = case.memory(prefix)
+        if case.greedy:
+            laws = (case.bare_target(prefix).tolist(), case.bare_draft(child, prefix).tolist())
+            if rules.VETOES.get(case.acceptance, rules.never)(*laws, token, memory, **parameters):
+                left = case.bare_target(prefix).index_fill(0, torch.tensor(token), 0.0)
+                return 0.0, one_point(left.argmax(), case.vocab_size)
+            if rules.TRUSTS.get(case.acceptance, rules.never)(*laws, token, memory, **parameters):
+                return 1.0, mass
+            return mass[token].item(), mass
+        if case.acceptance == "k_seq":
+            parameters = {"k": len(siblings)}
+        law = target if case.acceptance == "k_seq" else mass
+        draft = case.draft(child, prefix).tolist()
+        kept, left = rules.CLOSED[case.acceptance](law.tolist(), draft, token, memory, **parameters)
+        residual = torch.tensor(left, dtype=torch.float64)
+        return kept, residual / residual.sum() if residual.sum() > 0 else mass
+
     for tried in question.tried:
         if case.parents[tried.node] == question.row:
-            law = case.draft(tried.node, prefix)
-            draft = one_point(tried.token, len(law)) if case.greedy else law
-            residual = (mass - draft).clamp(min=0)
-            mass = residual / residual.sum() if residual.sum() > 0 else mass
+            mass = judge(tried.node, tried.token)[1]
     if question.child is None:
         return mass.cumsum(-1)[question.token].item()
-    if case.greedy:
-        return mass[question.token].item()
-    draft = case.draft(question.child, prefix)
-    return min(1.0, (mass / draft)[question.token].item()) if draft[question.token] > 0 else 0.0
+    return judge(question.child, question.token)[0]
 
 
 class Call(NamedTuple):

@@ -7,11 +7,12 @@ Speeds are not tested: they belong to a machine, these facts to the code.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 # transformers and torch.compile warn as they like.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -67,6 +68,142 @@ def test_a_wrong_contestant_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["seconds"]["eager"] == harness.WRONG
     assert row["seconds"]["ours"] != harness.WRONG
     assert harness.WRONG in " ".join(verify.shown(row))
+
+
+# --- a CUDA device, without one ---
+
+
+class Card:
+    """A device that does what it is told when it is told, and a log of that."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.now = 0.0  # milliseconds
+
+    def work(self, name: str, milliseconds: float) -> None:
+        self.log.append(name)
+        self.now += milliseconds
+
+    def event(self) -> "Event":
+        return Event(self)
+
+
+class Event:
+    """What torch.cuda.Event is to the clock."""
+
+    def __init__(self, card: Card) -> None:
+        self.card, self.reached, self.waited = card, 0.0, False
+
+    def record(self) -> None:
+        self.card.work("event", 0.0)
+        self.reached = self.card.now
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert end.waited, "torch raises where the work is not done"
+        return end.reached - self.reached
+
+
+@pytest.mark.parametrize(
+    ("cache", "order"), [("cold", "copy event run event"), ("warm", "copy run event run event")]
+)
+def test_events_hold_the_run_alone(cache: str, order: str) -> None:
+    device, card = bench("device"), Card()
+    programs = {"ours": device.Program(lambda: card.work("run", 5.0), "graph")}
+    copy = SimpleNamespace(run=lambda: card.work("copy", 100.0))
+    clocks = device.clocks(programs, copy, cache, card.event)
+    assert clocks["ours"](0) == pytest.approx(5e-3)
+    assert " ".join(card.log) == order
+    assert clocks["copy"](0) == pytest.approx(0.1)
+
+
+def test_rows_of_a_device_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the device's own part, with CPU backends in its place."""
+    verify, device, harness, card = bench("bench_verify"), bench("device"), bench("harness"), Card()
+    monkeypatch.setattr(verify.Inputs, "cuda", lambda self: self)
+    monkeypatch.setattr(
+        device,
+        "captured",
+        lambda function: device.Program(lambda: (card.work("", 1.0), function())[1], "launches: x"),
+    )
+    stock = device.clocks
+    monkeypatch.setattr(device, "clocks", lambda *arguments: stock(*arguments, card.event))
+    copy = SimpleNamespace(run=lambda: card.work("copy", 2.0), bytes=4_000_000)
+    case = verify.Case(1100, 2, 8, "float32", "rejected")
+    rows = verify.measure_on_device(case, ["reference", "native"], copy, False, 3, 1.0)
+    assert [row["cache"] for row in rows] == ["cold", "warm"]
+    for row in rows:
+        assert harness.WRONG not in row["seconds"].values()
+        assert row["seconds"]["reference"].median == pytest.approx(1e-3)
+        assert row["bandwidth"] == pytest.approx(2e9)
+        assert row["native_of_bandwidth"] == pytest.approx(case.bytes_read / 1e-3 / 2e9)
+    text = verify.device_table(["reference", "native"], rows)
+    assert "eager is timed with what launching costs: launches: x" in text
+    assert verify.device_headline(rows) == {"wrong_rows": 0}
+
+
+@pytest.mark.parametrize("situation", ["accepted", "rejected"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_chain_with_its_own_numbers(
+    members: int, situation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashInfer's signatures; seeds are found with which it keeps what the others keep."""
+    verify = bench("bench_verify")
+
+    def softmax(logits: Tensor) -> Tensor:
+        assert logits.dim() == 2
+        return logits.float().softmax(-1)
+
+    def chain_speculative_sampling(
+        draft_probs: Tensor,
+        draft_token_ids: Tensor,
+        target_probs: Tensor,
+        *,
+        seed: Any,
+        offset: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert draft_probs.is_contiguous()
+        assert target_probs.is_contiguous()
+        assert draft_token_ids.dtype == torch.int32
+        assert seed.dtype == offset.dtype == torch.int64
+        assert seed.shape == offset.shape == draft_token_ids.shape[:1]
+        chosen = draft_token_ids[..., None].long()
+        draft = draft_probs.gather(-1, chosen)[..., 0]
+        target = target_probs[:, :-1].gather(-1, chosen)[..., 0]
+        coins = [torch.rand(draft.shape[1], generator=generator(int(one))) for one in seed]
+        taken = torch.stack(coins) * draft < target
+        kept = taken.int().cumprod(-1).sum(-1)
+        places = torch.arange(draft.shape[1] + 1)
+        tokens = torch.cat((draft_token_ids, draft_token_ids[:, :1]), 1)
+        tokens = tokens.masked_fill(places > kept[:, None], -1)
+        return tokens, taken.sum(-1).int(), kept.int()
+
+    fake = SimpleNamespace(softmax=softmax, chain_speculative_sampling=chain_speculative_sampling)
+    monkeypatch.setattr(verify, "find_spec", lambda name: name)
+    monkeypatch.setattr(verify, "import_module", lambda name: fake)
+    case = verify.Case(300, members, 2, "float32", situation)
+    inputs = verify.Inputs.make(case)
+    run = verify.flashinfer(case, inputs)
+    agrees = verify.gate(verify.ours(inputs)())
+    assert agrees("flashinfer", run())
+    assert not agrees("flashinfer", run()._replace(num_accepted=run().num_accepted + 1))
+    assert not agrees("flashinfer", run()._replace(tokens=run().tokens + 1))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_device_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("bench_verify").main(["--backend", "triton,cuda"]) == 2
+    line = "bench_verify: --backend: expected a CUDA device for triton, cuda, got none"
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+# --- the other benchmarks ---
 
 
 def test_loop_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:

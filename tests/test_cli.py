@@ -83,9 +83,12 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
     "ensemble": (("generate", "x", "--ensemble", "sum"), "unknown name 'sum'"),
     "schedule": (("generate", "x", "--schedule", "fast"), "unknown name 'fast'"),
-    "acceptance": (("generate", "x", "--acceptance", "typcal"), "unknown name 'typcal'"),
+    "acceptance": (("generate", "x", "--acceptance", "typcal"), "unknown rule 'typcal'"),
     "scope": (("generate", "x", "--scope", "all"), "unknown name 'all'"),
-    "lenience": (("generate", "x", "--lenience", "0"), "lenience: expected a number in (0, 1]"),
+    "lenience": (
+        ("generate", "x", "--acceptance", "lenient:lenience=0"),
+        "lenience: expected a number in (0, 1]",
+    ),
     "plausibility": (("generate", "x", "--plausibility", "0.1"), "plausibility: expected 0"),
     "proposer": (
         ("generate", "x", "--schedule", "speculative", "--proposer", "3"),
@@ -288,7 +291,7 @@ def test_greedy_text_is_the_same_for_every_schedule(arguments: tuple[str, ...]) 
         ("--model", "family:draft"),
         ("--ensemble", "product", "--weights", "1.5,-0.5,0", "--plausibility", "0.1"),
         ("--scope", "ensemble", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.01"),
-        ("--acceptance", "lenient", "--lenience", "0.5", "--dtype", "bfloat16"),
+        ("--acceptance", "lenient:lenience=0.5", "--dtype", "bfloat16"),
     ],
     ids=" ".join,
 )

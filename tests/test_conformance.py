@@ -16,7 +16,7 @@ from calls import DTYPES, REAL, SMALL, TILES, Call, call, check
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ENSEMBLES, Law, sample
+from specens_kernels import ENSEMBLES, Acceptance, Law, sample
 
 EVERY = pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
 
@@ -190,7 +190,10 @@ def test_a_residual_next_to_nothing(backend: str) -> None:
     for draft in (logits, near, logits * (1 + 1e-5)):
         options: dict[str, Any] = {"draft_logits": draft, "draft_temperature": torch.tensor(0.9)}
         check(backend, Call("verify", ([logits], tokens, numbers, law), options, ""))
-    tight = {"acceptance": "lenient", "lenience": 1e-3, "proposers": torch.zeros(1, 3).long()}
+    tight = {
+        "acceptance": Acceptance("lenient", lenience=1e-3),
+        "proposers": torch.zeros(1, 3).long(),
+    }
     check(backend, Call("verify", ([logits], tokens, numbers, law), tight, "lenient"))
 
 

@@ -5,6 +5,7 @@ Everything here needs a CUDA device. What can be shown without one is in test_co
 the same kernels run in Triton's interpreter and in the emulator.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from calls import REAL, SMALL, TILES, Call, call
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import Law, Stream, cuda, sample, uniforms, verify
+from specens_kernels import Law, Stream, ops, sample, uniforms, verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,16 +31,19 @@ pytestmark = [
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend of the card; the emulator's stand-in plays no part here."""
-    if request.param == "cuda" and not cuda.AVAILABLE:
-        pytest.skip(f"cuda: {cuda.REASON}")
+    if not ops._MODULES[request.param].AVAILABLE:
+        pytest.skip(f"{request.param}: {ops._MODULES[request.param].REASON}")
+    if request.param == "triton" and os.environ["TRITON_INTERPRET"] == "1":
+        pytest.skip("triton: it interprets in this process; `pytest -m gpu` compiles")
     with specens_kernels.backend(request.param):
         yield request.param
 
 
 def on_card(value: Any) -> Any:
     """The same, every tensor in it on the card."""
-    if isinstance(value, Tensor):
-        return value.cuda()
+    if isinstance(value, Tensor):  # with its strides and its offset, whatever they are
+        whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+        return whole.cuda().as_strided(value.shape, value.stride(), value.storage_offset())
     if isinstance(value, Law):
         names = ("weights", "temperature", "top_k", "top_p", "min_p")
         moved = {name: on_card(getattr(value, name)) for name in names}
@@ -60,6 +64,9 @@ def test_the_reference_s_tokens(backend: str, sizes: tuple[int, ...], first: int
         for right, ours in zip(expected, found, strict=True):
             if not right.is_floating_point():
                 assert torch.equal(ours.cpu(), right), one.name
+            else:
+                close = {"atol": 1e-5, "rtol": 3e-6}  # as in `calls.check`
+                torch.testing.assert_close(ours.cpu(), right, **close, msg=one.name)
 
 
 class Turn:
@@ -98,18 +105,33 @@ def test_a_graph_replays_with_new_numbers(backend: str) -> None:
             assert torch.equal(one, other)
 
 
-def test_the_current_stream_is_used(backend: str) -> None:
+def test_the_first_graph_to_run_need_not_be_the_first_captured(backend: str) -> None:
     turn = Turn()
-    expected = turn.run()
-    streams = [torch.cuda.Stream() for _ in range(3)]
+    expected = [value.clone() for value in turn.run()]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
     found = []
-    torch.cuda.synchronize()
-    for stream in streams:
-        with torch.cuda.stream(stream):
+    for graph in graphs:
+        with torch.cuda.graph(graph):
             found.append(turn.run())
-    torch.cuda.synchronize()
-    for verdict in found:
+    for graph, verdict in reversed(list(zip(graphs, found, strict=True))):
+        graph.replay()
         assert all(torch.equal(one, other) for one, other in zip(verdict, expected, strict=True))
+
+
+def test_the_current_stream_is_used(backend: str) -> None:
+    """What the stream writes late, after a delay, is what the ops on it read."""
+    turn = Turn()
+    turn.positions += 7
+    expected = turn.run()
+    for _ in range(3):
+        turn.positions -= 7
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(100_000_000)  # cycles
+            turn.positions += 7
+            found = turn.run()
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_no_op_waits_for_the_device(backend: str) -> None:
@@ -135,6 +157,6 @@ def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
         "test_gpu.torch.cuda.synchronize()\n"
     )
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
-    path = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
-    process = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout[-4000:]

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import specens_kernels
 from specens_kernels import (
-    ACCEPTANCE_RULES,
     ENSEMBLES,
     Law,
     mix,
@@ -77,7 +76,7 @@ def op_calls() -> list[Any]:
     logits, numbers, draft = inputs()
     law = LAW.tensors("test", 2, 3, 2, draft.device, 11).arguments
     bare = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None, "product", "ensemble", 0.1, 9)
-    lenient = ("lenient", 0.9, True)
+    lenient = ("lenient", [0.9], None, True)
     parents = torch.tensor([[-1, 0, 0]], dtype=torch.int32)
     proposers = torch.tensor([[0, -1]], dtype=torch.int32)
     half = [member[:, :2] for member in logits]
@@ -90,12 +89,12 @@ def op_calls() -> list[Any]:
         pytest.param(specens.sample.default, (logits, numbers, *bare, 1), id="sample member"),
         pytest.param(
             specens.verify.default,
-            (logits, draft, numbers, None, None, None, None, *bare, "rejection", 1.0, True),
+            (logits, draft, numbers, None, None, None, None, *bare, "rejection", [], None, True),
             id="verify points",
         ),
         pytest.param(
             specens.verify.default,
-            (half, draft, numbers, None, proposers, None, None, *law, "greedy", 1.0, False),
+            (half, draft, numbers, None, proposers, None, None, *law, "greedy", [], None, False),
             id="verify chain",
         ),
         pytest.param(
@@ -285,15 +284,23 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: verify(two(), DRAFT, NUMBERS, HALVES, acceptance="typcal"),
-        "verify: acceptance: unknown rule 'typcal'; known rules: greedy, lenient, rejection",
+        "acceptance: name: unknown rule 'typcal'; known rules: block, cactus",
     ),
     (
-        lambda: verify(two(), DRAFT, NUMBERS, HALVES, lenience=0.0),
-        "verify: lenience: expected a number in (0, 1], got 0.0",
+        lambda: verify(
+            two(), DRAFT, NUMBERS, HALVES, acceptance="block", parents=torch.tensor([-1, 0, 1])
+        ),
+        "verify: parents: expected None for acceptance 'block', got a tensor",
     ),
     (
-        lambda: verify(two(), DRAFT, NUMBERS, HALVES, lenience=float("nan")),
-        "verify: lenience: expected a number in (0, 1], got nan",
+        lambda: verify(two(), DRAFT, NUMBERS, HALVES, memory=torch.zeros(2)),
+        "verify: memory: expected None for acceptance 'rejection', got a tensor",
+    ),
+    (
+        lambda: verify(
+            two(), DRAFT, NUMBERS, HALVES, acceptance="likelihood", memory=torch.zeros(3)
+        ),
+        "verify: memory: expected (B=2,) float on cpu, got (3,) float32 on cpu",
     ),
     (
         lambda: verify(two(), DRAFT, NUMBERS, HALVES, parents=torch.zeros(2, dtype=torch.int32)),
@@ -429,7 +436,7 @@ def test_the_native_kernels_take_every_rule_ensemble_and_scope() -> None:
                 mix(logits, law)
                 sample(logits, numbers, law)
                 sample(logits, numbers, law, member=1)
-                for acceptance in ACCEPTANCE_RULES:
+                for acceptance in native.rules():
                     verify(logits, draft, numbers, law, acceptance=acceptance)
 
 

@@ -28,6 +28,7 @@ BUGS = {
     "a missing fence": (3, "thread", "data race"),
     "a missing wait": (4, "address", "wrong result: NaN"),
     "a divergent barrier": (5, "address", "emulator: sum_doubled: divergent barrier"),
+    "a launch that does not wait": (6, "address", "emulator: sum_doubled: early launch"),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from specens_kernels import (
     PADDING,
     POINT_MASS,
+    Acceptance,
     Law,
     Status,
     Stream,
@@ -503,11 +504,13 @@ def test_lenience(backend: str) -> None:
     def accepted(**options: Any) -> Verdict:
         return verify(logits, draft, numbers, Law(HALVES), proposers=proposers, **options)
 
-    assert_same(accepted(acceptance="lenient"), accepted())
-    few, more = accepted(), accepted(acceptance="lenient", lenience=0.5)
+    assert_same(accepted(acceptance=Acceptance("lenient", lenience=1)), accepted())
+    few, more = accepted(), accepted(acceptance=Acceptance("lenient", lenience=0.5))
     assert (more.num_accepted >= few.num_accepted).all()
     assert more.num_accepted.sum() > few.num_accepted.sum()
-    assert accepted(acceptance="lenient", lenience=0.01).num_accepted.tolist() == [2] * 50
+    assert (
+        accepted(acceptance=Acceptance("lenient", lenience=0.01)).num_accepted.tolist() == [2] * 50
+    )
 
 
 # --- greedy ---------------------------------------------------------------------------------------
@@ -763,11 +766,12 @@ def test_every_backend_emits_what_the_reference_emits(
     mixed = torch.randint(-1, members, (batch, nodes), dtype=torch.int32)
     for proposers, draft_logits, acceptance in (
         (drawn, None, "rejection"),
-        (mixed, None, "lenient"),
+        (mixed, None, Acceptance("lenient", lenience=0.8)),
         (None, apart, "rejection"),
         (None, None, "rejection"),
         (None, None, "greedy"),
     ):
+        chosen = Acceptance.of(acceptance)
         numbers = torch.rand(batch, nodes + 1, 4)
         verdict = verify(
             logits,
@@ -778,11 +782,20 @@ def test_every_backend_emits_what_the_reference_emits(
             proposers=proposers,
             draft_logits=draft_logits,
             acceptance=acceptance,
-            lenience=0.8,
         )
         proposal = (parents, proposers, draft_logits, None)
         expected = Verdict(
-            *reference.verify(logits, draft, numbers, *proposal, arguments, acceptance, 0.8, True)
+            *reference.verify(
+                logits,
+                draft,
+                numbers,
+                *proposal,
+                arguments,
+                chosen.rule.name,
+                chosen.parameters,
+                None,
+                True,
+            )
         )
         torch.testing.assert_close(verdict.log_probs, expected.log_probs, atol=2e-5, rtol=1e-5)
         assert_same(verdict._replace(log_probs=expected.log_probs), expected)

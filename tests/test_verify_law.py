@@ -7,16 +7,29 @@ backend through the public op, with numbers on the grid of 2^-24 that `uniforms`
 
 import importlib.util
 import inspect
+import itertools
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import laws
 import pytest
+import rules
 import torch
 from laws import POINT, SEPARATE, Call, Case
 from torch import Tensor
 
-from specens_kernels import Law, Stream, reference, sample, uniforms, verify
+from specens_kernels import (
+    ACCEPTANCE_RULES,
+    Acceptance,
+    Law,
+    Stream,
+    reference,
+    sample,
+    uniforms,
+    verify,
+)
 
 FINE = 2.0**-44  # spacing of float64 numbers that rounding in the ops does not blur
 GRID = 2.0**-24
@@ -121,8 +134,15 @@ def law_of(case: Case, batch: int, dtype: torch.dtype = torch.float32) -> Law:
     return Law(weights=weights, vocab_size=case.vocab_size, **(case.law or {}))
 
 
-def in_float64(case: Case, module: ModuleType = reference, **wrong: float | str) -> Callable:
+def rule_of(case: Case) -> Acceptance:
+    return Acceptance(case.acceptance, **(case.parameters or {}))
+
+
+def in_float64(
+    case: Case, module: ModuleType = reference, acceptance: Acceptance | str | None = None
+) -> Callable:
     """`verify` of an implementation of the specification, past the checks of the public op."""
+    chosen = Acceptance.of(acceptance or rule_of(case))
 
     def run(call: Call) -> tuple[Tensor, Tensor]:
         batch, rows, _ = call.logits[0].shape
@@ -138,8 +158,9 @@ def in_float64(case: Case, module: ModuleType = reference, **wrong: float | str)
             call.draft_logits,
             None if temperature is None else torch.tensor([temperature]),
             law.tensors("verify", batch, rows, case.members, device, case.vocab_size),
-            wrong.get("acceptance", case.acceptance),
-            wrong.get("lenience", 1.0),
+            chosen.rule.name,
+            chosen.parameters,
+            None,
             case.bonus,
         )
         return verdict[0], verdict[3]
@@ -159,7 +180,7 @@ def through_the_op(case: Case) -> Callable:
             proposers=call.proposers,
             draft_logits=None if call.draft_logits is None else call.draft_logits.float(),
             draft_temperature=None if temperature is None else torch.tensor(temperature),
-            acceptance=case.acceptance,
+            acceptance=rule_of(case),
             bonus=case.bonus,
         )
         return verdict.tokens, verdict.path
@@ -172,35 +193,35 @@ def through_the_op(case: Case) -> Callable:
 BUGS = {
     "the residual is the target": (
         "weights for each position",
-        "return _Step(None, mass, log_probs, status)",
-        "return _Step(None, log_probs.exp(), log_probs, status)",
+        "mass = left\n",
+        "pass\n",
     ),
     "the bonus token comes from the draft": (
         "weights for each position",
-        "return _Step(None, mass, log_probs, status)",
-        "return _Step(None, mass if children else proposal_law(self.logits[0][:, row : row + 1],"
-        " self.law.temperature[0].double(), self.law, target.greedy)[0].log_probs[0, 0].exp(),"
-        " log_probs, status)",
+        "        return _Step(None, mass, log_probs, status)",
+        "        at = self.law.temperature[0].double(), self.law, torch.tensor([False])\n"
+        "        draft = proposal_law(self.logits[0][:, row : row + 1], *at)[0].log_probs[0, 0]\n"
+        "        return _Step(None, mass if children else draft.exp(), log_probs, status)",
     ),
     "siblings are tried against the target": (
         "three drawn siblings",
-        "kept = rule.kept(mass, draft, self.lenience)",
-        "kept = rule.kept(log_probs.exp(), draft, self.lenience)",
+        "at = Situation(mass, draft,",
+        "at = Situation(log_probs.exp(), draft,",
     ),
     "siblings share a coin": (
         "three drawn siblings",
-        "self.coins[child] * draft[token]",
-        "self.coins[row + 1] * draft[token]",
+        "at.token, self.coins[child]",
+        "at.token, self.coins[self.parents[child] + 1]",
     ),
     "the residual is not normalised": (
         "three drawn siblings",
-        "mass = residual / residual.sum()",
-        "mass = residual",
+        "return residual / residual.sum(), 0",
+        "return residual, 0",
     ),
     "the draft's probability is left out": (
         "weights for each position",
-        "self.coins[child] * draft[token]",
-        "self.coins[child]",
+        "coin * at.draft[token]",
+        "coin",
     ),
     "the draft is not warped": (
         "three members, temperatures of their own",
@@ -254,9 +275,60 @@ def test_the_enumeration_sees_a_wrong_line(bug: str) -> None:
     assert laws.joint_distance(case, law) > 1e-3
 
 
+# --- every rule -----------------------------------------------------------------------------------
+
+ONE_OF_EACH = [
+    Case(
+        f"{name} {parameters} {mode}",
+        4,
+        CHAIN_2,
+        (1, SEPARATE) if name == "tv" else (1, 1),
+        (0.7, 0.3),
+        law={"temperature": 0} if mode == "greedy" else {"temperature": (0.8, 1.3)},
+        acceptance=name,
+        parameters=parameters,
+        zeros=0.15 if mode == "sampled" else 0.0,
+        seed=seed,
+    )
+    for name in ACCEPTANCE_RULES
+    if name not in ("block", "greedy")
+    for parameters in rules.PARAMETERS.get(name, [{}])
+    for mode, seed in (("sampled", 1), ("sampled", 2), ("greedy", 3), ("greedy", 4))
+]
+SIBLINGS = [
+    Case(
+        f"{name}, {len(proposers)} siblings",
+        3,
+        (-1,) + (0,) * len(proposers),
+        proposers,
+        (0.7, 0.3),
+        acceptance=name,
+        parameters=rules.PARAMETERS.get(name, [{}])[0],
+        seed=5,
+    )
+    for name in ("k_seq", "cactus", "js", "entropy_veto", "cascade_v3")
+    for proposers in ((1, 1), (1, 1, 1))
+]
+
+
+def mixed_draft(case: Case) -> Case:
+    """With one kind of proposal throughout, as one call takes it."""
+    return case if SEPARATE not in case.proposers else replace(case, proposers=(SEPARATE,) * 2)
+
+
+@pytest.mark.parametrize("case", [*map(mixed_draft, ONE_OF_EACH), *SIBLINGS], ids=str)
+def test_every_rule_emits_what_its_definition_says(case: Case) -> None:
+    law, surprise = laws.observed_law(case, in_float64(case), 2.0**-40)
+    expected = laws.emitted_law(case, lambda question: laws.predicted(case, question))
+    assert laws.total_variation(law, expected) < 1e-9
+    assert surprise < 1e-9
+    if ACCEPTANCE_RULES[case.acceptance].lossless:
+        assert laws.joint_distance(case, law) < 1e-9
+
+
 def test_the_enumeration_sees_a_lossy_rule() -> None:
     case = case_named("weights for each position")
-    lossy = in_float64(case, acceptance="lenient", lenience=0.7)
+    lossy = in_float64(case, acceptance=Acceptance("lenient", lenience=0.7))
     law, _ = laws.observed_law(case, lossy, 2.0**-12)
     assert laws.joint_distance(case, law) > 1e-3
 
@@ -310,7 +382,7 @@ def test_the_first_token_fits_the_target(backend: str, count: int) -> None:
 def test_the_same_fit_rejects_a_lossy_rule(backend: str, count: int) -> None:
     target = laws.ensemble_law(REVERSED, (0.8, 0.2))
     assert laws.power(wrong_laws()["lenient"], target, count, P_VALUE) > 0.999
-    first = drawn_tokens(count, acceptance="lenient", lenience=0.7)[:, 0]
+    first = drawn_tokens(count, acceptance=Acceptance("lenient", lenience=0.7))[:, 0]
     assert laws.chi_square(torch.bincount(first, minlength=16), target).p_value < P_VALUE
 
 
@@ -378,3 +450,79 @@ def test_two_tokens_drafted_and_verified_with_one_seed_fit_the_target(
 def test_that_fit_rejects_numbers_shared_by_draft_and_residual(backend: str, count: int) -> None:
     counts, joint = two_tokens(count, Stream.VERIFY)
     assert laws.chi_square(counts, joint).p_value < P_VALUE
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def block_law(case: Case) -> laws.JointLaw:
+    """The law of what `verify` emits for a drafted chain of two, by asking it for its edges."""
+    fine, last = 2.0**-40, 1 - 2.0**-40
+    size = case.vocab_size
+    law: laws.JointLaw = defaultdict(float)
+
+    def ask(x: int, y: int, coins: tuple[Tensor, Tensor], draws: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(draws)
+        prefixes = ((), (x,), (x, y))
+        rows = [[case.logits(m, prefix) for prefix in prefixes] for m in range(case.members)]
+        numbers = torch.zeros(count, 3, 4, dtype=torch.float64)
+        numbers[:, 1, 0], numbers[:, 2, 0] = coins
+        numbers[:, :, 3] = draws[:, None]
+        verdict = reference.verify(
+            [torch.stack(row).expand(count, -1, -1) for row in rows],
+            torch.tensor([[x, y]]).expand(count, -1),
+            numbers,
+            None,
+            torch.tensor([case.proposers]),
+            None,
+            None,
+            law_of(case, count).tensors("", count, 3, case.members, numbers.device, size),
+            "block",
+            (),
+            None,
+            True,
+        )
+        return verdict[0], verdict[2]
+
+    def edge(x: int, y: int, node: int) -> float:
+        """Below which coin of `node` exactly `node` drafts are kept, if no later one is."""
+
+        def holds(points: Tensor) -> Tensor:
+            coins = [torch.full_like(points, last), torch.full_like(points, last)]
+            coins[node - 1] = points
+            return ask(x, y, (coins[0], coins[1]), points)[1] == node
+
+        return laws.bisect(holds, 1, fine).item()
+
+    def drawn(x: int, y: int, kept: int) -> Tensor:
+        """(V,) law of the token after `kept` drafts."""
+        coins = [torch.full((size - 1,), 0.0 if kept == node else last) for node in (1, 2)]
+        tokens = torch.arange(size - 1)
+
+        def holds(points: Tensor) -> Tensor:
+            emitted, found = ask(x, y, (coins[0].double(), coins[1].double()), points)
+            assert (found == kept).all()
+            return emitted[:, kept] <= tokens
+
+        below = laws.bisect(holds, size - 1, fine)
+        return (
+            torch.nn.functional.pad(below, (1, 1), value=0.0)
+            .index_fill_(0, torch.tensor([size]), 1.0)
+            .diff()
+        )
+
+    for x, y in itertools.product(range(size), repeat=2):
+        chance = (case.draft(1, ())[x] * case.draft(2, (x,))[y]).item()
+        both, one = edge(x, y, 2), edge(x, y, 1)
+        outcomes = ((2, both, (x, y)), (1, (1 - both) * one, (x,)))
+        for kept, share, prefix in (*outcomes, (0, (1 - both) * (1 - one), ())):
+            if chance * share > 1e-15:
+                for token, mass in enumerate(drawn(x, y, kept).tolist()):
+                    law[(*prefix, token)] += chance * share * mass
+    return law
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_block_has_the_targets_law(seed: int) -> None:
+    case = Case("block", 3, CHAIN_2, (1, 1), (0.7, 0.3), acceptance="block", seed=seed)
+    assert laws.joint_distance(case, block_law(case)) < 1e-9

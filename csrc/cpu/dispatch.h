@@ -5,7 +5,10 @@
 // same bits.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <tuple>
+#include <type_traits>
 
 #include "../specens.h"
 
@@ -69,6 +72,23 @@ enum class Cleaning {
   kMask,      // values below the threshold become -inf, the rest 0
 };
 
+// What rules measure in a row. A measure that is not listed has no kernel.
+using Measures = std::tuple<Whole<JsFsdTerm>, Whole<JsTerm>, Whole<KlTerm>, Whole<ReverseKlTerm>,
+                            Whole<TvTerm>, Inside<JsFsdTerm>, Inside<JsTerm>, Inside<KlTerm>,
+                            Inside<ReverseKlTerm>, Inside<TvTerm>, Deferred<Side::kTarget>,
+                            Deferred<Side::kDraft>, TargetEntropy, Entropies, Above, Common>;
+using Measuring = Sums (*)(const void* measure, const double* target, const double* draft,
+                           int count);
+
+template <typename Measure, size_t kIndex = 0>
+constexpr size_t index_of_measure() {
+  if constexpr (std::is_same_v<Measure, std::tuple_element_t<kIndex, Measures>>) {
+    return kIndex;
+  } else {
+    return index_of_measure<Measure, kIndex + 1>();
+  }
+}
+
 // Values below `cutoff` have no mass. Buffers hold kSubTile elements or more; what lies between
 // `count` and the next multiple of kLanes is written, and has no mass. Sums over a sub-tile
 // (statistics and residual) are made of single-precision exponentials and good to about 1e-8;
@@ -101,13 +121,14 @@ struct Kernels {
   void (*below)(const double* values, int count, double cutoff, double top, float* out);
   // values = log(value), -inf for 0.
   void (*logarithms)(double* values, int count);
-  // Sum of max(target - kept(target, draft), 0), of spans of one dtype; part `draft_part` of the
-  // target is the draft's law.
-  double (*residual)(const Term* target, int count, const Term& draft, int draft_part, RuleId rule,
-                     double lenience);
+  // Sum of max(target - draft, 0), of spans of one dtype; part `draft_part` of the target is the
+  // draft's law.
+  double (*residual)(const Term* target, int count, const Term& draft, int draft_part);
   // Places where the sum of the parts, in single precision, lies in [low, high]; returns their
   // number.
   int (*select)(const Term* parts, int count, float low, float high, uint16_t* out);
+  // Of each of `Measures`: the sums of its terms over a sub-tile, in double precision.
+  std::array<Measuring, std::tuple_size_v<Measures>> measures;
 };
 
 // The kernels in use: SPECENS_CPU_ISA's, or the best that this machine can run. Throws

@@ -480,6 +480,11 @@ double Law::probability(int64_t token) const {
   return mass;
 }
 
+double Law::highest() const {
+  if (empty_) return 0.0;
+  return is_mixture_ && !warped_ ? mixture_argmax(0.0).mass : exponential(-log_sum_);
+}
+
 Argmax Law::argmax(double tie) const {
   if (empty_) return {};
   if (is_mixture_) return mixture_argmax(tie);
@@ -579,7 +584,7 @@ Term Law::term(int sub_tile, double share, float* scratch) const {
   return {below, -kInfinityF, {0.0, inverse_temperature_, log_sum_}, share, weight};
 }
 
-double Law::residual(int sub_tile, const Law& draft, RuleId rule, double lenience) const {
+double Law::residual(int sub_tile, const Law& draft, double scale) const {
   const Law* self = this;
   const Law* const* parts = is_mixture_ ? parts_ : &self;
   const int size = is_mixture_ ? num_parts_ : 1;
@@ -588,7 +593,7 @@ double Law::residual(int sub_tile, const Law& draft, RuleId rule, double lenienc
   int draft_part = -1;
   for (int k = 0; k < size; ++k) {
     if (parts[k] == &draft) draft_part = k;
-    terms[k] = parts[k]->term(sub_tile, is_mixture_ ? shares_[k] : 1.0, scratch[k]);
+    terms[k] = parts[k]->term(sub_tile, scale * (is_mixture_ ? shares_[k] : 1.0), scratch[k]);
   }
   terms[size] = draft.term(sub_tile, 1.0, scratch[size]);
   bool one_dtype = true;
@@ -598,7 +603,7 @@ double Law::residual(int sub_tile, const Law& draft, RuleId rule, double lenienc
     kernels().clean(terms[k].span, Cleaning::kNone, 0.0f, scratch[k]);
     terms[k].span = {scratch[k], DType::kFloat32, terms[k].span.count};
   }
-  return kernels().residual(terms, size, terms[size], draft_part, rule, lenience);
+  return kernels().residual(terms, size, terms[size], draft_part);
 }
 
 // --- rows ---
@@ -667,7 +672,7 @@ void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposa
     draft_ = &draft;
     const int member = proposal.member;
     if (member == kPadding) {
-      draft.set_logits(proposal.temperature, warp.filter);
+      draft.set_logits(warp.greedy ? 1.0 : proposal.temperature, warp.filter);
       draft.add_source(proposal.row, proposal.dtype, 1.0);
       pending[count++] = &draft;
     } else {

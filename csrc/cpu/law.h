@@ -95,6 +95,8 @@ class Law {
   const double* masses() const { return masses_; }
   double probability(int64_t token) const;
   double log_probability(int64_t token) const;
+  // The largest probability.
+  double highest() const;
   // The most probable token, the lowest id of those within `tie` nats; 0 if there is none.
   Argmax argmax(double tie) const;
 
@@ -116,10 +118,10 @@ class Law {
   // Fillers of a buffer of kSubTile elements.
   void add_masses(int sub_tile, double weight, double* out) const;
   void log_probabilities(int sub_tile, double* out) const;
-  // The sum over a sub-tile of what a rule leaves of this law, in single precision; a warped
-  // mixture has no such sum.
+  // The sum of max(scale * this - draft, 0) over a sub-tile, in single precision; a warped mixture
+  // has no such sum.
   bool has_single_precision() const { return !is_mixture_ || !warped_; }
-  double residual(int sub_tile, const Law& draft, RuleId rule, double lenience) const;
+  double residual(int sub_tile, const Law& draft, double scale) const;
 
  private:
   friend void measure(Law* const* laws, int count, const Team& team, bool tops_only);

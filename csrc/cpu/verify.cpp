@@ -1,109 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// `verify` for chains: row after row, a sweep for the laws, then the draft token's coin against a
-// few gathered probabilities; the first rejection, or the end of the chain, emits a token and
-// stops. Only a rejected dense draft costs a second sweep, of its own row, for the residual's
-// sub-tile masses.
+// `verify` for chains: row after row, a sweep for the laws, then the draft token's coin against
+// what the rule keeps of it; the first rejection, or the end of the chain, emits a token and stops.
+// For the rule "block" every row is looked at before the last one kept is known.
 #include <cmath>
-#include <memory>
 
+#include "acceptance.h"
 #include "law.h"
 
 namespace specens {
 namespace {
 
-// Below this total the rounding of single precision would show in a residual's masses.
-constexpr double kLeastSingleResidual = 1e-4;
-
-// A residual of less mass is rounding, and empty; the reference's LEAST_RESIDUAL.
-constexpr double kLeastResidual = 0x1p-40;
-
-constexpr int kSubTilesPerPiece = 8;
-
-// max(target - kept, 0) for whole sub-tiles, where the draft is a law or a single token.
-class Residual {
- public:
-  Residual(const VerifyParams& params, RowLaws& laws, int64_t token)
-      : params_(params), laws_(laws), target_(laws.target()), token_(token) {}
-
-  // The token that replaces a rejected draft; false if the residual is empty.
-  bool draw_from(bool dense, const double (&numbers)[3], int64_t* token);
-
- private:
-  bool measure_point();
-  bool measure_dense(bool single);
-  void fill(bool dense, int sub_tile, double* out) const;
-
-  const VerifyParams& params_;
-  RowLaws& laws_;
-  const Law& target_;
-  int64_t token_;
-  std::unique_ptr<double[]> masses_;
-};
-
-double left(const VerifyParams& params, double target, double draft) {
-  return with_rule(params.rule, [&](auto rule) {
-    return std::max(target - rule.kept(target, draft, params.lenience), 0.0);
-  });
-}
-
-// A draft that is one token leaves every other token whole.
-void Residual::fill(bool dense, int sub_tile, double* out) const {
-  const int count = target_.count(sub_tile);
-  std::fill_n(out, padded(count), 0.0);
-  target_.add_masses(sub_tile, 1.0, out);
-  if (dense) {
-    double drafted[kSubTile] = {};
-    laws_.draft().add_masses(sub_tile, 1.0, drafted);
-    for (int i = 0; i < count; ++i) out[i] = left(params_, out[i], drafted[i]);
-  } else if (token_ / kSubTile == sub_tile) {
-    double& here = out[token_ % kSubTile];
-    here = left(params_, here, 1.0);
-  }
-}
-
-double sum(const double* values, int64_t count) {
-  double total = 0.0;
-  for (int64_t i = 0; i < count; ++i) total += values[i];
-  return total;
-}
-
-bool Residual::measure_point() {
-  const int sub_tile = static_cast<int>(token_ / kSubTile);
-  double buffer[kSubTile];
-  fill(false, sub_tile, buffer);
-  std::copy_n(target_.masses(), target_.sub_tiles(), masses_.get());
-  masses_[sub_tile] = sum(buffer, target_.count(sub_tile));
-  return sum(masses_.get(), target_.sub_tiles()) > kLeastResidual;
-}
-
-bool Residual::measure_dense(bool single) {
-  // Two laws that are nearly equal differ by less than what their normalisers are good to.
-  if (!single) laws_.refine();
-  laws_.team().for_each(target_.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
-    const int sub_tile = static_cast<int>(index);
-    masses_[index] = 0.0;
-    if (target_.masses()[index] == 0.0) return;
-    if (single) {
-      masses_[index] = target_.residual(sub_tile, laws_.draft(), params_.rule, params_.lenience);
-      return;
-    }
-    double buffer[kSubTile];
-    fill(true, sub_tile, buffer);
-    masses_[index] = sum(buffer, target_.count(sub_tile));
-  });
-  return sum(masses_.get(), target_.sub_tiles()) > (single ? kLeastSingleResidual : kLeastResidual);
-}
-
-bool Residual::draw_from(bool dense, const double (&numbers)[3], int64_t* token) {
-  masses_.reset(new double[target_.sub_tiles()]);
-  const bool single = target_.has_single_precision() && !laws_.draft_is_empty();
-  const bool found =
-      dense ? (single && measure_dense(true)) || measure_dense(false) : measure_point();
-  if (!found) return false;
-  *token = draw(masses_.get(), target_.vocab_size(), numbers,
-                [&](int sub_tile, double* out) { fill(dense, sub_tile, out); });
-  return true;
-}
+// Where a block's reach, or what is left, is this near to all or nothing, single precision would
+// show.
+constexpr double kNearlyEqual = 1e-5;
+constexpr double kLeastSlack = 1e-3;
 
 // One batch row.
 class Walk {
@@ -112,22 +22,37 @@ class Walk {
       : params_(params),
         laws_(laws),
         batch_(batch),
-        greedy_(params.rule == RuleId::kGreedy || greedy_row(params.ensemble, batch)) {}
+        bare_(greedy_row(params.ensemble, batch)),
+        greedy_(params.rule == RuleId::kGreedy || bare_),
+        asks_(!greedy_ || (bare_ && is_asked_at_zero(params.rule))),
+        dense_(!greedy_ || (bare_ && needs_draft_at_zero(params.rule))),
+        memory_(params.memory.data == nullptr ? 0.0 : params.memory.at(batch)) {}
 
   void run();
 
  private:
   bool step(int64_t row);
+  int64_t run_block();
   bool has_child(int64_t row) const;
   bool read_proposal(int64_t row, Proposal* proposal) const;
-  bool accepts(int64_t row, int64_t token, const Proposal& proposal) const;
-  int64_t replacement(int64_t row, int64_t token, const Proposal& proposal);
+  bool measure(int64_t row, Drafted* drafted);
+  double mass_left(const Drafted& drafted, double reach);
+  double block_reach(const Drafted& drafted, double reach);
+  bool accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const;
+  int64_t replacement(int64_t row, const Drafted& drafted, const Judgement& judgement);
+  int64_t drawn(int64_t row) const;
   void emit(int64_t row, int64_t token);
+  void keep(int64_t row, int64_t token);
+  void clear_from(int64_t row);
 
   const VerifyParams& params_;
   RowLaws& laws_;
   int64_t batch_;
-  bool greedy_;
+  bool bare_;    // the temperature is 0
+  bool greedy_;  // the target's most probable token is what is emitted
+  bool asks_;    // the rule is asked at all
+  bool dense_;   // it reads the draft's law
+  double memory_;
   int64_t best_ = 0;
   int32_t status_ = 0;
 };
@@ -143,8 +68,8 @@ bool Walk::read_proposal(int64_t row, Proposal* proposal) const {
   if (params_.proposers.data != nullptr) {
     const int64_t member = params_.proposers.at(batch_, row);
     if (member < kPadding || member >= params_.ensemble.num_members) return false;
-    if (!greedy_) proposal->member = static_cast<int>(member);
-  } else if (params_.draft_logits.data != nullptr && !greedy_) {
+    if (dense_) proposal->member = static_cast<int>(member);
+  } else if (params_.draft_logits.data != nullptr && dense_) {
     proposal->row = row_of(params_.draft_logits, batch_, row);
     proposal->dtype = params_.draft_logits.dtype;
     proposal->temperature = params_.draft_temperature.at(batch_);
@@ -152,29 +77,49 @@ bool Walk::read_proposal(int64_t row, Proposal* proposal) const {
   return true;
 }
 
-bool Walk::accepts(int64_t row, int64_t token, const Proposal& proposal) const {
+// Makes the laws of a row; false if its child is invalid, or there is none.
+bool Walk::measure(int64_t row, Drafted* drafted) {
+  Proposal proposal;
+  const bool child = has_child(row);
+  const bool valid = child && read_proposal(row, &proposal);
+  laws_.measure_target(batch_, row, proposal);
+  status_ |= laws_.status() | laws_.draft_status() | (laws_.target().empty() ? kEmptyLaw : 0) |
+             (child && !valid ? kInvalidDraft : 0);
+  if (valid) {
+    *drafted = {params_.draft_tokens.at(batch_, row), proposal.dense(), bare_, memory_};
+  }
+  return valid;
+}
+
+bool Walk::accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const {
   const double coin = params_.uniforms.at(batch_, row + 1, 0);
   const Law& target = laws_.target();
-  if (greedy_) return !target.empty() && token == best_ && coin < 1.0;
-  const double draft = proposal.dense() ? laws_.draft().probability(token) : 1.0;
-  const double mass = target.probability(token);
-  return with_rule(params_.rule, [&](auto rule) {
-    return coin * draft < rule.kept(mass, draft, params_.lenience);
-  });
+  if (greedy_) {
+    if (!(coin < 1.0) || judgement.vetoed) return false;
+    return judgement.trusted || (!target.empty() && drafted.token == best_);
+  }
+  return coin * (drafted.dense ? laws_.draft().probability(drafted.token) : 1.0) < judgement.kept;
+}
+
+int64_t Walk::drawn(int64_t row) const {
+  return draw_from(laws_.target(), params_.uniforms, batch_, row);
 }
 
 // Of a rejected draft.
-int64_t Walk::replacement(int64_t row, int64_t token, const Proposal& proposal) {
-  if (greedy_) return best_;
+int64_t Walk::replacement(int64_t row, const Drafted& drafted, const Judgement& judgement) {
+  if (greedy_) return judgement.vetoed ? best_but(laws_, drafted.token) : best_;
   if (laws_.target().empty()) return 0;
-  int64_t drawn = 0;
-  Residual residual(params_, laws_, token);
-  if (residual.draw_from(proposal.dense(), draw_numbers(params_.uniforms, batch_, row).value,
-                         &drawn)) {
-    return drawn;
-  }
+  if (judgement.left == Left::kTarget && !judgement.without_token) return drawn(row);
+  const DrawNumbers numbers = draw_numbers(params_.uniforms, batch_, row);
+  Leftover left(laws_, drafted, judgement);
+  if (left.measure(false)) return left.draw_from(numbers.value);
+  // Two laws that are nearly equal differ by less than what their normalisers are good to.
+  laws_.refine();
+  const bool again = params_.rule != RuleId::kBlock;
+  Leftover exact(laws_, drafted, again ? judge(params_, laws_, drafted) : judgement);
+  if (exact.measure(true)) return exact.draw_from(numbers.value);
   status_ |= kEmptyResidual;
-  return draw_from(laws_.target(), params_.uniforms, batch_, row);
+  return drawn(row);
 }
 
 void Walk::emit(int64_t row, int64_t token) {
@@ -183,37 +128,108 @@ void Walk::emit(int64_t row, int64_t token) {
   params_.log_probs[place] = static_cast<float>(laws_.target().log_probability(token));
 }
 
+void Walk::keep(int64_t row, int64_t token) {
+  emit(row, token);
+  params_.path[batch_ * params_.nodes + row] = static_cast<int32_t>(row + 1);
+}
+
+// Pads what was not emitted.
+void Walk::clear_from(int64_t row) {
+  const int64_t nodes = params_.nodes;
+  std::fill_n(params_.tokens + batch_ * (nodes + 1) + row, nodes + 1 - row, int64_t{kPadding});
+  std::fill_n(params_.log_probs + batch_ * (nodes + 1) + row, nodes + 1 - row, 0.0f);
+  std::fill_n(params_.path + batch_ * nodes + row, nodes - row, int32_t{kPadding});
+}
+
 // Whether the child of this row is kept.
 bool Walk::step(int64_t row) {
-  Proposal proposal;
-  const bool child = has_child(row);
-  const bool valid = child && read_proposal(row, &proposal);
-  laws_.measure_target(batch_, row, proposal);
-  const Law& target = laws_.target();
-  status_ |= laws_.status() | laws_.draft_status() | (target.empty() ? kEmptyLaw : 0) |
-             (child && !valid ? kInvalidDraft : 0);
+  Drafted drafted;
+  const bool valid = measure(row, &drafted);
   if (greedy_) best_ = laws_.argmax();
-  const int64_t token = valid ? params_.draft_tokens.at(batch_, row) : kPadding;
-  if (valid && accepts(row, token, proposal)) {
-    emit(row, token);
-    params_.path[batch_ * params_.nodes + row] = static_cast<int32_t>(row + 1);
-    return true;
+  if (!valid) {
+    emit(row, greedy_ ? best_ : drawn(row));
+    return false;
   }
-  if (valid) {
-    emit(row, replacement(row, token, proposal));
-  } else {
-    emit(row, greedy_ ? best_ : draw_from(target, params_.uniforms, batch_, row));
+  const Judgement judgement = asks_ ? judge(params_, laws_, drafted) : Judgement{};
+  if (!accepts(row, drafted, judgement)) {
+    emit(row, replacement(row, drafted, judgement));
+    return false;
   }
-  return false;
+  keep(row, drafted.token);
+  if (params_.rule == RuleId::kLikelihood) {
+    const double log_prob = laws_.target().log_probability(drafted.token);
+    memory_ = remember(memory_, log_prob, params_.parameters[1]);
+  }
+  return true;
+}
+
+// --- blocks ---
+
+Judgement scaled(double scale) {
+  Judgement judgement;
+  judgement.scale = scale;
+  return judgement;
+}
+
+// sum max(reach p - q, 0).
+double Walk::mass_left(const Drafted& drafted, double reach) {
+  if (reach == 0.0) return 0.0;
+  Leftover left(laws_, drafted, scaled(reach));
+  if (left.measure(false) && left.mass() + 1.0 - reach >= kLeastSlack) return left.mass();
+  laws_.refine();
+  left.measure(true);
+  return left.mass();
+}
+
+double Walk::block_reach(const Drafted& drafted, double reach) {
+  const auto ratio_is_near_1 = [&](double p, double q) {
+    return std::abs(p - q) <= kNearlyEqual * q;
+  };
+  for (bool refined = false;; refined = true) {
+    const double p = laws_.target().probability(drafted.token);
+    const double q = drafted.dense ? laws_.draft().probability(drafted.token) : 1.0;
+    if (refined || !ratio_is_near_1(p, q)) return block_step(reach, p, q);
+    laws_.refine();
+  }
+}
+
+// Emits the longest block that is kept and what follows it; returns how many drafts are kept.
+int64_t Walk::run_block() {
+  int64_t row = 0, kept = 0;
+  double reach = 1.0, kept_reach = 1.0;
+  for (;; ++row) {
+    const bool ends = !has_child(row) && !params_.bonus;
+    Drafted drafted;
+    const bool valid = !ends && measure(row, &drafted);
+    const double threshold =
+        valid && row > 0 ? block_threshold(reach, mass_left(drafted, reach)) : reach;
+    if (row > 0 && params_.uniforms.at(batch_, row, 0) < threshold) {
+      kept = row;
+      kept_reach = reach;
+    }
+    if (!valid) {
+      if (!ends && kept == row) emit(row, drawn(row));
+      break;
+    }
+    keep(row, drafted.token);
+    reach = block_reach(drafted, reach);
+  }
+  if (kept == row) return kept;
+  clear_from(kept);
+  Drafted drafted;
+  measure(kept, &drafted);
+  emit(kept, replacement(kept, drafted, scaled(kept_reach)));
+  return kept;
 }
 
 void Walk::run() {
-  const int64_t nodes = params_.nodes;
-  std::fill_n(params_.tokens + batch_ * (nodes + 1), nodes + 1, int64_t{kPadding});
-  std::fill_n(params_.log_probs + batch_ * (nodes + 1), nodes + 1, 0.0f);
-  std::fill_n(params_.path + batch_ * nodes, nodes, int32_t{kPadding});
+  clear_from(0);
   int64_t row = 0;
-  while ((has_child(row) || params_.bonus) && step(row)) ++row;
+  if (params_.rule == RuleId::kBlock && !bare_) {
+    row = run_block();
+  } else {
+    while ((has_child(row) || params_.bonus) && step(row)) ++row;
+  }
   params_.num_accepted[batch_] = static_cast<int32_t>(row);
   params_.status[batch_] = status_;
 }

@@ -23,8 +23,33 @@
 #define SPECENS_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 
+// The same for a kernel whose threads all call `await_previous`: its blocks may be on the device
+// while the launch before it ends.
+#define SPECENS_LAUNCH_EARLY(kernel, grid, block, shared, stream, ...) \
+  ::specens::launch_early(kernel, grid, block, shared, stream, __VA_ARGS__)
+
 namespace specens {
 inline int launch_error() { return static_cast<int>(cudaGetLastError()); }
+
+// Programmatic dependent launch, where the device has it. `launch_error` sees what goes wrong.
+template <typename... Parameters>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                  cudaStream_t stream, const Parameters&... arguments) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
 }  // namespace specens
 #else
 #include "../simt/simt.h"
@@ -32,11 +57,15 @@ inline int launch_error() { return static_cast<int>(cudaGetLastError()); }
 #define SPECENS_SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(::simt::block().shared)
 
 // The emulator throws where a kernel is wrong.
-#define SPECENS_LAUNCH(kernel, grid, block, shared, stream, ...)                    \
-  do {                                                                              \
-    (void)(stream);                                                                 \
-    ::simt::launch(#kernel, {grid, block, shared}, [=] { (kernel)(__VA_ARGS__); }); \
+#define SPECENS_SIMT_LAUNCH(kernel, grid, block, shared, stream, early, ...)               \
+  do {                                                                                     \
+    (void)(stream);                                                                        \
+    ::simt::launch(#kernel, {grid, block, shared, early}, [=] { (kernel)(__VA_ARGS__); }); \
   } while (0)
+#define SPECENS_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  SPECENS_SIMT_LAUNCH(kernel, grid, block, shared, stream, false, __VA_ARGS__)
+#define SPECENS_LAUNCH_EARLY(kernel, grid, block, shared, stream, ...) \
+  SPECENS_SIMT_LAUNCH(kernel, grid, block, shared, stream, true, __VA_ARGS__)
 
 namespace specens {
 inline int launch_error() { return 0; }
@@ -51,7 +80,26 @@ constexpr int kLanes = 32;
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kLanes; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kLanes; }
 
-// Reads memory that nobody writes while the kernel runs.
+// Lets an early launch that follows start when all blocks of this one have come here or ended. What
+// it does before `await_previous` then happens beside us.
+__device__ __forceinline__ void release_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the launch before this one has ended and all that it wrote is seen. Every thread of
+// an early launch comes here before it reads what that launch wrote, and before it writes: so this
+// launch does not end first either, and the next one, which is not early, follows both.
+__device__ __forceinline__ void await_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  ::simt::await_previous();
+#endif
+}
+
+// Reads memory that nobody writes while the kernel runs, nor the one before an early launch.
 template <typename T>
 __device__ __forceinline__ T load(const T* from) {
 #if defined(__CUDACC__)
@@ -62,7 +110,8 @@ __device__ __forceinline__ T load(const T* from) {
 #endif
 }
 
-// Reads what another block may have written; the caller has passed `last_block`.
+// Reads what another block may have written; the caller has passed `last_block`, or the launch that
+// wrote it has ended.
 template <typename T>
 __device__ __forceinline__ T load_fresh(const T* from) {
 #if defined(__CUDACC__)
@@ -77,6 +126,7 @@ __device__ __forceinline__ T load_fresh(const T* from) {
   memcpy(&value, words, sizeof value);
   return value;
 #else
+  ::simt::expect_awaited();
   ::simt::count_loaded(sizeof(T));
   return *from;
 #endif
@@ -85,6 +135,7 @@ __device__ __forceinline__ T load_fresh(const T* from) {
 template <typename T>
 __device__ __forceinline__ void store(T* to, const T& value) {
 #if !defined(__CUDACC__)
+  ::simt::expect_awaited();
   ::simt::count_stored(sizeof(T));
 #endif
   *to = value;

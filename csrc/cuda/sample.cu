@@ -25,10 +25,11 @@ __global__ void __launch_bounds__(kThreads, 1) draw_tokens(Problem problem, Samp
   SPECENS_SHARED(SampleShared, shared);
   const int64_t place = blockIdx.x;
   Row& row = shared.row;
-  if (warp_id() == 0) {
-    read_row(problem, place, row, problem.cut || problem.folds_warped());
-    read_laws(problem, place, row, true);
-  }
+  const bool cutoffs_known = problem.cut || problem.folds_warped();
+  if (cutoffs_known) await_previous();  // else `read_row` reads the caller's tensors only
+  if (warp_id() == 0) read_row(problem, place, row, cutoffs_known);
+  await_previous();
+  if (warp_id() == 0) read_laws(problem, place, row, true);
   __syncthreads();
   const int64_t token = row.greedy ? load_fresh(problem.best + place)
                                    : draw_target(problem, row, params.uniforms, place, shared.walk);
@@ -69,7 +70,8 @@ int cuda_sample(const SampleParams& params, void* workspace, size_t workspace_by
   if (problem.batch * problem.rows == 0) return 0;
   launch_stats(problem, stream);
   const dim3 grid(static_cast<unsigned>(problem.batch * problem.rows));
-  SPECENS_LAUNCH(draw_tokens, grid, dim3(kThreads), sizeof(SampleShared), stream, problem, params);
+  SPECENS_LAUNCH_EARLY(draw_tokens, grid, dim3(kThreads), sizeof(SampleShared), stream, problem,
+                       params);
   return launch_error();
 }
 

@@ -335,6 +335,7 @@ template <Space kSpace>
 __global__ void __launch_bounds__(kThreads, kSpace == Space::kProbs ? 2 : 1)
     row_stats(Problem problem) {
   SPECENS_SHARED(StatsShared, shared);
+  release_next();
   const int64_t place = blockIdx.y;
   if (warp_id() == 0) read_row(problem, place, shared.row, problem.cut);
   __syncthreads();
@@ -357,6 +358,7 @@ __global__ void __launch_bounds__(kThreads, kSpace == Space::kProbs ? 2 : 1)
 // The law of a mixture that is warped as a whole, from the members' laws.
 __global__ void __launch_bounds__(kThreads, 1) warped_stats(Problem problem) {
   SPECENS_SHARED(StatsShared, shared);
+  release_next();
   const int64_t place = blockIdx.y;
   Row& row = shared.row;
   if (warp_id() == 0) {

@@ -37,10 +37,29 @@ __device__ __forceinline__ bool is_greedy(const Problem& problem, const Row& row
   return row.greedy || problem.collapsed;
 }
 
-__device__ __forceinline__ double left(const VerifyParams& params, double target, double draft) {
-  const double kept =
-      with_rule(params.rule, [&](auto rule) { return rule.kept(target, draft, params.lenience); });
-  return target > kept ? target - kept : 0.0;
+// What a rule that sweeps nothing is asked about.
+struct At {
+  double p, q, memory;
+  const double* parameters;
+  int64_t vocab_size;
+  bool bare;
+};
+
+// The rules that have CUDA kernels (specens_kernels/cuda.py names them) sweep nothing, and leave
+// what `rejection` does.
+__device__ __forceinline__ double kept(const VerifyParams& params, double target, double draft) {
+  const At at = {target, draft, 0.0, params.parameters, params.ensemble.vocab_size, false};
+  return with_rule(params.rule, [&](auto rule) {
+    if constexpr (decltype(rule)::kSweeps) {
+      return 0.0;
+    } else {
+      return rule.judge(at).kept;
+    }
+  });
+}
+
+__device__ __forceinline__ double left(double target, double draft) {
+  return left_of(Judgement{}, target, draft);
 }
 
 // --- the chain ---
@@ -59,9 +78,7 @@ __device__ Outcome decide(const Problem& problem, const VerifyParams& params, co
   const double draft = row.proposer == kNobody
                            ? 1.0
                            : field_mass(row.proposal, static_cast<double>(row.drafted[kFields]));
-  const double kept =
-      with_rule(params.rule, [&](auto rule) { return rule.kept(target, draft, params.lenience); });
-  return coin * draft < kept ? kKept : kStops;
+  return coin * draft < kept(params, target, draft) ? kKept : kStops;
 }
 
 __device__ void emit(const VerifyParams& params, const Row& row, const Chain& chain, int64_t t,
@@ -77,14 +94,13 @@ __device__ Chain walk_chain(const Problem& problem, const VerifyParams& params,
   Chain chain = {static_cast<int64_t>(blockIdx.y), 0, false, 0};
   const int w = warp_id();
   const bool cutoffs_known = problem.cut || problem.folds_warped();
+  if (cutoffs_known) await_previous();  // else `read_row` reads the caller's tensors only
   for (int64_t first = 0;; first += kWarps) {
-    const int64_t t = first + w;
+    const int64_t t = first + w, place = chain.b * problem.rows + t;
     Row& row = shared.rows[w];
-    if (t < problem.rows) {
-      const int64_t place = chain.b * problem.rows + t;
-      read_row(problem, place, row, cutoffs_known);
-      read_laws(problem, place, row, true);
-    }
+    if (t < problem.rows) read_row(problem, place, row, cutoffs_known);
+    await_previous();  // returns at once when it has returned before
+    if (t < problem.rows) read_laws(problem, place, row, true);
     if (lane_id() == 0) {
       shared.outcomes[w] = t < problem.rows ? decide(problem, params, row, chain.b, t) : kEnds;
       shared.status[w] = shared.outcomes[w] == kEnds ? 0 : row_status(row);
@@ -134,11 +150,11 @@ __device__ void finish(const VerifyParams& params, const Row& row, const Chain& 
 
 // --- residuals ---
 
-__device__ double residual_mass(const VerifyParams& params, const Row& row, int64_t token) {
+__device__ double residual_mass(const Row& row, int64_t token) {
   const double target = value_mass(row, token_value(row, token));
-  if (row.proposer == kNobody) return token == row.token ? left(params, target, 1.0) : target;
+  if (row.proposer == kNobody) return token == row.token ? left(target, 1.0) : target;
   const auto logit = static_cast<double>(clean(load_raw(row.proposal, token)));
-  return left(params, target, field_mass(row.proposal, logit));
+  return left(target, field_mass(row.proposal, logit));
 }
 
 // exp((value - top) / temperature) in single precision.
@@ -165,8 +181,7 @@ __device__ __forceinline__ void add_draft(const Row& row, const float (&logits)[
 
 // The residual's mass in a lane's share of a round. Exponentials are of single precision, but for a
 // mixture that is warped as a whole.
-__device__ double lane_residual(const Problem& problem, const VerifyParams& params, const Row& row,
-                                int64_t begin) {
+__device__ double lane_residual(const Problem& problem, const Row& row, int64_t begin) {
   const int64_t vocab_size = problem.ensemble.vocab_size;
   double values[kPerLane] = {};
   float drafted[kPerLane] = {};
@@ -206,19 +221,18 @@ __device__ double lane_residual(const Problem& problem, const VerifyParams& para
     } else if (row.warped) {
       target = value_mass(row, target);
     }
-    residual += left(params, target, static_cast<double>(drafted[i]) * scale);
+    residual += left(target, static_cast<double>(drafted[i]) * scale);
   }
   return residual;
 }
 
 // The same in one sub-tile; one warp.
-__device__ double sweep_residual(const Problem& problem, const VerifyParams& params, const Row& row,
-                                 int sub_tile) {
+__device__ double sweep_residual(const Problem& problem, const Row& row, int sub_tile) {
   double residual = 0.0;
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
     const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile + round * kRound;
-    residual += lane_residual(problem, params, row, begin);
+    residual += lane_residual(problem, row, begin);
   }
   return warp_sum(residual);
 }
@@ -278,14 +292,13 @@ __device__ void refine(const Problem& problem, Walk& walk, Row& row) {
 
 // Two laws that are nearly equal differ by less than what their normalisers are good to: everything
 // once more, in double precision. That is rare, and one block does it.
-__device__ void measure_exactly(const Problem& problem, const VerifyParams& params, Row& row,
-                                Walk& walk) {
+__device__ void measure_exactly(const Problem& problem, Row& row, Walk& walk) {
   refine(problem, walk, row);
   for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) {
     double mass = 0.0;
     for (int i = lane_id(); i < kSubTile; i += kLanes) {
       const int64_t token = static_cast<int64_t>(s) * kSubTile + i;
-      if (token < problem.ensemble.vocab_size) mass += residual_mass(params, row, token);
+      if (token < problem.ensemble.vocab_size) mass += residual_mass(row, token);
     }
     mass = warp_sum(mass);
     if (lane_id() == 0) walk.masses[s] = mass;
@@ -294,11 +307,10 @@ __device__ void measure_exactly(const Problem& problem, const VerifyParams& para
 }
 
 // A draft that was one token leaves every other token whole.
-__device__ void measure_point(const Problem& problem, const VerifyParams& params, const Row& row,
-                              int64_t place, Walk& walk) {
+__device__ void measure_point(const Problem& problem, const Row& row, int64_t place, Walk& walk) {
   read_masses(problem, row, place, walk);
   const int sub_tile = static_cast<int>(row.token / kSubTile);
-  fill(problem, sub_tile, walk, [&](int64_t token) { return residual_mass(params, row, token); });
+  fill(problem, sub_tile, walk, [&](int64_t token) { return residual_mass(row, token); });
   if (warp_id() == 0) {
     double mass = 0.0;
     for (int i = lane_id(); i < kSubTile; i += kLanes) mass += walk.tokens[i];
@@ -313,7 +325,7 @@ __device__ int64_t draw_residual(const Problem& problem, const VerifyParams& par
                                  Chain& chain, Walk& walk) {
   if (total_mass(problem, walk) > kLeastResidual) {
     return draw(problem, params.uniforms, chain.b, chain.stop, walk,
-                [&](int64_t token) { return residual_mass(params, row, token); });
+                [&](int64_t token) { return residual_mass(row, token); });
   }
   chain.status |= kEmptyResidual;
   const int64_t place = chain.b * problem.rows + chain.stop;
@@ -327,7 +339,7 @@ __device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params
   if (row.empty) return 0;
   if (is_greedy(problem, row)) return load_fresh(problem.best + place);
   if (!row.valid) return draw_target(problem, row, params.uniforms, place, walk);
-  measure_point(problem, params, row, place, walk);
+  measure_point(problem, row, place, walk);
   return draw_residual(problem, params, row, chain, walk);
 }
 
@@ -349,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   double* residuals = problem.residuals + chain.b * problem.sub_tiles;
   const int sub_tile = static_cast<int>(blockIdx.x) * kWarps + warp_id();
   if (sub_tile < problem.sub_tiles) {
-    const double residual = sweep_residual(problem, params, row, sub_tile);
+    const double residual = sweep_residual(problem, row, sub_tile);
     if (lane_id() == 0) store(residuals + sub_tile, residual);
   }
   if (!last_block(problem.tickets + chain.b, gridDim.x, &shared.is_last)) return;
@@ -358,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (total_mass(problem, walk) <= kLeastSingleResidual) {
-    measure_exactly(problem, params, row, walk);
+    measure_exactly(problem, row, walk);
   }
   finish(params, row, chain, draw_residual(problem, params, row, chain, walk));
 }
@@ -391,8 +403,8 @@ int cuda_verify(const VerifyParams& params, void* workspace, size_t workspace_by
   launch_stats(problem, stream);
   const bool dense = params.proposers.data != nullptr || params.draft_logits.data != nullptr;
   const dim3 grid(dense ? tiles_of(problem) : 1, static_cast<unsigned>(problem.batch));
-  SPECENS_LAUNCH(verify_resample, grid, dim3(kThreads), sizeof(VerifyShared), stream, problem,
-                 params);
+  SPECENS_LAUNCH_EARLY(verify_resample, grid, dim3(kThreads), sizeof(VerifyShared), stream, problem,
+                       params);
   return launch_error();
 }
 

@@ -4,7 +4,8 @@
 // programming guide promises and no more. Works under AddressSanitizer, ThreadSanitizer and
 // UndefinedBehaviorSanitizer, and finds by itself: divergent barriers, deadlocks, collectives whose
 // mask is wrong, reads of shared memory that nobody wrote (it starts as NaN) and of copies that
-// nobody waited for. Needs no CUDA header. To add an intrinsic: its twin below, under its own name.
+// nobody waited for, and early launches that do not wait for the one before. Needs no CUDA header.
+// To add an intrinsic: its twin below, under its own name.
 //
 // Environment: SIMT_SEED shuffles the order of blocks, SIMT_WORKERS runs blocks on that many
 // threads.
@@ -181,6 +182,7 @@ struct Fiber {
   int lane = 0, warp = 0;
   Block* block = nullptr;
   bool live = false;
+  bool awaited = true;  // the launch before this one has ended, as far as this thread may know
   Place place;
   const void* waits_for = nullptr;
   const char* waits_in = "";
@@ -198,6 +200,7 @@ struct Block {
   uint3 index{};
   dim3 size, grid;
   int threads = 0, alive = 0;
+  bool early = false;
   Barrier barrier;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;
@@ -272,6 +275,13 @@ SIMT_UNSEEN inline void next() {
   machine->head = machine->tail;
   jump(host);
   std::abort();
+}
+
+// --- launches that start early ---
+
+SIMT_UNSEEN inline void await_previous() { current->awaited = true; }
+SIMT_UNSEEN inline void expect_awaited() {
+  if (!current->awaited) fail("early launch: goes on before await_previous");
 }
 
 // --- collectives ---
@@ -376,6 +386,7 @@ auto collective(uint32_t mask, const T& value, Place place, const Function& func
 inline void finish() {
   {
     Quiet quiet;
+    expect_awaited();
     current->live = false;
     order_before(&end_point);
     Block& here = block();
@@ -494,6 +505,7 @@ inline void run_block(Pool& pool, Machine& m) {
       fiber.lane = t % kWarp;
       fiber.warp = t / kWarp;
       fiber.live = true;
+      fiber.awaited = !b.early;
       fiber.copies.clear();
       fiber.groups.clear();
       b.warps[fiber.warp].alive |= 1u << fiber.lane;
@@ -519,6 +531,7 @@ inline void run_block(Pool& pool, Machine& m) {
 struct Grid {
   dim3 blocks, threads;
   size_t shared = 0;
+  bool early = false;  // may start before the launch before it has ended
 };
 
 inline uint64_t environment(const char* name, uint64_t fallback) {
@@ -564,6 +577,7 @@ void launch(const char* name, const Grid& grid, const Body& body) {
           m.block.size = grid.threads;
           m.block.grid = grid.blocks;
           m.block.threads = threads;
+          m.block.early = grid.early;
           void* shared = nullptr;
           if (grid.shared > 0 && posix_memalign(&shared, 128, grid.shared) != 0) {
             throw Error("simt: out of memory");
@@ -644,6 +658,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_PLACE) {
 // --- atomics: relaxed, as on the device ---
 
 inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  simt::expect_awaited();
   return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 inline unsigned atomicExch(unsigned* at, unsigned value) {

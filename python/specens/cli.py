@@ -129,9 +129,9 @@ def generate(
     ] = None,
     draft: _Draft = None,
     acceptance: Annotated[
-        str, typer.Option(help="rejection, lenient (not lossless) or greedy.")
+        str,
+        typer.Option(help="A rule and its parameters, such as js:threshold=0.3; see the README."),
     ] = "rejection",
-    lenience: Annotated[float, typer.Option(help="'lenient': (0, 1]; 1 is 'rejection'.")] = 1.0,
     scope: Annotated[
         str, typer.Option(help="What temperature and filters warp: each member, or the ensemble.")
     ] = "member",
@@ -168,11 +168,12 @@ def generate(
         raise ValueError("generate: --stop: expected text, got an empty string")
     rotation = None if order is None else _integers("generate: --order", order)
 
-    from specens_kernels import Law
+    from specens_kernels import Acceptance, Law
 
     from .benchmark import sampling, total
     from .decoder import SpeculativeDecoder
 
+    rule = Acceptance.parse(acceptance)
     Law(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # checks, before loading
     arguments = sampling(
         max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
@@ -188,8 +189,7 @@ def generate(
         proposer=proposer,
         order=rotation,
         draft=loaded[-1] if draft is not None else None,
-        acceptance=acceptance,
-        lenience=lenience,
+        acceptance=rule,
         scope=scope,
         plausibility=plausibility,
         tokenizers=tokenizers,

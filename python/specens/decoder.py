@@ -22,14 +22,27 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Law, Status
+from specens_kernels import ENSEMBLES, Acceptance, Law, Status
 
-from .members import member, unwrapped
+from .members import ReplayMember, member, unwrapped
 from .processors import Stopper, Warp, per_row, split
 from .run import Run
-from .schedules import SCHEDULES, Alternating, Component, Plain, Schedule, Speculative
+from .schedules import (
+    SCHEDULES,
+    Alternating,
+    Component,
+    DraftStop,
+    Hierarchy,
+    LookAhead,
+    Lookup,
+    Plain,
+    Schedule,
+    Speculative,
+    best_ahead,
+)
 from .statistics import Statistics
 from .vocabulary import shared_vocabulary
+from .weights import WeightHead, hidden_size
 
 _logger = logging.getLogger("specens")
 # What transformers adds, and the loop checks or does not need.
@@ -96,15 +109,17 @@ class SpeculativeDecoder:
         self,
         members: Sequence[Any],
         *,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | WeightHead | None = None,
         ensemble: str = "mixture",
         schedule: str = "alternating",
         num_speculative_tokens: int | Sequence[int] | None = None,
         proposer: int | None = None,
         order: Sequence[int] | None = None,
         draft: Any = None,
-        acceptance: str = "rejection",
-        lenience: float = 1.0,
+        stop: DraftStop | None = None,
+        ahead: int | None = None,
+        acceptance: Acceptance | str | Sequence[Acceptance | str] = "rejection",
+        bonus: str = "ensemble",
         scope: str = "member",
         plausibility: float = 0.0,
         tokenizers: Sequence[Any] | None = None,
@@ -114,18 +129,30 @@ class SpeculativeDecoder:
 
         Args:
             members: M >= 1 causal LMs whose ensemble writes the text.
-            weights: M numbers. None is 1/M each. For "mixture" they are >= 0 and sum to 1.
+            weights: M numbers. None is 1/M each. For "mixture" they are >= 0 and sum to 1. A
+                `WeightHead` says them at each position, of two members, the draft first.
             ensemble: "mixture" or "product"; see `specens_kernels.ensembles`.
-            schedule: "plain", "component", "speculative" or "alternating"; see `schedules.py`.
+            schedule: "plain", "component", "lookahead", "speculative", "lookup", "hierarchy" or
+                "alternating"; see `schedules.py`.
             num_speculative_tokens: >= 1. Tokens per proposal; for "alternating" also one number per
-                member, in `order` (a single number is the first one's; the others propose 1). None
-                is 4 for "speculative" and 1 for "alternating", which then never makes more calls
-                than "plain"; the other schedules take None only.
-            proposer: "speculative": the member that drafts. None is the cheapest, or `draft`.
+                member, in `order` (a single number is the first one's; the others propose 1); for
+                "hierarchy" one per draft. None is 4 for "speculative" and "lookup", 16 for
+                "lookahead" and 1 for "alternating", which then never makes more calls than "plain";
+                the other schedules take None only.
+            proposer: "speculative", "lookahead": the member that drafts. None is the cheapest, or
+                `draft`.
             order: "alternating": the rotation, default proposer first. None is cheapest first.
-            draft: "speculative": a causal LM outside the ensemble that drafts.
-            acceptance: an entry of `specens_kernels.ACCEPTANCE_RULES`. lenience: (0, 1], for
-                "lenient".
+            draft: "speculative": a causal LM outside the ensemble that drafts. "hierarchy": a list
+                of them, the one that proposes first.
+            stop: "speculative": when the draft ends before its number of tokens: a `DraftStop`.
+            ahead: "lookahead": tokens of other members that are proposed before these are asked.
+                None goes by the members' sizes; members of one size then take 0.
+            acceptance: a rule with its parameters, `specens_kernels.Acceptance`, or the name of an
+                entry of `ACCEPTANCE_RULES`; for "hierarchy" also one per draft: who verifies the
+                first draft, and so on; the ensemble is the last.
+            bonus: whose law the token after a proposal that was kept whole has: "ensemble", or
+                "last", the last member's alone, as DIVERSED has published it: then the text has no
+                law that does not depend on the number of speculative tokens.
             scope: "member" warps each member and then folds; "ensemble" folds first.
             plausibility: [0, 1]. "product": drops what the first member finds implausible.
             tokenizers: one per model (the draft's last). Needed where vocabularies are padded
@@ -138,33 +165,50 @@ class SpeculativeDecoder:
         """
         if isinstance(members, torch.nn.Module):
             raise _wrong("members", "a list of models", type(members).__name__)
-        models = [*members] if draft is None else [*members, draft]
+        drafts = _drafts(draft)
+        models = [*members, *drafts]
         if not members:
             raise ValueError("decoder: members: expected at least one model, got none")
         size = len(members)
-        self.weights = tuple([1 / size] * size if weights is None else map(float, weights))
+        self.head = weights if isinstance(weights, WeightHead) else None
+        given = None if isinstance(weights, WeightHead) else weights
+        self.weights = tuple([1 / size] * size if given is None else map(float, given))
         if len(self.weights) != size:
             raise _wrong("weights", f"{size} numbers", f"{len(self.weights)}")
         _check_name("schedule", schedule, SCHEDULES)
-        _check_name("acceptance", acceptance, ACCEPTANCE_RULES)
         _check_name("ensemble", ensemble, ENSEMBLES)
-        if not 0.0 < lenience <= 1.0:
-            raise _wrong("lenience", "a number in (0, 1]", lenience)
-        if lenience != 1.0 and acceptance != "lenient":
-            raise _wrong("lenience", f"1 for acceptance {acceptance!r}", lenience)
-        if draft is not None and schedule != "speculative":
-            raise _wrong("draft", f"None for schedule {schedule!r}", type(draft).__name__)
-        if schedule == "component" and (ensemble != "mixture" or scope != "member"):
-            raise _wrong("schedule", "a mixture of scope 'member' for 'component'", ensemble)
+        if schedule == "hierarchy":
+            if not drafts:
+                raise _wrong("draft", "at least one model for schedule 'hierarchy'", "none")
+        elif drafts and (schedule != "speculative" or len(drafts) > 1):
+            expected = "one model" if schedule == "speculative" else "None"
+            raise _wrong("draft", f"{expected} for schedule {schedule!r}", _names(drafts))
+        if schedule in ("component", "lookahead") and (ensemble != "mixture" or scope != "member"):
+            raise _wrong("schedule", f"a mixture of scope 'member' for {schedule!r}", ensemble)
         self.ensemble, self.scope, self.plausibility = ensemble, scope, float(plausibility)
-        self.acceptance, self.lenience, self.seed = acceptance, float(lenience), seed
+        self.acceptances = _acceptances(acceptance, len(drafts) if schedule == "hierarchy" else 1)
+        self.acceptance, self.seed = self.acceptances[-1], seed
+        if bonus not in ("ensemble", "last"):
+            raise _wrong("bonus", "'ensemble' or 'last'", repr(bonus))
+        self.bonus_weights = None if bonus == "ensemble" else (*[0.0] * (size - 1), 1.0)
+        for argument, used in (("weights", self.head), ("bonus", self.bonus_weights)):
+            if used is not None and schedule not in ("plain", "speculative", "lookup"):
+                expected = "'plain', 'speculative' or 'lookup'"
+                raise _wrong("schedule", f"{expected} for such {argument}", repr(schedule))
+        if self.head is not None and (size != 2 or self.head.ensemble != ensemble):
+            expected = f"two members and ensemble {self.head.ensemble!r} for this head"
+            raise _wrong("weights", expected, f"{size} and {ensemble!r}")
         self.vocab_size = shared_vocabulary(models, tokenizers)
         self._law(Warp())  # checks weights, scope and plausibility before any model runs
         self._tokenizer = None if tokenizers is None else tokenizers[0]
         self.models = models
         self.num_ensemble = size
         self.members = [member(model) for model in models]
-        self.schedule = self._schedule(schedule, num_speculative_tokens, proposer, order)
+        self.schedule = self._schedule(
+            schedule, num_speculative_tokens, proposer, order, stop, ahead
+        )
+        if self.head is not None:
+            self._bind(self.head)
         self._one_call = _OneCall()
 
     def generate(
@@ -280,11 +324,12 @@ class SpeculativeDecoder:
                 f"generate: logits_processor: expected none but temperature, top-k, top-p and "
                 f"min-p for scope 'ensemble', got {names}"
             )
-        if isinstance(self.schedule, Component) and warp.temperature == 0:
-            raise ValueError(
-                "generate: do_sample: expected True for schedule 'component', got False"
-            )
-        statistics = Statistics([m.name for m in self.members])
+        if isinstance(self.schedule, (Component, LookAhead)) and warp.temperature == 0:
+            name = type(self.schedule).__name__.lower()
+            raise ValueError(f"generate: do_sample: expected True for schedule {name!r}, got False")
+        # What is looked up has no model; it is counted last.
+        looked_up = ["lookup"] if isinstance(self.schedule, Lookup) else []
+        statistics = Statistics([*(m.name for m in self.members), *looked_up])
         stopper = Stopper(stopping_criteria, generation_config)
         run = Run(
             self.members,
@@ -292,14 +337,15 @@ class SpeculativeDecoder:
             law=self._law(warp),
             member_laws=[self._member_law(warp)] * len(self.members),
             schedule=self.schedule,
-            acceptance=self.acceptance,
-            lenience=self.lenience,
+            acceptances=self.acceptances,
             input_ids=input_ids,
             lengths=lengths,
             seeds=self._seeds(seed, input_ids),
             processors=per_row(processors, batch),
             stopper=stopper,
             statistics=statistics,
+            head=self.head,
+            bonus_weights=self.bonus_weights,
         )
         began = time.perf_counter()
         while run.rows:
@@ -323,35 +369,46 @@ class SpeculativeDecoder:
         num_speculative_tokens: int | Sequence[int] | None,
         proposer: int | None,
         order: Sequence[int] | None,
+        stop: DraftStop | None,
+        ahead: int | None,
     ) -> Schedule:
         for argument, value, users in (
-            ("num_speculative_tokens", num_speculative_tokens, ("speculative", "alternating")),
-            ("proposer", proposer, ("speculative",)),
+            ("num_speculative_tokens", num_speculative_tokens, _DEFAULT_TOKENS),
+            ("proposer", proposer, ("speculative", "lookahead")),
             ("order", order, ("alternating",)),
+            ("stop", stop, ("speculative",)),
+            ("ahead", ahead, ("lookahead",)),
         ):
             if value is not None and name not in users:
                 raise _wrong(argument, f"None for schedule {name!r}", value)
         if num_speculative_tokens is None:
-            num_speculative_tokens = 4 if name == "speculative" else 1
+            num_speculative_tokens = _DEFAULT_TOKENS.get(name, 1)
         gammas = _integers(num_speculative_tokens)
         single = not isinstance(num_speculative_tokens, Iterable)
         if not gammas or min(gammas) < 1:
             raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
+        if not single and name in ("speculative", "lookup", "lookahead"):
+            raise _wrong("num_speculative_tokens", "one integer", num_speculative_tokens)
         size = self.num_ensemble
-        by_cost = sorted(range(size), key=lambda m: _num_parameters(self.models[m]))
         if name == "plain":
             return Plain()
         if name == "component":
             return Component()
+        if name == "lookup":
+            return Lookup(gammas[0])
         if name == "speculative":
-            if not single:
-                raise _wrong("num_speculative_tokens", "one integer", num_speculative_tokens)
-            has_draft = len(self.models) > size
-            if proposer is None:
-                proposer = size if has_draft else by_cost[0]
-            elif has_draft or not _is_integer(proposer) or not 0 <= proposer < size:
-                raise _wrong("proposer", f"None with a draft, else 0 to {size - 1}", proposer)
-            return Speculative(int(proposer), gammas[0])
+            return Speculative(self._proposer(proposer), gammas[0], stop)
+        if name == "lookahead":
+            return self._look_ahead(self._proposer(proposer), ahead, gammas[0])
+        if name == "hierarchy":
+            levels = len(self.models) - size
+            gammas = [gammas[0] * (i + 1) for i in range(levels)] if single else gammas
+            if len(gammas) != levels:
+                raise _wrong(
+                    "num_speculative_tokens", f"1 or {levels} integers", num_speculative_tokens
+                )
+            return Hierarchy(tuple(range(size, len(self.models))), tuple(gammas))
+        by_cost = sorted(range(size), key=lambda m: _num_parameters(self.models[m]))
         rotation = by_cost if order is None else _integers(order)
         if rotation is None or sorted(rotation) != list(range(size)):
             raise _wrong("order", f"every member 0 to {size - 1} once", order)
@@ -360,6 +417,37 @@ class SpeculativeDecoder:
         if len(gammas) != size:
             raise _wrong("num_speculative_tokens", f"1 or {size} integers", num_speculative_tokens)
         return Alternating(tuple(rotation), tuple(gammas))
+
+    def _proposer(self, proposer: int | None) -> int:
+        """The index of the one that drafts: the separate draft, the member given, the cheapest."""
+        size = self.num_ensemble
+        if proposer is None:
+            if len(self.models) > size:
+                return size
+            return min(range(size), key=lambda m: _num_parameters(self.models[m]))
+        if len(self.models) > size or not _is_integer(proposer) or not 0 <= proposer < size:
+            raise _wrong("proposer", f"None with a draft, else 0 to {size - 1}", proposer)
+        return int(proposer)
+
+    def _look_ahead(self, proposer: int, ahead: int | None, most: int) -> LookAhead:
+        if ahead is not None and (not _is_integer(ahead) or ahead < 0):
+            raise _wrong("ahead", "a count >= 0", ahead)
+        if ahead is None:
+            sizes = [_num_parameters(model) for model in self.models[: self.num_ensemble]]
+            cost = sizes[proposer] * (len(sizes) - 1) / max(sum(sizes) - sizes[proposer], 1)
+            ahead = best_ahead(self.weights[proposer], cost)
+        return LookAhead(proposer, int(ahead), most)
+
+    def _bind(self, head: WeightHead) -> None:
+        """Have each member multiply its share of the head with its last hidden states."""
+        sizes = [hidden_size(model) for model in self.models[:2]]
+        if sum(sizes) != head.delta.numel():
+            raise _wrong("weights", f"a head for {sizes[0]} + {sizes[1]}", head.delta.numel())
+        shares = torch.split(head.delta, sizes)
+        for one, share in zip(self.members, shares, strict=False):
+            if isinstance(one, ReplayMember):
+                raise _wrong("weights", "numbers for a model whose states are replayed", "a head")
+            one.score_by = share
 
     def _law(self, warp: Warp) -> Law:
         return Law(
@@ -474,6 +562,32 @@ class SpeculativeDecoder:
         return SpeculativeOutput(
             sequences=cast(Any, sequences), log_probs=log_probs, statistics=run.statistics
         )
+
+
+# Tokens per proposal where none are given.
+_DEFAULT_TOKENS = {"speculative": 4, "lookup": 4, "lookahead": 16, "hierarchy": 4, "alternating": 1}
+
+
+def _drafts(draft: Any) -> list[Any]:
+    if draft is None:
+        return []
+    return list(draft) if isinstance(draft, Sequence) else [draft]
+
+
+def _names(models: Sequence[Any]) -> str:
+    return ", ".join(type(model).__name__ for model in models)
+
+
+def _acceptances(given: Any, levels: int) -> list[Acceptance]:
+    """One for each level; a single one is the last level's, the others' is "rejection"."""
+    if isinstance(given, (str, Acceptance)):
+        return [Acceptance()] * (levels - 1) + [Acceptance.of(given)]
+    if len(given) != levels:
+        raise _wrong("acceptance", f"1 or {levels} rules", len(given))
+    found = [Acceptance.of(one) for one in given]
+    if any(one.rule.remembers for one in found[:-1]):
+        raise _wrong("acceptance", "a rule without a memory below the last level", found)
+    return found
 
 
 def _are_implied(position_ids: Tensor, lengths: Sequence[int], width: int) -> bool:

@@ -27,6 +27,7 @@ from specens.cache import (
     native_cache,
     to_device,
 )
+from specens.weights import last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +49,9 @@ class Member(ABC):
         device: of tokens and logits.
         vocab_size: columns of the logits.
         lengths: per row, tokens whose keys and values are in the cache, contiguous from 0.
+        score_by: (H,) a row that the LM head's inputs are multiplied with; None is none.
+        scores: (R, q) float32. The products, at the positions of the logits of the last forward;
+            None if there is nothing to multiply with.
         calls: forwards of the model since `start`.
         tokens: tokens fed to the model since `start`; padding is not counted, replays are.
     """
@@ -63,6 +67,8 @@ class Member(ABC):
         self.capacity = 0
         self.calls = 0
         self.tokens = 0
+        self.score_by: Tensor | None = None
+        self.scores: Tensor | None = None
         self._logits_to_keep = logits_to_keep
         self._arguments = forward_arguments(model)
 
@@ -193,6 +199,17 @@ class Member(ABC):
     def _call(self, tokens: Tensor, **arguments: Any) -> Tensor:
         """The model's logits; the one place where a model runs."""
         self.calls += 1
+        if self.score_by is not None:
+            return self._call_and_score(self.score_by, tokens, arguments)
+        return self._logits(tokens, arguments)
+
+    def _call_and_score(self, row: Tensor, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
+        with last_hidden(self.model) as collected:
+            logits = self._logits(tokens, arguments)
+        self.scores = (collected[-1].float() * row.to(collected[-1].device)).sum(-1)
+        return logits
+
+    def _logits(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 output: Any = self.model(tokens, return_dict=True, **arguments)
@@ -374,18 +391,24 @@ class _RowMember(Member):
         num_rows, q = tokens.shape
         width = q if keep_last is None else keep_last
         result: Tensor | None = None
+        scores = torch.zeros(num_rows, width, device=self.device)
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             if count == 0:
                 continue
             kept = count if keep_last is None else min(keep_last, count)
             logits = self._forward_row(row, tokens[i : i + 1, :count], kept)
             if num_rows == 1 and kept == width:
+                self.scores = None if self.scores is None else self.scores[:, -kept:]
                 return logits
             if result is None:
                 result = logits.new_zeros((num_rows, width, logits.shape[-1]))
             first = 0 if keep_last is None else keep_last - kept
             result[i, first : first + kept] = logits[0]
+            if self.scores is not None:
+                scores[i, first : first + kept] = self.scores[0, -kept:]
         assert result is not None  # forward returns early when no row has a token
+        if self.scores is not None:
+            self.scores = scores
         return result
 
     @abstractmethod

@@ -10,23 +10,41 @@ host once, in `_commit`. What a member has computed is counted by its cache alon
   is the definition of |D| here, and the asserts below are about the laws that are really stored.
 * when a pending token is replaced, every cache goes back to at most `length - 1` tokens: an
 integer.
+
+A hierarchy verifies among the pending tokens, too (`check`): what a level has kept and added are
+then its own proposals to the level above.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from specens_kernels import PADDING, Law, Stream, Verdict, sample, uniforms, verify
+from specens_kernels import (
+    PADDING,
+    POINT_MASS,
+    Acceptance,
+    Law,
+    Stream,
+    Verdict,
+    sample,
+    uniforms,
+    verify,
+)
+from specens_kernels.acceptance import remember
 
 from .members import Member
 from .processors import Stopper
-from .schedules import Schedule, Verification
+from .schedules import DraftStop, Schedule, Verification
 from .statistics import Statistics
+from .weights import WeightHead
+
+# Where numbers may not be used again, how often a row was judged is in these bits of a position.
+_JUDGED = 32
 
 
 @dataclass(eq=False)
@@ -34,15 +52,23 @@ class Row:
     """One sequence of the batch while it is being written.
 
     index: which row of the user's batch. pad: columns of left padding before its text.
-    length: committed tokens, the prompt included. pending: proposer of each pending token.
+    length: committed tokens, the prompt included. tokens: these, on the host.
+    pending: proposer of each pending token; POINT_MASS if it was looked up.
     slot: place in the rotation of the member that scored last.
+    ended: whether an end-of-sequence token is among the pending ones that were checked.
+    memory: of an acceptance rule that remembers.
+    judged: how often drafts of the row were verified.
     """
 
     index: int
     pad: int
     length: int
+    tokens: list[int]
     pending: list[int] = field(default_factory=list)
     slot: int = 0
+    ended: bool = False
+    memory: float = 0.0
+    judged: int = 0
 
     @property
     def end(self) -> int:
@@ -72,6 +98,13 @@ class _Laws:
         """Drop all that was said of the row: its pending tokens were replaced, or it ended."""
         for chunk in self.chunks:
             chunk.places.pop(row, None)
+
+    def cut(self, row: Row, length: int) -> None:
+        """Drop what was said after the row's first `length` tokens: the next one was replaced."""
+        for chunk in self.chunks:
+            if row in chunk.places:
+                place, first, held = chunk.places[row]
+                chunk.places[row] = (place, first, max(min(held, length + 1 - first), 0))
 
     def forget(self) -> None:
         """Drop the forwards that only speak of tokens committed since."""
@@ -141,29 +174,35 @@ class Run:
         law: Law,
         member_laws: Sequence[Law],
         schedule: Schedule,
-        acceptance: str,
-        lenience: float,
+        acceptances: Sequence[Acceptance],
         input_ids: Tensor,
         lengths: Sequence[int],
         seeds: Tensor,
         processors: Sequence[LogitsProcessorList],
         stopper: Stopper,
         statistics: Statistics,
+        head: WeightHead | None = None,
+        bonus_weights: Sequence[float] | None = None,
     ) -> None:
         """Start from prompts.
 
         Args:
-            members: the ensemble's, then the separate draft if there is one.
+            members: the ensemble's, then the separate drafts.
             num_ensemble: how many of them make the ensemble.
             law: the ensemble's. member_laws: each member's alone, warped the same way.
+            acceptances: of each level that checks, the ensemble's last.
             input_ids: (B, S) int64. Left-padded prompts. lengths: tokens of each prompt.
             seeds: (B,) int64, on the device of input_ids.
             processors: per row; empty lists where there is none.
+            head: gives the weights at each position; None is the law's.
+            bonus_weights: of the law of bonus tokens; None is those of the position.
         """
         self.members = list(members)
         self.ensemble = range(num_ensemble)
         self.law, self.member_laws = law, member_laws
-        self.schedule, self.acceptance, self.lenience = schedule, acceptance, lenience
+        self.schedule, self.acceptances = schedule, acceptances
+        self.acceptance = acceptances[-1]
+        self.head, self.bonus_weights = head, bonus_weights
         self.processors = processors if any(len(p) > 0 for p in processors) else None
         self.stopper = stopper
         self.statistics = statistics
@@ -174,29 +213,31 @@ class Run:
         self.text[:, :width] = input_ids
         self._text_rows = self.text[:, None].unbind()
         self.log_probs: list[list[Tensor]] = [[] for _ in range(batch)]
-        self.rows = [Row(b, width - n, n) for b, n in enumerate(lengths)]
+        texts = input_ids.tolist()
+        self.rows = [Row(b, width - n, n, texts[b][width - n :]) for b, n in enumerate(lengths)]
         self.finished: list[Row] = []
         self._laws = [_Laws() for _ in self.members]
+        self._scores = [_Laws() for _ in self.members]
         self._proposer_tensors: dict[tuple[tuple[int, ...], ...], Tensor] = {}
         self._start_random(seeds)
         self._prefill(input_ids)
 
-    # --- random numbers: all of a call's, once --------------------------------------------------
+    # --- random numbers ---------------------------------------------------------------------------
 
     def _start_random(self, seeds: Tensor) -> None:
         """Blocks for every position from the last prompt token on; see `specens_kernels.Stream`."""
+        self._seeds = seeds
         self._base = [row.length - 1 for row in self.rows]
         span = self.text.shape[1] - self.rows[0].pad - self._base[0] + 1
         base = torch.tensor(self._base, device=self.device)
-        positions = base[:, None] + torch.arange(span, device=self.device)
-        self._verify_numbers = uniforms(seeds, positions, Stream.VERIFY)[:, None].unbind()
-        self._draft_numbers = [
-            uniforms(seeds, positions, Stream.DRAFT, index=m)[:, None].unbind()
-            for m in range(len(self.members))
-        ]
-        coins = uniforms(seeds.cpu(), positions.cpu(), Stream.COMPONENT)[..., 0]
+        self._blocks_at = base[:, None] + torch.arange(span, device=self.device)
+        self._blocks: dict[tuple[Stream, int], Sequence[Tensor]] = {}
+        # A rule that judges several tokens at once has looked at numbers of tokens that it did not
+        # keep: what replaces them needs others.
+        self._fresh = any(acceptance.rule.block for acceptance in self.acceptances)
+        coins = uniforms(seeds.cpu(), self._blocks_at.cpu(), Stream.COMPONENT)[..., 0]
         weights = self.law.weights
-        if isinstance(weights, Tensor) or len(self.members) == 1:
+        if isinstance(weights, Tensor) or len(self.ensemble) == 1:
             self._components = torch.zeros_like(coins, dtype=torch.int64)
         else:
             shares = torch.tensor(weights, dtype=torch.float64).cumsum(0)
@@ -204,11 +245,21 @@ class Run:
             self._components.clamp_(max=len(weights) - 1)
 
     def _numbers(
-        self, numbers: Sequence[Tensor], rows: Sequence[Row], begins: list[int], count: int
+        self, stream: Stream, index: int, rows: Sequence[Row], begins: list[int], count: int
     ) -> Tensor:
-        """(R, count, 4) blocks for positions begins[k] on."""
+        """(R, count, 4) blocks of a stream for positions begins[k] on."""
+        if self._fresh:
+            at = [begin + (row.judged << _JUDGED) for row, begin in zip(rows, begins, strict=True)]
+            positions = torch.tensor(at)[:, None] + torch.arange(count)
+            return uniforms(
+                self._seeds[self._indices(rows)], positions.to(self.device), stream, index=index
+            )
+        blocks = self._blocks.get((stream, index))
+        if blocks is None:
+            numbers = uniforms(self._seeds, self._blocks_at, stream, index=index)
+            blocks = self._blocks[stream, index] = numbers[:, None].unbind()
         parts = [
-            numbers[row.index].narrow(1, begin - self._base[row.index], count)
+            blocks[row.index].narrow(1, begin - self._base[row.index], count)
             for row, begin in zip(rows, begins, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -228,18 +279,87 @@ class Run:
         at = self.rows.index(row)
         return min(self.members[m].lengths[at] for m in self.ensemble) - row.length + 1
 
-    def component(self, row: Row) -> int:
-        """The member that the row's next token is drawn from."""
+    def components(self, row: Row, count: int) -> list[int]:
+        """The members that the row's next tokens are drawn from; known before any model runs."""
         at = row.length - 1 - self._base[row.index]
-        return int(self._components[row.index, at])
+        return [int(m) for m in self._components[row.index, at : at + count]]
 
-    def propose(self, member: int, rows: Sequence[Row], counts: Sequence[int]) -> None:
-        """Append counts[k] tokens drawn from the member one by one; fewer where the text ends."""
+    def propose(
+        self,
+        member: int,
+        rows: Sequence[Row],
+        counts: Sequence[int],
+        stop: DraftStop | None = None,
+    ) -> None:
+        """Append counts[k] tokens drawn from the member one by one; fewer where the text ends.
+
+        A row where `stop` says so proposes nothing after the token just drawn, which stays.
+        """
         counts = [min(n, self.room(row)) for row, n in zip(rows, counts, strict=True)]
-        for step in range(max(counts, default=0)):
-            active = [row for row, n in zip(rows, counts, strict=True) if step < n]
-            self.feed(member, active)
-            self.draw(member, active)
+        going = [row for row, n in zip(rows, counts, strict=True) if n > 0]
+        left = dict(zip(rows, counts, strict=True))
+        while going:
+            self.feed(member, going)
+            log_probs = self.draw(member, going)
+            for row in going:
+                left[row] -= 1
+            if stop is not None and any(left[row] > 0 for row in going):
+                laws = self._laws[member].take(going, [row.end - 1 for row in going], 1)[:, 0]
+                stops = stop.asks(log_probs, laws[:, : self.law.vocab_size])
+                going = [row for row, stopped in zip(going, stops, strict=True) if not stopped]
+            going = [row for row in going if left[row] > 0]
+
+    def look_up(self, rows: Sequence[Row], count: int, longest: int) -> None:
+        """Append what followed the latest earlier occurrence of each row's last tokens."""
+        for row in rows:
+            found = _continuation(row.tokens, longest, min(count, self.room(row) - 1))
+            if found:
+                self._write([row], [row.end], torch.tensor([found], device=self.device))
+                row.pending += [POINT_MASS] * len(found)
+                self.statistics.drafted[POINT_MASS] += len(found)
+
+    def check(self, level: int, member: int, rows: Sequence[Row], most: int) -> None:
+        """The member verifies the latest proposals and adds a token: they are then its own.
+
+        What it verifies are the pending tokens of smaller drafts, who are listed before it. Where
+        blocks are verified it keeps no more than `most` tokens of its own: that a block is longer
+        says something about its tokens, whose law would then not be the member's.
+        """
+        own = [sum(owner >= member for owner in row.pending) for row in rows]
+        counts = [len(row.pending) - n for row, n in zip(rows, own, strict=True)]
+        begins = [row.length + n for row, n in zip(rows, own, strict=True)]
+        self.feed(member, rows)
+        logits = self._laws[member].take(rows, begins, max(counts) + 1)
+        verdict = verify(
+            [logits],
+            self._drafts(rows, begins, counts),
+            self._numbers(
+                Stream.VERIFY, level, rows, [begin - 1 for begin in begins], max(counts) + 1
+            ),
+            self.member_laws[member],
+            **self._proposals(rows, own, counts, begins, among=()),
+            acceptance=self.acceptances[level - 1],
+        )
+        on_host = zip(rows, own, *_to_host(verdict), strict=True)
+        for k, (row, mine, tokens, num_accepted, status) in enumerate(on_host):
+            at = row.pad + row.length + mine + num_accepted
+            self.text[row.index, at : at + 1] = verdict.tokens[k, num_accepted : num_accepted + 1]
+            self.statistics.test(row.pending[mine:], num_accepted)
+            self.statistics.status |= status
+            new = num_accepted + 1
+            if self.acceptances[level - 1].rule.block:
+                new = min(new, most - row.pending[:mine].count(member))
+            row.pending[mine:] = [member] * new
+            row.judged += 1
+            row.ended |= not self.stopper.eos.isdisjoint(tokens[:new])
+        self.statistics.drafted[member] += len(rows)
+        for model, laws in zip(self.members, self._laws, strict=True):
+            # What was said after the token just added is about another one.
+            lengths = list(model.lengths)
+            for place, row in zip(self._places(rows), rows, strict=True):
+                lengths[place] = min(lengths[place], row.end - 1)
+                laws.cut(row, lengths[place])
+            model.rollback(lengths)
 
     def feed(self, member: int, rows: Sequence[Row]) -> None:
         """One forward over all that the member's cache lacks of the rows' tokens."""
@@ -262,21 +382,30 @@ class Run:
         if self.processors is not None:
             logits = self._process(rows, starts, counts, logits)
         self.statistics.calls[member] += 1
-        self._laws[member].add(rows, [start + 1 for start in starts], counts, logits)
+        firsts = [start + 1 for start in starts]
+        self._laws[member].add(rows, firsts, counts, logits)
+        if model.scores is not None:
+            scores = model.scores.to(self.device)[..., None]
+            self._scores[member].add(rows, firsts, counts, scores)
 
-    def draw(self, member: int, rows: Sequence[Row]) -> None:
-        """Append one token to each row that has room, drawn from the member's own law."""
+    def draw(self, member: int, rows: Sequence[Row]) -> Tensor:
+        """Append one token to each row that has room, drawn from the member's own law.
+
+        Returns:
+            (R, 1) log-probabilities of these tokens, of the rows that have room.
+        """
         rows = [row for row in rows if self.room(row) > 0]
         if not rows:
-            return
+            return torch.empty(0, 1)
         ends = [row.end for row in rows]
         laws = self._laws[member].take(rows, ends, 1)
-        numbers = self._numbers(self._draft_numbers[member], rows, ends, 1)
-        drawn = sample([laws], numbers, self.member_laws[member]).tokens
-        self._write(rows, ends, drawn)
+        numbers = self._numbers(Stream.DRAFT, member, rows, ends, 1)
+        drawn = sample([laws], numbers, self.member_laws[member])
+        self._write(rows, ends, drawn.tokens)
         for row in rows:
             row.pending.append(member)
         self.statistics.drafted[member] += len(rows)
+        return drawn.log_probs
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -287,7 +416,7 @@ class Run:
             emitted.update(self._commit(verification, self._verify(verification)))
         self._roll_back()
         self.statistics.turns += 1
-        for laws in self._laws:
+        for laws in (*self._laws, *self._scores):
             laws.forget()
         return emitted
 
@@ -306,37 +435,91 @@ class Run:
     def _verify(self, verification: Verification) -> Verdict:
         """One call of the verify op over what the members have said."""
         rows, counts = verification.rows, verification.num_drafts
-        num_drafts = max(counts)
         begins = [row.length for row in rows]
-        width = num_drafts + verification.bonus
+        width = max(counts) + verification.bonus
         which = self.ensemble if verification.members is None else verification.members
-        logits = [self._laws[m].take(rows, begins, width) for m in which]
-        drafts = self._tokens(rows, begins, num_drafts)
-        if min(counts) < num_drafts:
-            beyond = torch.arange(num_drafts) >= torch.tensor(counts)[:, None]
-            drafts = drafts.masked_fill(beyond.to(self.device), PADDING)
-        numbers = self._numbers(
-            self._verify_numbers, rows, [begin - 1 for begin in begins], num_drafts + 1
-        )
-        proposers, draft_logits = None, None
-        owners = {owner for row, n in zip(rows, counts, strict=True) for owner in row.pending[:n]}
-        if owners and max(owners) in self.ensemble:
-            proposers = self._proposers(rows, counts, num_drafts)
-        elif owners:
-            draft = len(self.members) - 1
-            draft_logits = self._laws[draft].take(rows, begins, num_drafts)
+        # Those whose weight is 0 everywhere may have said nothing.
+        asked = self._asked(verification)
+        scored = [m for m in which if asked is None or m in asked]
+        taken = {m: self._laws[m].take(rows, begins, width) for m in scored}
+        logits = [taken.get(m, taken[scored[0]]) for m in which]
         law = self.law if verification.members is None else self.member_laws[which[0]]
+        if verification.components is not None:
+            law = self._component_law(verification, width)
+        elif self.head is not None or self.bonus_weights is not None:
+            law = self._weighted_law(verification, begins, width)
         return verify(
             logits,
-            drafts,
-            numbers,
+            self._drafts(rows, begins, counts),
+            self._numbers(Stream.VERIFY, 0, rows, [begin - 1 for begin in begins], max(counts) + 1),
             law,
-            proposers=proposers,
-            draft_logits=draft_logits,
+            **self._proposals(rows, [0] * len(rows), counts, begins, among=which),
             acceptance=self.acceptance,
-            lenience=self.lenience,
+            memory=self._memory(rows) if self.acceptance.rule.remembers else None,
             bonus=verification.bonus,
         )
+
+    def _asked(self, verification: Verification) -> set[int] | None:
+        """Members whose laws are needed where tokens have components; None where they have not."""
+        if verification.components is None:
+            return None
+        components = {member for mine in verification.components for member in mine}
+        return components | {owner for row in verification.rows for owner in row.pending}
+
+    def _drafts(self, rows: Sequence[Row], begins: list[int], counts: Sequence[int]) -> Tensor:
+        """(R, N) int64: counts[k] tokens of each row from begins[k] on, then PADDING."""
+        drafts = self._tokens(rows, begins, max(counts))
+        if min(counts) < max(counts):
+            beyond = torch.arange(max(counts)) >= torch.tensor(counts)[:, None]
+            drafts = drafts.masked_fill(beyond.to(self.device), PADDING)
+        return drafts
+
+    def _proposals(
+        self,
+        rows: Sequence[Row],
+        skip: Sequence[int],
+        counts: Sequence[int],
+        begins: list[int],
+        *,
+        among: Sequence[int],
+    ) -> dict[str, Any]:
+        """The laws that drafts were drawn from, skip[k] pending tokens left out.
+
+        A member `among` those whose logits are verified is named; another's are handed over.
+        """
+        owners = [row.pending[s : s + n] for row, s, n in zip(rows, skip, counts, strict=True)]
+        proposers = {owner for mine in owners for owner in mine}
+        if proposers <= {POINT_MASS}:
+            return {}
+        if proposers <= {POINT_MASS, *among}:
+            return {"proposers": self._proposers(owners, max(counts))}
+        (proposer,) = proposers
+        return {"draft_logits": self._laws[proposer].take(rows, begins, max(counts))}
+
+    def _component_law(self, verification: Verification, width: int) -> Law:
+        """The law in which each position has the weights of one member."""
+        assert verification.components is not None
+        padded = [mine + mine[-1:] * (width - len(mine)) for mine in verification.components]
+        one_hot = torch.nn.functional.one_hot(torch.tensor(padded), len(self.ensemble))
+        return replace(self.law, weights=one_hot.to(self.device, torch.float32))
+
+    def _weighted_law(self, verification: Verification, begins: list[int], width: int) -> Law:
+        """The law with the head's weights at each position, and those of bonus tokens."""
+        rows, counts = verification.rows, verification.num_drafts
+        if self.head is None:
+            weights = torch.tensor(self.law.weights, device=self.device)
+            weights = weights.expand(len(rows), width, -1).clone()
+        else:
+            draft, target = (self._scores[m].take(rows, begins, width)[..., 0] for m in (0, 1))
+            draft_weight = torch.sigmoid(draft + target + self.head.bias.to(self.device))
+            weights = torch.stack((draft_weight, 1 - draft_weight), -1)
+        if self.bonus_weights is not None:
+            places = torch.arange(len(rows)), torch.tensor(counts)
+            weights[places] = torch.tensor(self.bonus_weights, device=self.device)
+        return replace(self.law, weights=weights)
+
+    def _memory(self, rows: Sequence[Row]) -> Tensor:
+        return torch.tensor([row.memory for row in rows], device=self.device)
 
     def _commit(self, verification: Verification, verdict: Verdict) -> dict[int, list[int]]:
         """Append what was emitted, cut where a row ends, and take back what was not kept."""
@@ -354,14 +537,21 @@ class Run:
             kept, done = self.stopper.cut(new, self.text[row.index], column)
             self._count(row, drafts, num_accepted, status, kept, replaced and kept == len(new))
             log_probs = verdict.log_probs[k, :kept]
-            if verification.members is not None:  # drawn from one member, not scored by all
+            if self.acceptance.rule.remembers:
+                for log_prob in log_probs.tolist():
+                    row.memory = remember(row.memory, log_prob, self.acceptance.parameters[-1])
+            if verification.members is not None or verification.components is not None:
+                # Drawn from one member, not scored by all.
                 log_probs = torch.full_like(log_probs, torch.nan)
             self.log_probs[row.index].append(log_probs)
             emitted[row.index] = new[:kept]
+            row.tokens += new[:kept]
+            row.judged += 1
             row.length += kept
             if replaced or done:
                 row.pending.clear()
-                for laws in self._laws:
+                row.ended = False
+                for laws in (*self._laws, *self._scores):
                     laws.drop(row)
             else:
                 del row.pending[:kept]
@@ -426,9 +616,8 @@ class Run:
         else:
             self.text[self._indices(rows)[:, None], self._columns(rows, begins, width)] = tokens
 
-    def _proposers(self, rows: Sequence[Row], counts: Sequence[int], width: int) -> Tensor:
+    def _proposers(self, owners: list[list[int]], width: int) -> Tensor:
         """(R or 1, width) int32: which member each draft was drawn from."""
-        owners = [row.pending[:n] for row, n in zip(rows, counts, strict=True)]
         if all(mine == owners[0] for mine in owners):
             owners = owners[:1]
         key = tuple(tuple(mine) for mine in owners)
@@ -460,6 +649,17 @@ class Run:
                     )
                 logits[k, j] = scores[0]
         return logits
+
+
+def _continuation(tokens: Sequence[int], longest: int, count: int) -> list[int]:
+    """What followed the latest earlier occurrence of the longest possible end of `tokens`."""
+    size = len(tokens)
+    for length in range(min(longest, size - 1), 0, -1):
+        end = tokens[size - length :]
+        for start in range(size - length - 1, -1, -1):
+            if tokens[start : start + length] == end:
+                return list(tokens[start + length : start + length + max(count, 0)])
+    return []
 
 
 def _to_host(verdict: Verdict) -> tuple[list[list[int]], list[int], list[int]]:

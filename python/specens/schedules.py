@@ -2,13 +2,17 @@
 """Schedules: who proposes, how many tokens, who verifies, turn by turn.
 
 A schedule is asked once a turn, with the run in hand (`run.Run`): it makes members propose and
-score, through `run.propose`, `run.feed` and `run.draw`, and returns what is to be verified. It
-never looks at a token. To add a schedule, add a class here and its name to `SCHEDULES`.
+score, through `run.propose`, `run.feed`, `run.draw`, `run.check` and `run.look_up`, and returns
+what is to be verified. It never looks at a token. To add a schedule, add a class here and its name
+to `SCHEDULES`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .run import Row, Run
@@ -22,12 +26,95 @@ class Verification:
     num_drafts: per row, how many of its pending tokens are verified.
     bonus: whether a row whose drafts are all kept emits one token more.
     members: who the verifying law is made of; None is the whole ensemble.
+    components: per row, the one member that each of its num_drafts + 1 tokens is drawn from; None
+        is the whole ensemble at each.
     """
 
     rows: "Sequence[Row]"
     num_drafts: Sequence[int]
     bonus: bool
     members: Sequence[int] | None = None
+    components: Sequence[list[int]] | None = None
+
+
+class DraftStop(Protocol):
+    """When a proposer had better let the others speak.
+
+    It is asked after a token has been drawn, and that token stays proposed: to take it back because
+    of what it is would change the law of the text.
+    """
+
+    def asks(self, log_probs: Tensor, logits: Tensor) -> list[bool]:
+        """Whether each row stops.
+
+        Args:
+            log_probs: (R, 1) float32. Of the tokens just drawn, under the draft's law.
+            logits: (R, V). The draft's bare logits that they were drawn from.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ConfidenceStop:
+    """Stops after a token that the draft itself found less likely than `least`: [0, 1].
+
+    Source: transformers' `assistant_confidence_threshold`.
+    """
+
+    least: float = 0.4
+
+    def asks(self, log_probs: Tensor, logits: Tensor) -> list[bool]:
+        """See `DraftStop`."""
+        return [one < self.least for one in log_probs[:, 0].exp().tolist()]
+
+
+@dataclass(frozen=True)
+class EntropyStop:
+    """Stops where 1 - sqrt(scale H) < least, a bound of acceptance by the draft's entropy H.
+
+    Source: AdaEDL, arXiv:2410.18351.
+    """
+
+    least: float = 0.2
+    scale: float = 0.2
+
+    def asks(self, log_probs: Tensor, logits: Tensor) -> list[bool]:
+        """See `DraftStop`."""
+        bound = 1 - (self.scale * _entropy(logits)).clamp(min=0).sqrt()
+        return [one < self.least for one in bound.tolist()]
+
+
+@dataclass(frozen=True)
+class LearnedStop:
+    """Stops where a logistic regression expects the next token to be refused.
+
+    coefficients: of 1, the token's log-probability, the largest one and the entropy, in nats;
+        `specens tune` finds them.
+    least: stop below this chance of acceptance.
+
+    Source: DISCO, arXiv:2405.04304, with one linear layer.
+    """
+
+    coefficients: tuple[float, float, float, float]
+    least: float = 0.5
+
+    def asks(self, log_probs: Tensor, logits: Tensor) -> list[bool]:
+        """See `DraftStop`."""
+        found = stop_features(log_probs, logits) @ torch.tensor(self.coefficients)
+        return [one < self.least for one in torch.sigmoid(found).tolist()]
+
+
+def stop_features(log_probs: Tensor, logits: Tensor) -> Tensor:
+    """(R, 4) float32: what `LearnedStop` looks at."""
+    best = logits.float().log_softmax(-1).amax(-1)
+    ones = torch.ones_like(best)
+    return torch.stack((ones, log_probs[:, 0].clamp(min=-30), best, _entropy(logits)), -1).cpu()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """(R,) nats."""
+    logs = logits.float().log_softmax(-1)
+    return -torch.xlogy(logs.exp(), logs.exp()).sum(-1)
 
 
 class Schedule(Protocol):
@@ -72,7 +159,7 @@ class Component:
         """Score with the members drawn."""
         drawn: dict[int, list[Row]] = {}
         for row in run.rows:
-            drawn.setdefault(run.component(row), []).append(row)
+            drawn.setdefault(run.components(row, 1)[0], []).append(row)
         for member, rows in drawn.items():
             run.feed(member, rows)
         return [
@@ -82,14 +169,151 @@ class Component:
 
 
 @dataclass(frozen=True)
+class LookAhead:
+    """Component sampling that speculates: the members of the next tokens are drawn beforehand.
+
+    Which member a token of a mixture comes from does not depend on the text. One member proposes: a
+    token that was to come from it is the final one, and only the others can be refused, by the one
+    member that they were to come from. A proposal ends right before a token of another member, who
+    draws that one itself: nothing is proposed in vain at its end.
+
+    proposer: who proposes; the cheapest member.
+    ahead: how many tokens of other members it proposes before they are asked; at 0 none can be
+        refused, and each token costs one call, as in `Component`.
+    most: tokens that a proposal has at most.
+    """
+
+    proposer: int
+    ahead: int
+    most: int = 16
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens proposed per turn."""
+        return self.most
+
+    def turn(self, run: "Run") -> list[Verification]:
+        """Propose up to a token of another member; ask those whose tokens are among them."""
+        components = []
+        for row in run.rows:
+            mine = run.components(row, max(min(self.most + 1, run.room(row)), 1))
+            others = [at for at, member in enumerate(mine) if member != self.proposer]
+            end = others[self.ahead] if len(others) > self.ahead else len(mine) - 1
+            components.append(mine[: end + 1])
+        counts = [len(mine) - 1 for mine in components]
+        run.propose(self.proposer, run.rows, counts)
+        for member in run.ensemble:
+            # The proposer has no law yet after its last token, which only a token of its own needs.
+            asked = [
+                row
+                for row, mine in zip(run.rows, components, strict=True)
+                if member in (mine[-1:] if member == self.proposer else mine)
+            ]
+            if asked:
+                run.feed(member, asked)
+        return [Verification(run.rows, counts, bonus=True, components=components)]
+
+
+def best_ahead(share: float, cost: float, acceptance: float = 0.7, most: int = 8) -> int:
+    """The `ahead` of `LookAhead` with the least expected time per token.
+
+    Args:
+        share: weight of the proposer in the mixture.
+        cost: time of its forward, relative to the others'.
+        acceptance: chance that a token proposed for another member is kept.
+        most: highest number considered.
+    """
+
+    def speed(ahead: int) -> float:
+        # Between two tokens of others are share / (1 - share) of the proposer's on average.
+        run = share / max(1 - share, 1e-3)
+        tokens = (run + 1) * sum(acceptance**i for i in range(ahead + 1))
+        return tokens / (cost * ((ahead + 1) * run + ahead) + 1)
+
+    return max(range(most + 1), key=speed)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The text is the draft: what followed the last tokens when they occurred before.
+
+    num_speculative_tokens: proposed at most. longest: tokens of the end that are looked for.
+
+    Source: prompt lookup decoding; Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
+    """
+
+    num_speculative_tokens: int
+    longest: int = 3
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens proposed per turn."""
+        return self.num_speculative_tokens
+
+    def turn(self, run: "Run") -> list[Verification]:
+        """Look up, then score with every member."""
+        run.look_up(run.rows, self.num_speculative_tokens, self.longest)
+        for member in run.ensemble:
+            run.feed(member, run.rows)
+        return [Verification(run.rows, [len(row.pending) for row in run.rows], bonus=True)]
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Drafts of several sizes: each verifies the next smaller one's, the ensemble the last's.
+
+    drafts: the drafting models, the smallest, which proposes, first.
+    gammas: tokens that the smallest proposes at a time; then for each other the tokens that it has
+        kept and added before it hands them up.
+
+    With lossless rules the text has the ensemble's law, since what a level hands up has the level's
+    own law; with gates it is PyramidSD: fuzzy at both stages (F) or at the last (A).
+
+    Source: HSD, arXiv:2510.19705; PyramidSD, arXiv:2510.12966; ML-SpecQD, arXiv:2503.13565.
+    """
+
+    drafts: tuple[int, ...]
+    gammas: tuple[int, ...]
+
+    @property
+    def lookahead(self) -> int:
+        """Every level's tokens can be pending at once, and one more each."""
+        return sum(self.gammas) + len(self.gammas) + 1
+
+    def turn(self, run: "Run") -> list[Verification]:
+        """Fill the highest draft's share, then score with every member."""
+        self._fill(run, len(self.drafts) - 1, run.rows)
+        for member in run.ensemble:
+            run.feed(member, run.rows)
+        return [Verification(run.rows, [len(row.pending) for row in run.rows], bonus=True)]
+
+    def _fill(self, run: "Run", level: int, rows: "Sequence[Row]") -> None:
+        """Give each row this level's share of tokens, or fewer where its text ends."""
+        member, gamma = self.drafts[level], self.gammas[level]
+        if level == 0:
+            # A turn emits one token more than it proposes.
+            run.propose(member, rows, [min(gamma, run.room(row) - 1) for row in rows])
+            return
+        while rows := [row for row in rows if self._wants(run, row, member, gamma)]:
+            self._fill(run, level - 1, rows)
+            run.check(level, member, rows, gamma)
+
+    def _wants(self, run: "Run", row: "Row", member: int, gamma: int) -> bool:
+        return not row.ended and row.pending.count(member) < gamma and run.room(row) > 1
+
+
+@dataclass(frozen=True)
 class Speculative:
     """One fixed proposer, a member or a separate draft; the ensemble verifies and adds a token.
+
+    stop: when the proposer ends before its number of tokens; None is never.
 
     Source: Leviathan et al. 2023, arXiv:2211.17192, with the ensemble as the target.
     """
 
     proposer: int
     num_speculative_tokens: int
+    stop: DraftStop | None = None
 
     @property
     def lookahead(self) -> int:
@@ -104,10 +328,10 @@ class Speculative:
         """
         # The last token of the text is never drafted: a turn emits one token more than it drafts.
         counts = [min(self.num_speculative_tokens, run.room(row) - 1) for row in run.rows]
-        run.propose(self.proposer, run.rows, counts)
+        run.propose(self.proposer, run.rows, counts, self.stop)
         for member in run.ensemble:
             run.feed(member, run.rows)
-        return [Verification(run.rows, counts, bonus=True)]
+        return [Verification(run.rows, [len(row.pending) for row in run.rows], bonus=True)]
 
 
 @dataclass(frozen=True)
@@ -169,4 +393,12 @@ class Alternating:
             row.slot = following
 
 
-SCHEDULES = ("plain", "component", "speculative", "alternating")
+SCHEDULES = (
+    "plain",
+    "component",
+    "lookahead",
+    "speculative",
+    "lookup",
+    "hierarchy",
+    "alternating",
+)

@@ -7,6 +7,7 @@ rejected dense draft leaves of that row alone, a program for each tile. `emit` d
 for each sequence.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +47,10 @@ from .laws import (
 from .stats import NARROW_WARPS, tile_tokens
 from .sweep import sweep
 
-# Chosen so that nothing spills; benchmarks/gpu_report.py shows it.
+# Chosen so that nothing spills, or little with eight members; benchmarks/gpu_report.py shows it.
 DECIDE_WARPS = 16
 EMIT_WARPS = 4
+WARPS_OF_MANY = 8  # of both, for more than three members
 INVALID_DRAFT = tl.constexpr(8)
 EMPTY_RESIDUAL = tl.constexpr(16)
 PADDING = tl.constexpr(-1)
@@ -378,7 +380,8 @@ def verify(
     draft_temperature: Tensor | None,
     law: LawTensors,
     acceptance: str,
-    lenience: float,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
@@ -393,15 +396,19 @@ def verify(
         draft_tokens, proposers, draft_logits, draft_temperature, law, greedy
     )
     work = workspace(made, batch)
+    lenience = parameters[0] if parameters else 1.0
     verdict = _verdict(made, numbers, batch, nodes, acceptance, lenience, bonus)
+    many = len(logits) > 3
     if batch > 0 and made.rows > 0:
         sweep(made, proposal, work, batch)
-        decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=DECIDE_WARPS)
+        warps = WARPS_OF_MANY if many else DECIDE_WARPS
+        decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=warps)
         if _is_dense(proposal) and not greedy:
             tiles = made.sub_tiles // made.narrow.value
             residual[(batch, tiles)](made, proposal, work, verdict, num_warps=NARROW_WARPS)
     if batch > 0:
-        emit[(batch,)](made, proposal, work, verdict, num_warps=EMIT_WARPS)
+        warps = WARPS_OF_MANY if many else EMIT_WARPS
+        emit[(batch,)](made, proposal, work, verdict, num_warps=warps)
     return verdict.tokens, verdict.log_probs, verdict.num_accepted, verdict.path, verdict.status
 
 

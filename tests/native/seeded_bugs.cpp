@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One small kernel of each pattern that the CUDA backend lives by, on the emulator, with one bug of
 // choice: -DSPECENS_SEED_BUG=1 a missing barrier, 2 an overrun, 3 a missing fence, 4 a missing wait
-// for an asynchronous copy, 5 a barrier that not every thread reaches; 0 none.
-// tests/test_seeded_bugs.py builds each and expects the tests' tools to see it. To add a bug: its
-// number here and its line there.
+// for an asynchronous copy, 5 a barrier that not every thread reaches, 6 a missing wait for the
+// launch before; 0 none. tests/test_seeded_bugs.py builds each and expects the tests' tools to see
+// it. To add a bug: its number here and its line there.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -41,6 +41,9 @@ __device__ float block_sum(Shared& shared, float value) {
 __global__ void sum_doubled(const float* in, float* out, float* partials, unsigned* ticket,
                             float* total) {
   SPECENS_SHARED(Shared, shared);
+#if SPECENS_SEED_BUG != 6
+  await_previous();
+#endif
   const int thread = static_cast<int>(threadIdx.x);
   const int place = static_cast<int>(blockIdx.x) * kThreads + thread;
   if (thread % 4 == 0) {
@@ -89,8 +92,8 @@ int main() {
   float *to = out.data(), *sums = partials.data(), *result = &total;
   unsigned* arrivals = &ticket;
   try {
-    SPECENS_LAUNCH(sum_doubled, dim3(kBlocks), dim3(kThreads), sizeof(Shared), nullptr, from, to,
-                   sums, arrivals, result);
+    SPECENS_LAUNCH_EARLY(sum_doubled, dim3(kBlocks), dim3(kThreads), sizeof(Shared), nullptr, from,
+                         to, sums, arrivals, result);
   } catch (const simt::Error& error) {
     std::printf("emulator: %s\n", error.what());
     return 1;

@@ -161,7 +161,7 @@ struct Situation {
     VerifyParams params = {};
     params.ensemble = ensemble;
     params.rule = rule;
-    params.lenience = 0.8;
+    params.parameters[0] = 0.8;
     params.bonus = bonus;
     params.batch = batch;
     params.nodes = nodes;
