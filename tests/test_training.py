@@ -20,7 +20,7 @@ from torch import Tensor
 from toys import noisy, sequence_law, toy
 from typer.testing import CliRunner
 
-from specens import family, terminal
+from specens import SpeculativeDecoder, family, terminal
 from specens.cli import app
 from specens.family.train import HELD_OUT_MODULES
 from specens.training import distil, examples, front, loop, rewards
@@ -788,7 +788,9 @@ def test_data_that_is_none_is_refused(lines: str, words: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_train_diversed_writes_head_curves_and_result(tmp_path: Path) -> None:
+def test_train_diversed_writes_head_curves_and_result(
+    tmp_path: Path, shipped: tuple[Any, Any, Any]
+) -> None:
     data = tmp_path / "data.jsonl"
     lines = [{"prompt": f"x = {n}\n", "answer": f"y = {n}"} for n in range(6)]
     data.write_text("\n".join(map(json.dumps, lines)))
@@ -807,6 +809,12 @@ def test_train_diversed_writes_head_curves_and_result(tmp_path: Path) -> None:
     head = WeightHead.load(out)
     assert (head.ensemble, head.draft_size, head.target_size) == ("product", 128, 192)
     assert head.metadata["task"] == "exact_match"
+    decoder = SpeculativeDecoder(
+        shipped[:2], weights=head, ensemble="product", schedule="speculative", proposer=0
+    )
+    prompt = torch.tensor([[5, 6, 7]])
+    written = decoder.generate(prompt, do_sample=True, max_new_tokens=8, eos_token_id=-1, seed=0)
+    assert written.shape == (1, 11)
     assert len((out / "curves.csv").read_text().splitlines()) == 3
     again = run("diversed", "--data", data, "--out", out, *tiny, "--reward", "exact_match")
     assert again.exit_code == 2

@@ -463,14 +463,13 @@ def _show_front(result: dict[str, Any]) -> None:
     if result["reward"] != "likelihood":
         columns.append("reward")
     columns += ["text_acceptance", "text_log_likelihood"]
-    table = Table(title="held-out means ± standard errors", title_justify="left")
+    table = Table(title="means on held-out examples", title_justify="left")
     table.add_column("draft weight", no_wrap=True)
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     for name, measures in result["candidates"].items():
         cells = (measures.get(column) for column in columns)
-        shown = ("" if c is None else f"{c['mean']:.3f} ± {c['standard_error']:.3f}" for c in cells)
-        table.add_row(name, *shown)
+        table.add_row(name, *("" if cell is None else f"{cell['mean']:.3f}" for cell in cells))
     console = Console(highlight=False)
     console.print(table)
     for quality, gain in result["above_front"].items():
