@@ -6,6 +6,7 @@ Needs torch only. `Law` says how logits become one distribution; `uniforms`, `mi
 """
 
 from .acceptance import ACCEPTANCE_RULES, Acceptance, AcceptanceRule
+from .divergences import DIVERGENCES, divergence
 from .ensembles import ENSEMBLES, Ensemble
 from .law import Law
 from .ops import (
@@ -25,6 +26,7 @@ from .reference import PADDING
 __version__ = "0.1.0"
 __all__ = [
     "ACCEPTANCE_RULES",
+    "DIVERGENCES",
     "ENSEMBLES",
     "PADDING",
     "POINT_MASS",
@@ -37,6 +39,7 @@ __all__ = [
     "Stream",
     "Verdict",
     "backend",
+    "divergence",
     "mix",
     "sample",
     "uniforms",

@@ -246,6 +246,18 @@ def test_interleaving_is_fair() -> None:
     assert (spread.median, spread.minimum, spread.rounds) == (3.0, 1.0, 5)
 
 
+@pytest.mark.parametrize("command", ["diversed", "draft"])
+def test_training_tables_are_made_of_what_was_found(command: str) -> None:
+    training = bench("bench_training")
+    name = f"train_{command}"
+    saved = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+    table = training.head_table if command == "diversed" else training.draft_table
+    (found,) = saved["rows"]
+    assert saved["tables"] == {name: table(found)}
+    assert saved["headline"] == training.headline(found)
+    assert found["command"] == f"train {command}"
+
+
 def test_report_fills_and_checks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `specens`: generate, methods, demo, probe and bench.
+"""The command `specens`: generate, methods, demo, probe, bench and train.
 
 A command parses, calls the library and shows what came back (`terminal.py`). What the library
 refuses becomes one line on standard error and exit code 2; anything unexpected keeps its traceback.
@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import family
+from .training import commands as training
 
 # The class is public in click, but typer has a copy of click that does not export it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -57,6 +58,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.add_typer(training.app, name="train")
 
 _Models = Annotated[
     list[str] | None,

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training for speculation: the weight head of DIVERSED (`diversed.py`) and drafts (`distil.py`).
+
+`examples.py` holds the data, `rewards.py` what a text is worth, `rollouts.py` how the ensemble
+writes and what a head's gradient needs, `front.py` the comparison with static weights, `loop.py`
+the optimiser's steps and their checkpoints, `commands.py` the command line `specens train`.
+"""

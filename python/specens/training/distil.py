@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a draft towards a target, or towards an ensemble of targets.
+
+Three published ways, which can be combined:
+
+* distillation by any divergence with a gradient (DistillSpec, arXiv:2310.08461);
+* on the tokens alone that the draft can still learn (AdaSPEC, arXiv:2510.19779): the fraction whose
+  divergence is the furthest above that of a reference, a draft that was distilled before;
+* online (Online Speculative Decoding, arXiv:2310.07177): the draft speculates while the targets
+  write, and learns from the positions alone where it was rejected.
+
+What verification keeps of a draft's tokens is sum_x min(target, draft) = 1 - TV, which is measured
+on held-out text before and after. Weights are trained in float32, and dropout stays off.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specens.benchmark import sampling
+from specens.decoder import SpeculativeDecoder
+from specens_kernels import DIVERGENCES, Law, Stream, divergence, mix, sample, uniforms, verify
+
+from .examples import in_turn, row_seeds
+from .loop import Schedule, optimise
+
+CURVES = ("loss", "acceptance")
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """All that shapes the training of a draft, but for the models and the data.
+
+    divergence: an entry of `DIVERGENCES` with a gradient.
+    ensemble, weights: how several targets are one; see `specens_kernels.Law`.
+    select: (0, 1]. The fraction of a step's tokens that are trained on, by how far the draft's
+        divergence is above the reference's.
+    online: train on rejected positions of text that the targets write; else on the data's text.
+    windows_per_step: texts in a step. prompt_tokens, new_tokens: of each, when online.
+    """
+
+    divergence: str = "tv"
+    ensemble: str = "mixture"
+    weights: tuple[float, ...] = (1.0,)
+    select: float = 1.0
+    online: bool = False
+    windows_per_step: int = 6
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    seed: int = 0
+    schedule: Schedule = field(default_factory=lambda: Schedule(500, 3e-3))
+
+    def __post_init__(self) -> None:
+        """Check every number and name."""
+        known = [name for name, one in DIVERGENCES.items() if one.weighted_slope is not None]
+        if self.divergence not in known:
+            raise ValueError(
+                f"train: divergence: unknown name {self.divergence!r}; known names: "
+                f"{', '.join(sorted(known))}"
+            )
+        if not 0 < self.select <= 1:
+            raise ValueError(f"train: select: expected a fraction in (0, 1], got {self.select}")
+        for name in ("windows_per_step", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name}: expected >= 1, got {getattr(self, name)}")
+        Law(weights=self.weights, ensemble=self.ensemble)  # checks both
+
+
+class Targets:
+    """The law that a draft is for: of one model, or of several as an ensemble."""
+
+    def __init__(self, models: Sequence[Any], settings: DraftSettings, vocab_size: int) -> None:
+        if len(settings.weights) != len(models):
+            raise ValueError(
+                f"train: weights: expected {len(models)} numbers, one per target, "
+                f"got {len(settings.weights)}"
+            )
+        self.models = list(models)
+        self.vocab_size = vocab_size
+        self.law = Law(settings.weights, settings.ensemble, vocab_size=vocab_size)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, S, V) logits, or log-probabilities where there are several models."""
+        found = [read(model, tokens) for model in self.models]
+        if len(found) == 1 and self.law.weights == (1.0,):
+            return found[0][..., : self.vocab_size]
+        return mix(found, self.law)[0]
+
+
+def read(model: Any, tokens: Tensor) -> Tensor:
+    """(B, S, V) logits of texts (B, S) of equal length."""
+    logits: Tensor = model(tokens, use_cache=False, return_dict=True).logits
+    return logits
+
+
+@torch.no_grad()
+def held_out_acceptance(draft: Any, targets: Targets, windows: Tensor) -> dict[str, float]:
+    """Mean of sum_x min(target, draft) over the positions of windows (W, S), and its error."""
+    means = []
+    for window in windows.to(draft.device):
+        logits = read(draft, window[None])[..., : targets.vocab_size]
+        means.append(1 - divergence(targets.logits(window[None]), logits, "tv").mean())
+    found = torch.stack(means).double().cpu()
+    error = found.std().item() / len(found) ** 0.5 if len(found) > 1 else float("nan")
+    return {"mean": found.mean().item(), "standard_error": error}
+
+
+@torch.no_grad()
+def rejected(draft_logits: Tensor, target_logits: Tensor, seeds: Tensor) -> Tensor:
+    """(B, S) bool: where a token drawn from the draft would be rejected, a coin at each position.
+
+    It is the op of decoding, each position a block of one draft, so that positions are rejected
+    with the chance that they have there.
+
+    Args:
+        draft_logits, target_logits: (B, S, V).
+        seeds: (B,) int64.
+    """
+    batch, length, width = draft_logits.shape
+    positions = torch.arange(length, device=draft_logits.device)[None]
+    proposals = uniforms(seeds, positions, Stream.DRAFT)
+    coins = uniforms(seeds, positions, Stream.VERIFY).reshape(-1, 1, 4)
+    law = Law(vocab_size=width)
+    drafts = sample([draft_logits], proposals, law).tokens.reshape(-1, 1)
+    verdict = verify(
+        [target_logits.reshape(-1, 1, width)],
+        drafts,
+        coins.expand(-1, 2, -1),
+        law,
+        draft_logits=draft_logits.reshape(-1, 1, width),
+        bonus=False,
+    )
+    return (verdict.num_accepted == 0).reshape(batch, length)
+
+
+def token_losses(
+    draft_logits: Tensor,
+    target_logits: Tensor,
+    settings: DraftSettings,
+    reference_logits: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The divergence of every token, and which of them are trained on.
+
+    Args:
+        draft_logits, target_logits, reference_logits: (B, S, V). The reference is needed where
+            `settings.select` < 1.
+        counts: (B, S) bool. Tokens that may be trained on; None is all.
+    Returns:
+        losses: (B, S). chosen: (B, S) bool.
+    """
+    losses = divergence(target_logits, draft_logits, settings.divergence)
+    chosen = torch.ones_like(losses, dtype=torch.bool) if counts is None else counts
+    if settings.select < 1:
+        assert reference_logits is not None
+        known = divergence(target_logits, reference_logits, settings.divergence)
+        excess = (losses.detach() - known).masked_fill(~chosen, -torch.inf).flatten()
+        number = int(chosen.sum())
+        kept = excess.topk(min(number, max(1, round(settings.select * number)))).indices
+        chosen = torch.zeros_like(chosen).flatten().index_fill(0, kept, True).view_as(chosen)
+    return losses, chosen
+
+
+def train_draft(
+    draft: Any,
+    targets: Targets,
+    windows: Tensor,
+    settings: DraftSettings,
+    folder: Path,
+    *,
+    reference: Any = None,
+    names: Sequence[str] = (),
+    resume: bool = False,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[dict[str, float]]:
+    """Train the draft in place; checkpoints and curves go to the folder.
+
+    Args:
+        draft: a causal LM in float32.
+        targets: what it is for.
+        windows: (W, S) int64. Texts to train on; when online, prompts.
+        settings: everything else.
+        folder: it exists.
+        reference: a draft that was distilled before, for `settings.select` < 1.
+        names: of draft and targets, to be sure that a resumed run has the same.
+        resume: go on from the folder's checkpoint.
+        progress: called with the number of steps done, after each.
+    Returns:
+        One row of numbers for each step.
+    """
+    if (settings.select < 1) != (reference is not None):
+        raise ValueError(
+            "train: reference: expected a distilled draft for select < 1 and none else, "
+            f"got {'none' if reference is None else 'one'} for {settings.select}"
+        )
+    decoder = _decoder(draft, targets, settings) if settings.online else None
+
+    def step_of(step: int, memory: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+        chosen = in_turn(len(windows), settings.windows_per_step, step, settings.seed)
+        seeds = row_seeds(settings.seed, step, len(chosen)).to(draft.device)
+        tokens, counts = windows[chosen].to(draft.device), None
+        if decoder is not None:
+            tokens = _written(decoder, tokens[:, : settings.prompt_tokens], seeds, settings)
+        draft_logits = read(draft, tokens)[..., : targets.vocab_size]
+        target_logits = targets.logits(tokens)
+        if decoder is not None:
+            counts = rejected(draft_logits.detach().contiguous(), target_logits, seeds)
+            counts[:, : settings.prompt_tokens - 1] = False
+            counts[:, -1] = False  # what comes after the text was not written
+        reference_logits = None
+        if reference is not None:
+            with torch.no_grad():
+                reference_logits = read(reference, tokens)[..., : targets.vocab_size]
+        losses, trained = token_losses(
+            draft_logits, target_logits, settings, reference_logits, counts
+        )
+        number = int(trained.sum())
+        # Without a token there is no gradient, and the optimiser does not step.
+        loss = (losses * trained).sum() / number if number else losses.new_zeros(())
+        with torch.no_grad():
+            kept = 1 - divergence(target_logits, draft_logits, "tv").mean()
+        return loss, {"acceptance": kept.item(), "trained_tokens": float(number)}
+
+    parameters = {name: one for name, one in draft.named_parameters() if one.requires_grad}
+    return optimise(
+        parameters,
+        step_of,
+        settings.schedule,
+        folder,
+        settings={**asdict(settings), "models": list(names), "windows": list(windows.shape)},
+        resume=resume,
+        progress=progress,
+    )
+
+
+def _decoder(draft: Any, targets: Targets, settings: DraftSettings) -> SpeculativeDecoder:
+    """What writes the text: the targets, speculatively, with the draft as it is by then."""
+    return SpeculativeDecoder(
+        targets.models,
+        weights=settings.weights,
+        ensemble=settings.ensemble,
+        schedule="speculative",
+        draft=draft,
+    )
+
+
+def _written(
+    decoder: SpeculativeDecoder, prompts: Tensor, seeds: Tensor, settings: DraftSettings
+) -> Tensor:
+    """(B, S) int64: the prompts and what the targets write after them."""
+    sequences: Tensor = decoder.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        seed=seeds.tolist(),
+        eos_token_id=-1,  # no token: all texts are equally long
+        pad_token_id=0,
+        **sampling(settings.new_tokens),
+    )
+    return sequences

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimiser's steps, in the same way for heads and drafts: rate, clipping, checkpoint, curves.
+
+A step depends on its number, the seed and the state that a checkpoint holds, and on nothing else:
+a run that was interrupted and resumed ends with the same bits as one that was not. A checkpoint is
+one safetensors file that takes the place of the last one at once; no pickle.
+"""
+
+import csv
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.csv"
+_logger = logging.getLogger("specens")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps, how long they are, and how often they are saved.
+
+    steps: >= 1. rate: AdamW's, > 0, reached after `warmup_steps` and 0 in the end.
+    clip: the gradient's largest norm, > 0. save_every: steps between checkpoints, >= 1.
+    """
+
+    steps: int
+    rate: float
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    save_every: int = 20
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        for name in ("steps", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name}: expected >= 1, got {getattr(self, name)}")
+        for name in ("rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name}: expected > 0, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name}: expected >= 0, got {getattr(self, name)}")
+
+    def rate_at(self, step: int) -> float:
+        """Linear up to `rate` in the last step of the warm-up, then half a cosine towards 0."""
+        if step < self.warmup_steps:
+            return self.rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
+        return self.rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# One step: its number, and what is remembered between steps (numbers by name, which it may change)
+# -> the loss, and what the curves should show.
+Step = Callable[[int, dict[str, float]], tuple[Tensor, dict[str, float]]]
+
+
+def optimise(
+    parameters: Mapping[str, Tensor],
+    step_of: Step,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    settings: Mapping[str, Any],
+    resume: bool = False,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[dict[str, float]]:
+    """Minimise; write checkpoints and curves.
+
+    Args:
+        parameters: leaves that require gradients; changed in place.
+        step_of: computes one step's loss.
+        schedule: how many steps, and their rate.
+        folder: where `checkpoint.safetensors` and `curves.csv` go; it exists.
+        settings: JSON of all that shapes the run. A resumed run must have the same.
+        resume: go on from the folder's checkpoint; else there must be none.
+        progress: called with the number of steps done, after each.
+    Returns:
+        One row for each step: step, loss, rate, gradient_norm, and what `step_of` adds.
+    Raises:
+        ValueError: there is a checkpoint and no `resume`, or the other way round, or it is of
+            another run.
+    """
+    optimiser = torch.optim.AdamW(
+        list(parameters.values()), lr=schedule.rate, weight_decay=schedule.weight_decay
+    )
+    settings = json.loads(json.dumps({**settings, "schedule": asdict(schedule)}))
+    file = folder / CHECKPOINT
+    rows: list[dict[str, float]] = []
+    memory: dict[str, float] = {}
+    if resume:
+        rows, memory = _restore(file, parameters, optimiser, settings)
+        progress(len(rows))
+    elif file.exists():
+        raise ValueError(
+            f"train: --out: expected a folder without {CHECKPOINT}, or --resume, "
+            f"got {str(folder)!r}"
+        )
+    for step in range(len(rows), schedule.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.rate_at(step)
+        loss, facts = step_of(step, memory)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"train: loss: expected a number, got {loss.item()} in step {step}")
+        optimiser.zero_grad()
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), schedule.clip)
+        if loss.requires_grad:
+            optimiser.step()
+        row = {"step": step, "loss": loss.item(), **facts}
+        rows.append(row | {"rate": schedule.rate_at(step), "gradient_norm": norm.item()})
+        if len(rows) % schedule.save_every == 0 or len(rows) == schedule.steps:
+            _save(file, parameters, optimiser, settings, rows, memory)
+            write_csv(folder / CURVES, rows)
+        progress(len(rows))
+    return rows
+
+
+def _save(
+    file: Path,
+    parameters: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, float]],
+    memory: Mapping[str, float],
+) -> None:
+    tensors = {f"parameter/{name}": tensor.detach() for name, tensor in parameters.items()}
+    for name, tensor in parameters.items():
+        for key, value in optimiser.state[tensor].items():
+            tensors[f"optimiser/{name}/{key}"] = value
+    facts = {"settings": dict(settings), "rows": list(rows), "memory": dict(memory)}
+    new = file.with_suffix(".new")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        new,
+        metadata={"run": json.dumps(facts)},
+    )
+    os.replace(new, file)
+
+
+def _restore(
+    file: Path,
+    parameters: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            facts = json.loads((opened.metadata() or {})["run"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"train: --resume: expected a checkpoint in {str(file)!r}, got {error}"
+        ) from error
+    _check_same("", facts["settings"], settings)
+    places = {name: place for place, name in enumerate(parameters)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimiser":
+            parameter, _, key = rest.rpartition("/")
+            state.setdefault(places[parameter], {})[key] = tensor
+        else:
+            with torch.no_grad():
+                parameters[rest].copy_(tensor)
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
+    return facts["rows"], facts["memory"]
+
+
+def _check_same(where: str, saved: Any, given: Any) -> None:
+    """Refuse to resume what would be another run, and name the first difference."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for name in sorted({*saved, *given}):
+            _check_same(f"{where}.{name}".lstrip("."), saved.get(name), given.get(name))
+    elif saved != given:
+        raise ValueError(
+            f"train: --resume: expected {where} = {saved}, as in the checkpoint, got {given}"
+        )
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """One line per row; the first row's names are the columns."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_curves(file: Path, rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> bool:
+    """One panel per name over the steps, as PNG. False, and a line in the log, without matplotlib.
+
+    Each panel shows every step faintly and a running mean.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _logger.warning(
+            "%s is not drawn: it needs matplotlib (pip install 'specens-kernels[train]')", file.name
+        )
+        return False
+    figure = Figure(figsize=(3.2 * len(names), 2.6), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values = [row[name] for row in rows]
+        panel.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=1)
+        panel.plot(steps, _running_mean(values), color="tab:blue")
+        panel.set_title(name.replace("_", " "), fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=7)
+    figure.savefig(file, dpi=110)
+    return True
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Exponential, about ten steps long, without the first steps' bias."""
+    found, total, mass = [], 0.0, 0.0
+    for value in values:
+        total, mass = 0.9 * total + 0.1 * value, 0.9 * mass + 0.1
+        found.append(total / mass)
+    return found
