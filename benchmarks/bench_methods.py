@@ -4,8 +4,8 @@
 Methods whose law is one target's, exactly or not, are compared with that target alone; methods
 whose law is an ensemble's, with the plain ensemble. All write the same prompts with the same seeds
 and take turns. `divergence` is the total variation between the law of a drafted token's place and
-the law that was asked for, in nats of nothing: a number in [0, 1], computed in closed form from the
-models' laws along text of the target's; it is 0 where a method is exact. A second table compares
+the law that was asked for, in [0, 1], computed in closed form from the models' laws along text of
+the target's; it is 0 where a method is exact. A second table compares
 ways of sampling a mixture. The plot shows speed against divergence. To add a method, add it to
 `specens.methods`.
 """
@@ -53,11 +53,20 @@ def main() -> int:
     rows = method_rows(cast, prompts, options)
     mixtures = mixture_rows(cast, prompts, options)
     tables = {
-        "methods": {"columns": COLUMNS, "rows": [cells(row) for row in rows]},
-        "mixtures": {"columns": MIXTURE_COLUMNS, "rows": [mixture_cells(row) for row in mixtures]},
+        "methods": {
+            "caption": f"every method, sampled, {options.tokens} tokens for each of "
+            f"{len(prompts)} prompts, {options.threads[0]} thread",
+            "columns": ("method", "law of the text", "needs", "use it for", *COLUMNS[3:]),
+            "rows": [described(row) for row in rows if row["method"] in METHODS],
+        },
+        "mixtures": {
+            "caption": "schedules that sample one mixture, the same prompts",
+            "columns": MIXTURE_COLUMNS,
+            "rows": [mixture_cells(row) for row in mixtures],
+        },
     }
-    for table in tables.values():
-        print(harness.table(table["columns"], table["rows"]), end="\n\n")
+    print(harness.table(COLUMNS, [cells(row) for row in rows]), end="\n\n")
+    print(harness.table(MIXTURE_COLUMNS, [mixture_cells(row) for row in mixtures]))
     if options.save:
         draw(rows, harness.RESULTS / "bench_methods.png")
     exact = [row for row in rows if row["lossless"]]
@@ -160,6 +169,13 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def described(row: dict[str, Any]) -> list[str]:
+    """A row with what there is to know of the method, for the README."""
+    method = METHODS[row["method"]]
+    about = (f"`{method.name}`", method.law, method.needs, method.use)
+    return [*about, *cells(row)[3:]]
+
+
 # --- divergence -----------------------------------------------------------------------------------
 
 
@@ -179,7 +195,7 @@ def divergence(
         text = plain.generate(prompt, attention_mask=torch.ones_like(prompt), seed=i, **settings)
         at = slice(prompt.shape[1] - 1, -1)
         target = torch.stack([law(model, text)[at] for model in models]).mean(0)
-        memory = torch.zeros((), dtype=torch.float64)
+        memory = torch.zeros((), dtype=torch.float64)  # of rules that remember: as at the start
         if method.joins:
             draft = law(drafts[0], text)[at]
             weight = draft_weights(decoder, drafts[0], models[0], text)[at, None]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the README's result tables from benchmarks/results/*.json.
+"""Fill the result tables of the README and of docs/ from benchmarks/results/*.json.
 
-A benchmark saves small tables beside its rows, each under a name. The README gets the table of that
+A benchmark saves small tables beside its rows, each under a name. A page gets the table of that
 name, where it was measured, and the file it came from, between `<!-- RESULTS:BEGIN name -->` and
-`<!-- RESULTS:END name -->`. `--check` changes nothing and fails if the README would change.
+`<!-- RESULTS:END name -->`. `--check` changes nothing and fails if a page would change.
 """
 
 import argparse
@@ -67,22 +67,24 @@ def fill(text: str, found: dict[str, str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fill, or check."""
-    parser = argparse.ArgumentParser(description="Fill the README's tables from the results.")
-    parser.add_argument("--check", action="store_true", help="fail if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser = argparse.ArgumentParser(description="Fill the pages' tables from the results.")
+    parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
+    parser.add_argument("--page", type=Path, action="append", help="None is README.md and docs/")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
-    before = options.readme.read_text()
-    try:
-        after = fill(before, tables(options.results))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if options.check and after != before:
-        print("README.md is out of date: run benchmarks/report.py", file=sys.stderr)
-        return 1
-    if not options.check:
-        options.readme.write_text(after)
+    found = tables(options.results)
+    for page in options.page or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        before = page.read_text()
+        try:
+            after = fill(before, found)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 1
+        if options.check and after != before:
+            print(f"{page.name} is out of date: run benchmarks/report.py", file=sys.stderr)
+            return 1
+        if not options.check:
+            page.write_text(after)
     return 0
 
 

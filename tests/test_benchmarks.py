@@ -270,7 +270,7 @@ def test_report_fills_and_checks(
     harness.finish("sample", options, [{"time": spread}], {"sample": table}, {"ratio": 2.0})
     assert json.loads((results / "sample.json").read_text())["rows"][0]["time"]["median"] == 1.0
 
-    asked = [f"--readme={readme}", f"--results={results}"]
+    asked = [f"--page={readme}", f"--results={results}"]
     text = "before\n<!-- RESULTS:BEGIN sample -->\nold\n<!-- RESULTS:END sample -->\nafter\n"
     readme.write_text(text)
     assert report.main([*asked, "--check"]) == 1
@@ -286,3 +286,25 @@ def test_report_fills_and_checks(
     readme.write_text(text.replace("sample", "missing"))
     assert report.main(asked) == 1
     assert "missing" in capsys.readouterr().err
+
+
+def test_what_a_rule_emits_is_computed_in_closed_form() -> None:
+    import rules
+
+    from specens_kernels import Acceptance
+
+    emitted_law = bench("bench_methods").emitted_law
+    dice = torch.Generator().manual_seed(0)
+    target, draft, other = torch.randn(3, 9, dtype=torch.float64, generator=dice).softmax(-1)
+    memory = torch.zeros((), dtype=torch.float64)
+    assert torch.equal(emitted_law(Acceptance(), target, draft, draft, memory), target)
+    for name in ("cactus", "cascade_v3", "js", "typical"):
+        parameters = rules.PARAMETERS[name][0]
+        expected = torch.zeros(9, dtype=torch.float64)
+        for x in range(9):  # drawn from one law, and taken for the draft's
+            kept, left = rules.CLOSED[name](target.tolist(), draft.tolist(), x, 0.0, **parameters)
+            expected[x] += other[x] * kept
+            residual = torch.tensor(left, dtype=torch.float64)
+            expected += other[x] * (1 - kept) * residual / residual.sum().clamp(min=1e-300)
+        found = emitted_law(Acceptance(name, **parameters), target, draft, other, memory)
+        assert torch.allclose(found, expected), name
