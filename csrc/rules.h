@@ -102,7 +102,7 @@ SPECENS_HOST_DEVICE T kl_term(T p, T q, const Log& log) {
   return p > T(0) ? (q > T(0) ? term : static_cast<T>(HUGE_VAL)) : T(0);
 }
 
-// Divergences: terms of p and q in nats.
+// Divergences: terms of p and q in nats, which are 0 where both are.
 struct JsFsdTerm {
   template <typename T, typename Log>
   static SPECENS_HOST_DEVICE T term(T p, T q, const Log& log) {
@@ -161,9 +161,8 @@ struct Inside {
 
   template <typename T, typename Log>
   SPECENS_HOST_DEVICE void add(T p, T q, const Log& log, T (&sums)[kSums]) const {
-    const T term = Divergence::term(p, q, log);
     const bool inside = p >= static_cast<T>(bound);
-    sums[0] += inside ? term : T(0);
+    sums[0] += Divergence::term(inside ? p : T(0), inside ? q : T(0), log);
     sums[1] += inside ? T(0) : p;
     sums[2] += inside ? T(0) : q;
   }
@@ -227,7 +226,7 @@ struct Common {
 
   template <typename T, typename Log>
   SPECENS_HOST_DEVICE void add(T p, T q, const Log& /*log*/, T (&sums)[kSums]) const {
-    const bool inside = p >= static_cast<T>(target_bound) && q >= static_cast<T>(draft_bound);
+    const bool inside = (p >= static_cast<T>(target_bound)) & (q >= static_cast<T>(draft_bound));
     sums[0] += inside ? T(1) : T(0);
   }
 };

@@ -25,6 +25,8 @@ from specens_kernels import (
     Acceptance,
     Law,
     Stream,
+    native,
+    ops,
     reference,
     sample,
     uniforms,
@@ -326,6 +328,18 @@ def test_every_rule_emits_what_its_definition_says(case: Case) -> None:
         assert laws.joint_distance(case, law) < 1e-9
 
 
+@pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
+@pytest.mark.parametrize("case", [*map(mixed_draft, ONE_OF_EACH)], ids=str)
+def test_every_kernel_emits_what_the_rules_definition_says(backend: str, case: Case) -> None:
+    if case.acceptance not in ops._MODULES[backend].acceptance_rules():
+        with pytest.raises(native.Unsupported, match="rule"):
+            laws.observed_law(case, through_the_op(case), GRID)
+        return
+    law, _ = laws.observed_law(case, through_the_op(case), GRID)
+    expected = laws.emitted_law(case, lambda question: laws.predicted(case, question))
+    assert laws.total_variation(law, expected) < 1e-6
+
+
 def test_the_enumeration_sees_a_lossy_rule() -> None:
     case = case_named("weights for each position")
     lossy = in_float64(case, acceptance=Acceptance("lenient", lenience=0.7))
@@ -455,9 +469,11 @@ def test_that_fit_rejects_numbers_shared_by_draft_and_residual(backend: str, cou
 # --- blocks ---------------------------------------------------------------------------------------
 
 
-def block_law(case: Case) -> laws.JointLaw:
+def block_law(
+    case: Case, verify: Callable[[Case], Callable] = in_float64, fine: float = 2.0**-40
+) -> laws.JointLaw:
     """The law of what `verify` emits for a drafted chain of two, by asking it for its edges."""
-    fine, last = 2.0**-40, 1 - 2.0**-40
+    last = 1 - fine
     size = case.vocab_size
     law: laws.JointLaw = defaultdict(float)
 
@@ -468,21 +484,16 @@ def block_law(case: Case) -> laws.JointLaw:
         numbers = torch.zeros(count, 3, 4, dtype=torch.float64)
         numbers[:, 1, 0], numbers[:, 2, 0] = coins
         numbers[:, :, 3] = draws[:, None]
-        verdict = reference.verify(
+        call = Call(
             [torch.stack(row).expand(count, -1, -1) for row in rows],
             torch.tensor([[x, y]]).expand(count, -1),
             numbers,
             None,
             torch.tensor([case.proposers]),
             None,
-            None,
-            law_of(case, count).tensors("", count, 3, case.members, numbers.device, size),
-            "block",
-            (),
-            None,
-            True,
         )
-        return verdict[0], verdict[2]
+        tokens, path = verify(case)(call)
+        return tokens, (path >= 0).sum(-1)
 
     def edge(x: int, y: int, node: int) -> float:
         """Below which coin of `node` exactly `node` drafts are kept, if no later one is."""
@@ -526,3 +537,14 @@ def block_law(case: Case) -> laws.JointLaw:
 def test_a_block_has_the_targets_law(seed: int) -> None:
     case = Case("block", 3, CHAIN_2, (1, 1), (0.7, 0.3), acceptance="block", seed=seed)
     assert laws.joint_distance(case, block_law(case)) < 1e-9
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_kernels_block_has_the_targets_law(backend: str, seed: int) -> None:
+    case = Case("block", 3, CHAIN_2, (1, 1), (0.7, 0.3), acceptance="block", seed=seed)
+    if "block" not in ops._MODULES[backend].acceptance_rules():
+        with pytest.raises(native.Unsupported, match="rule"):
+            block_law(case, through_the_op, GRID)
+        return
+    assert laws.joint_distance(case, block_law(case, through_the_op, GRID)) < 1e-6
