@@ -555,3 +555,34 @@ def test_a_draft_must_have_the_law_it_is_said_to_have(schedule, models, monkeypa
     monkeypatch.setattr(run_module, "sample", wrong)
     found = p_values(case.texts(models, 1000), joint)
     assert found[0, 1] < WRONG, found
+
+
+def test_a_level_must_be_verified_against_the_level_below_it(models, monkeypatch):
+    """Not against the first draft, from whose law most tokens were drawn."""
+    target, middle, smallest = models[0], models[2], models[-1]
+    proposals = Run._proposals
+
+    def wrong(
+        self: Run, rows: list[Row], skip: Any, counts: Any, begins: Any, **options: Any
+    ) -> Any:
+        found = proposals(self, rows, skip, counts, begins, **options)
+        if rows[0].pending[:1] == [2]:  # the ensemble's turn: all of them are the middle one's
+            texts = self.text[[row.index for row in rows]]
+            laws = smallest(texts, use_cache=False).logits
+            at = torch.tensor(begins)[:, None] - 1 + torch.arange(max(counts))
+            found["draft_logits"] = torch.take_along_dim(laws, at[..., None], 1)
+        return found
+
+    def text() -> Tensor:
+        decoder = SpeculativeDecoder(
+            [target], schedule="hierarchy", draft=[smallest, middle], num_speculative_tokens=(2, 3)
+        )
+        prompt = prompts([3], VOCAB_SIZE)["input_ids"].expand(1000, -1)
+        mask = torch.ones(1000, 3, dtype=torch.int64)
+        options = {"max_new_tokens": LENGTH + 2, "do_sample": True, "top_k": 0, "seed": 0}
+        return decoder.generate(prompt, attention_mask=mask, **options)[:, 3 : 3 + LENGTH]
+
+    joint = sequence_law([target], prompts([3], VOCAB_SIZE)["input_ids"], LENGTH, weights=[1.0])
+    assert min(p_values(text(), joint).values()) > HONEST
+    monkeypatch.setattr(Run, "_proposals", wrong)
+    assert min(p_values(text(), joint).values()) < WRONG

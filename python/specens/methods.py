@@ -16,6 +16,7 @@ from specens_kernels import Acceptance
 
 from . import family
 from .decoder import SpeculativeDecoder
+from .drafts import layer_skip, quantised
 from .schedules import ConfidenceStop, EntropyStop
 from .weights import WeightHead
 
@@ -33,7 +34,7 @@ class Method:
     models: of the family that ships, the ensemble's. drafts: the drafts, the smallest first.
     joins: whether the draft is a member of the ensemble, its first.
     samples: whether it cannot decode greedily.
-    prepare: (models, drafts) -> drafts, where the drafts are made of the models.
+    prepare: (models, drafts) -> drafts, where drafts are made of the models.
     """
 
     name: str
@@ -68,6 +69,13 @@ _CASCADES = "Narasimhan et al. 2024, arXiv:2405.19261"
 _SE = "Fu et al. 2025, arXiv:2502.01662"
 _DIVERSED = "DIVERSED 2026, arXiv:2604.07622"
 _PYRAMID = "PyramidSD 2025, arXiv:2510.12966"
+
+
+def _two_thirds(model: Any) -> Any:
+    """The model with two thirds of its layers."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return layer_skip(model, max(2 * layers // 3, 1))
+
 
 _METHODS = (
     # --- the ensemble's own law ---
@@ -163,6 +171,52 @@ _METHODS = (
         "the same, by the draft's entropy",
         "AdaEDL, arXiv:2410.18351",
         _speculative("rejection") | {"num_speculative_tokens": 8, "stop": EntropyStop()},
+    ),
+    Method(
+        "layer_skip",
+        "target",
+        "nothing but the target",
+        "no draft at hand; deep targets",
+        "Self-speculative decoding, arXiv:2309.08168",
+        _speculative("rejection"),
+        drafts=(),
+        prepare=lambda models, _: [_two_thirds(models[0])],
+    ),
+    Method(
+        "quantised",
+        "target",
+        "nothing but the target; torchao",
+        "no draft at hand; a machine where int8 weights are faster",
+        "cf. ML-SpecQD, arXiv:2503.13565",
+        _speculative("rejection"),
+        drafts=(),
+        prepare=lambda models, _: [quantised(models[0])],
+    ),
+    Method(
+        "mlspecqd",
+        "target",
+        f"{_PAIR}; torchao",
+        "a draft, and int8 weights that are faster, between draft and target",
+        "ML-SpecQD, arXiv:2503.13565",
+        _hierarchy(Acceptance(), Acceptance()),
+        prepare=lambda models, drafts: [*drafts, quantised(models[0])],
+    ),
+    Method(
+        "shared_vocabulary",
+        "target",
+        "a draft of another tokenizer, and a target",
+        "no draft with the target's tokenizer",
+        "TLI, Timor et al. 2025, arXiv:2502.05202",
+        _speculative("rejection") | {"draft_vocabulary": "shared"},
+    ),
+    Method(
+        "companion",
+        "target",
+        "a draft, a companion of its size, and a target",
+        "large batches, where verifying in vain is dear",
+        "Speculative verification, arXiv:2509.24328",
+        {"schedule": "companion"},
+        drafts=("draft", "prose"),
     ),
     Method(
         "hierarchy",
@@ -276,13 +330,14 @@ def build(
         ValueError: the models do not fit the method, or an argument is out of range.
     """
     wanted = len(method.drafts)
-    if method.prepare is not None:
-        drafts = method.prepare(models, drafts)
-        tokenizers = None if tokenizers is None else [*tokenizers[: len(models)], tokenizers[0]]
-    elif len(drafts) < wanted or (wanted < 2 and len(drafts) > wanted):
+    if len(drafts) < wanted or (wanted < 2 and len(drafts) > wanted):
         raise ValueError(
             f"method: drafts: expected {wanted} for {method.name!r}, got {len(drafts)}"
         )
+    if method.prepare is not None:
+        drafts = method.prepare(models, drafts)
+        if tokenizers is not None:  # those made of the target come last
+            tokenizers = [*tokenizers, tokenizers[0]]
     options = {**method.options, **overrides}
     if isinstance(options.get("acceptance"), tuple) and len(options["acceptance"]) != len(drafts):
         raise ValueError(
@@ -300,7 +355,7 @@ def build(
         models, drafts = [*drafts, *models], []
         tokenizers = None if tokenizers is None else [tokenizers[-1], *tokenizers[:-1]]
     if drafts:
-        several = options["schedule"] == "hierarchy"
+        several = options["schedule"] in ("hierarchy", "companion")
         options["draft"] = list(drafts) if several else drafts[0]
     return SpeculativeDecoder(models, tokenizers=tokenizers, **options)
 
