@@ -6,6 +6,7 @@ list of hard ones. A situation is a seed, and a failure prints it. No GPU is nee
 Triton's interpreter under our guard, "cuda" the emulator. To add a hard call, add a test.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import rules
 import torch
-from calls import DTYPES, REAL, SMALL, TILES, Call, call, check, check_but_near
+from calls import COUNTED, DTYPES, REAL, SMALL, TILES, Call, call, check, check_but_near
 from torch import Tensor
 
 import specens_kernels
@@ -95,6 +96,7 @@ def test_every_rule_at_real_vocabularies(backend: str, rule: str) -> None:
         check_but_near(backend, call(50_000 + seed, REAL, [rule]))
 
 
+@pytest.mark.slow
 def test_the_random_calls_get_both_answers_from_every_rule() -> None:
     for rule in ACCEPTANCE_RULES:
         kept, refused = 0, 0
@@ -104,6 +106,31 @@ def test_the_random_calls_get_both_answers_from_every_rule() -> None:
             kept += int(accepted.sum())
             refused += int((accepted < one.arguments[1].shape[1]).sum())
         assert min(kept, refused) > 0, rule
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_the_random_calls_see_a_wrong_parameter(backend: str) -> None:
+    def shows(seed: int, rule: str, place: int) -> bool:
+        one = call(seed, SMALL, [rule])
+        given = ACCEPTANCE_RULES[rule].parameters
+        values = {
+            p.name: v for p, v in zip(given, one.options["acceptance"].parameters, strict=True)
+        }
+        wrong, value = given[place], values[given[place].name]
+        if wrong.name in COUNTED:
+            moved = 1 if value > 1 else 4
+        elif wrong.high == math.inf:
+            moved = value + 0.5
+        else:
+            moved = wrong.high if value < 0.5 else 0.05
+        options = {"acceptance": Acceptance(rule, **{**values, wrong.name: moved})}
+        moved_call = one._replace(options={**one.options, **options})
+        return not torch.equal(one.run(backend)[2], moved_call.run(backend)[2])
+
+    for rule in rules_of(backend):
+        for place in range(len(ACCEPTANCE_RULES[rule].parameters)):
+            assert any(shows(seed, rule, place) for seed in range(40_000, 40_400)), (rule, place)
 
 
 @EVERY
