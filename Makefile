@@ -67,6 +67,7 @@ bench: dev  ## Run the benchmarks
 	$(BIN)/python benchmarks/bench_loop.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_traffic.py
+	$(BIN)/python benchmarks/bench_methods.py
 
 lines:  ## Count the lines of each part
 	@for part in specens_kernels python csrc tests benchmarks; do \

@@ -12,24 +12,32 @@ if TYPE_CHECKING:
     from .abilities import Probe, probe
     from .decoder import SpeculativeDecoder, SpeculativeOutput
     from .members import Member, member
+    from .methods import METHODS, build
     from .statistics import Statistics
+    from .weights import WeightHead
 
 __all__ = [
+    "METHODS",
     "Member",
     "Probe",
     "SpeculativeDecoder",
     "SpeculativeOutput",
     "Statistics",
+    "WeightHead",
+    "build",
     "member",
     "probe",
 ]
 
 _HOMES = {
+    "METHODS": "methods",
     "Member": "members",
     "Probe": "abilities",
     "SpeculativeDecoder": "decoder",
     "SpeculativeOutput": "decoder",
     "Statistics": "statistics",
+    "WeightHead": "weights",
+    "build": "methods",
     "member": "members",
     "probe": "abilities",
 }
