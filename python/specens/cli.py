@@ -347,7 +347,8 @@ def _tune_shortly(
     best = found.candidates[0]
     terminal.errors().print(
         f"auto: {best.name}, expected to be {found.speedup(best):.2f} times as fast as plain; "
-        f"found in {found.seconds:.1f} s"
+        f"found in {found.seconds:.1f} s",
+        soft_wrap=True,
     )
     return best
 
@@ -522,7 +523,7 @@ def tune(
     )
     rows = None
     if check:
-        with terminal.progress("rounds", 0) as step:
+        with terminal.progress("rounds", len(found.checked()) * (repeats + 1)) as step:
             rows = measuring.check(
                 found,
                 loaded[:size],

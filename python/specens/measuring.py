@@ -71,6 +71,12 @@ class Tuning:
         name = f"speculative {self.profile.names[proposer]} until it stops"
         return Candidate(name, "speculative", arguments, one.drafts, math.nan)
 
+    def checked(self) -> list[Candidate]:
+        """What `check` runs: plain first, the fastest candidates, the learned stop."""
+        ways = sorted(self.candidates, key=lambda one: one.schedule != "plain")[: _CHECKED + 1]
+        stopping = self.stopping()
+        return ways if stopping is None else [*ways, stopping]
+
     def listed(self, rows: Sequence[Row] | None = None) -> list[Candidate]:
         """All candidates; with what was measured, that of the learned stop is among them."""
         stopping = self.stopping() if rows else None
@@ -220,15 +226,10 @@ def check(
     plausibility: float = 0.0,
     **options: Any,
 ) -> list[Row]:
-    """Run the fastest candidates, plain and the learned stop for real; plain is the first row.
+    """Run `tuning.checked()` for real: a row for each, plain the first.
 
     The arguments are those of `tune`, options those of `SpeculativeDecoder.generate`.
     """
-    ways = [one for one in tuning.candidates if one.schedule == "plain"]
-    ways += [one for one in tuning.candidates if one.schedule != "plain"][:_CHECKED]
-    stopping = tuning.stopping()
-    if stopping is not None:
-        ways.append(stopping)
     law: dict[str, Any] = {
         "weights": weights,
         "ensemble": ensemble,
@@ -242,7 +243,7 @@ def check(
             seed=seed,
             **options,
         )
-        for one in ways
+        for one in tuning.checked()
     }
     return compare(works, repeats, progress=progress)
 
@@ -290,7 +291,9 @@ class _Sweep:
     def complete(self) -> bool:
         """Whether there is a time for each model and for the loop."""
         tables = [self.rest, *self.forwards.values()]
-        return all(any(len(times) >= _ENOUGH for times in one.values()) for one in tables)
+        return bool(self.draws) and all(
+            any(len(times) >= _ENOUGH for times in one.values()) for one in tables
+        )
 
     def turn(self, run: Run) -> list[Verification]:
         """Propose with the next proposer, score with all models."""
