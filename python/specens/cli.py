@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `specens`: generate, methods, demo, probe, bench and train.
+"""The command `specens`: generate, tune, methods, demo, probe, bench and train.
 
 A command parses, calls the library and shows what came back (`terminal.py`). What the library
 refuses becomes one line on standard error and exit code 2; anything unexpected keeps its traceback.
@@ -7,6 +7,7 @@ Torch is imported inside the commands, so that help and mistakes are answered at
 command, add a function with `@app.command()`.
 """
 
+import json
 import re
 import secrets
 import sys
@@ -95,6 +96,15 @@ _Threads = Annotated[
         min=1, help="CPU threads. None is torch's choice; 1 for the family, as small as it is."
     ),
 ]
+_Scope = Annotated[
+    str, typer.Option(help="What temperature and filters warp: each member, or the ensemble.")
+]
+_Plausibility = Annotated[
+    float, typer.Option(help="'product': drop what the first model finds implausible.")
+]
+_TopK = Annotated[int, typer.Option(min=0, help="0 is off.")]
+_Share = Annotated[float, typer.Option(help="1 is off.")]
+_MinP = Annotated[float, typer.Option(help="0 is off.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 _Trust = Annotated[bool, typer.Option(help="Run code that comes with a model. Off unless asked.")]
 _File = Annotated[Path | None, typer.Option(help="Read the prompt from a file; - is a pipe.")]
@@ -102,6 +112,8 @@ _Lines = Annotated[
     bool, typer.Option("--lines", help='Each line is a prompt, or JSON with a "prompt".')
 ]
 _MAX_SEED = 2**62
+# What --auto may cost at the start.
+_AUTO_PROMPTS, _AUTO_TOKENS, _AUTO_SECONDS = 3, 48, 20.0
 
 
 @app.command()
@@ -146,17 +158,19 @@ def generate(
     head: Annotated[
         str | None, typer.Option(help="Method 'diversed': the folder of a trained head.")
     ] = None,
-    scope: Annotated[
-        str, typer.Option(help="What temperature and filters warp: each member, or the ensemble.")
-    ] = "member",
-    plausibility: Annotated[
-        float, typer.Option(help="'product': drop what the first model finds implausible.")
-    ] = 0.0,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Find schedule and drafts by a short tuning at start.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Models and schedule as `specens tune --output` wrote them.")
+    ] = None,
+    scope: _Scope = "member",
+    plausibility: _Plausibility = 0.0,
     max_new_tokens: _MaxNewTokens = 128,
     temperature: _Temperature = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    top_k: _TopK = 0,
+    top_p: _Share = 1.0,
+    min_p: _MinP = 0.0,
     seed: Annotated[
         int | None, typer.Option(min=0, max=_MAX_SEED, help="Same seed, same text. None draws one.")
     ] = None,
@@ -198,7 +212,15 @@ def generate(
         "acceptance": rules[0] if len(rules) == 1 else rules or None,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    options |= {"ensemble": ensemble, "scope": scope, "plausibility": plausibility}
+    law: dict[str, Any] = {"ensemble": ensemble, "scope": scope, "plausibility": plausibility}
+    if auto or config is not None:
+        _check_tuned("--auto" if config is None else "--config", {"method": method} | options)
+    saved = None
+    if config is not None:
+        saved = _read_config(config, auto, models, drafts, options | law)
+        models, drafts, threads = saved["models"], saved["drafts"], threads or saved["threads"]
+        law, options = saved["law"], {}
+    options |= law
     chosen = None if method is None else method_named(method)
     _check_method(chosen, draft_weight, head, options)
     Law(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # checks, before loading
@@ -212,14 +234,25 @@ def generate(
     loaded, tokenizers = _load("generate", models, drafts, dtype, trust_remote_code, threads)
     tokenizer = tokenizers[0]
     size = len(loaded) - len(drafts or [])
-    if chosen is None:
+    encoded = [terminal.encode("generate", tokenizer, one, chat=chat) for one in prompts]
+    if auto or saved is not None:
+        from .measuring import decoder_of
+
+        best = (
+            _tune_shortly(loaded, size, encoded, tokenizers, arguments, options)
+            if saved is None
+            else saved["best"]
+        )
+        decoder = decoder_of(
+            best, loaded[:size], drafts=loaded[size:], tokenizers=tokenizers, **options
+        )
+    elif chosen is None:
         if drafts:
             options["draft"] = loaded[size:]
         decoder = SpeculativeDecoder(loaded[:size], tokenizers=tokenizers, **options)
     else:
         options |= {} if draft_weight is None else {"draft_weight": draft_weight}
         decoder = build(chosen, loaded[:size], loaded[size:], tokenizers, head=head, **options)
-    encoded = [terminal.encode("generate", tokenizer, one, chat=chat) for one in prompts]
     first_seed = secrets.randbits(32) if seed is None else seed
     found = []
     with terminal.progress("prompts", len(prompts) if as_json and lines else 0) as step:
@@ -250,6 +283,77 @@ def _check_method(
         raise ValueError(f"generate: --schedule: expected {expected}, got {options['schedule']!r}")
     if method.joins and "weights" in options:
         raise ValueError(f"generate: --weights: expected --draft-weight for {method.name!r}")
+
+
+def _check_tuned(option: str, options: dict[str, Any]) -> None:
+    """Refuse what a tuning decides."""
+    names = {"num_speculative_tokens": "gamma"}
+    for name in ("method", "schedule", "num_speculative_tokens", "proposer", "order", "acceptance"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"generate: --{names.get(name, name)}: expected none beside {option}, "
+                f"got {options[name]!r}"
+            )
+
+
+def _read_config(
+    path: Path,
+    auto: bool,
+    models: Sequence[str] | None,
+    drafts: Sequence[str] | None,
+    law: dict[str, Any],
+) -> dict[str, Any]:
+    """What `tune` has written: models, drafts, threads, law, and the best candidate."""
+    from .tuning import Candidate
+
+    default = {"ensemble": "mixture", "scope": "member", "plausibility": 0.0}
+    given = {"auto": auto, "model": models, "draft": drafts} | law
+    for name, value in given.items():
+        if value and value != default.get(name):
+            raise ValueError(f"generate: --{name}: expected none beside --config, got {value!r}")
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        saved["best"] = Candidate(**saved["best"])
+        return {name: saved[name] for name in ("models", "drafts", "threads", "law", "best")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"generate: --config: expected a file that `specens tune --output` wrote, "
+            f"got {str(path)!r} ({type(error).__name__})"
+        ) from error
+
+
+def _tune_shortly(
+    loaded: Sequence[Any],
+    size: int,
+    prompts: Sequence[Any],
+    tokenizers: Sequence[Any],
+    arguments: dict[str, Any],
+    options: dict[str, Any],
+) -> Any:
+    """The candidate that a short tuning on the first prompts finds; a line says what it took."""
+    from . import terminal
+    from .measuring import tune
+
+    law: dict[str, Any] = {
+        name: arguments.get(name, 0.0) for name in ("temperature", "top_k", "top_p", "min_p")
+    }
+    found = tune(
+        loaded[:size],
+        prompts[:_AUTO_PROMPTS],
+        drafts=loaded[size:],
+        tokenizers=tokenizers,
+        max_new_tokens=_AUTO_TOKENS,
+        limit_s=_AUTO_SECONDS,
+        **(law if arguments["do_sample"] else {"temperature": 0.0}),
+        **options,
+    )
+    best = found.candidates[0]
+    terminal.errors().print(
+        f"auto: {best.name}, expected to be {found.speedup(best):.2f} times as fast as plain; "
+        f"found in {found.seconds:.1f} s",
+        soft_wrap=True,
+    )
+    return best
 
 
 def _continue(
@@ -346,6 +450,109 @@ def demo(
                 "tables": tables,
             }
         )
+
+
+@app.command()
+def tune(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; else built in.")] = None,
+    file: _File = None,
+    lines: _Lines = False,
+    models: _Models = None,
+    weights: _Weights = None,
+    ensemble: _EnsembleName = "mixture",
+    drafts: _Drafts = None,
+    most: Annotated[
+        int, typer.Option(min=1, max=16, help="Most tokens that a model may propose at a time.")
+    ] = 8,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the best ones for real: measured beside predicted.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="--check: measured rounds.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON here, for `specens generate --config`.")
+    ] = None,
+    scope: _Scope = "member",
+    plausibility: _Plausibility = 0.0,
+    max_new_tokens: _MaxNewTokens = 64,
+    temperature: _Temperature = 1.0,
+    top_k: _TopK = 0,
+    top_p: _Share = 1.0,
+    min_p: _MinP = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Of the random numbers.")] = 0,
+    dtype: _Dtype = "auto",
+    threads: _Threads = None,
+    trust_remote_code: _Trust = False,
+    as_json: _Json = False,
+) -> None:
+    """Find the fastest schedule for these models, from their forward times and agreement."""
+    from rich.console import Console
+
+    from . import terminal
+
+    prompts: Sequence[str] = family.PROMPTS
+    if prompt is not None or file is not None:
+        prompts = terminal.read_prompts("tune", prompt, file, lines)
+    shares = None if weights is None else _numbers("tune: --weights", weights)
+
+    import torch
+
+    from . import measuring
+    from .benchmark import sampling
+
+    loaded, tokenizers = _load("tune", models, drafts, dtype, trust_remote_code, threads)
+    size = len(loaded) - len(drafts or [])
+    encoded = [terminal.encode("tune", tokenizers[0], one) for one in prompts]
+    law: dict[str, Any] = {
+        "weights": shares,
+        "ensemble": ensemble,
+        "scope": scope,
+        "plausibility": plausibility,
+    }
+    bound: dict[str, Any] = {"drafts": loaded[size:], "tokenizers": tokenizers, **law}
+    warp: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+    }
+    found = measuring.tune(
+        loaded[:size],
+        encoded,
+        max_new_tokens=max_new_tokens,
+        most=most,
+        seed=seed,
+        **warp,
+        **bound,
+    )
+    rows = None
+    if check:
+        with terminal.progress("rounds", len(found.checked()) * (repeats + 1)) as step:
+            rows = measuring.check(
+                found,
+                loaded[:size],
+                encoded,
+                repeats=repeats,
+                seed=seed,
+                progress=step,
+                **sampling(max_new_tokens, **warp),
+                **bound,
+            )
+    result = {
+        "models": models or [terminal.FAMILY_PREFIX + name for name in family.FAMILY],
+        "drafts": drafts or [],
+        "threads": torch.get_num_threads(),
+        "law": law,
+        "sampling": warp,
+        **found.as_dict(rows),
+    }
+    if output is not None:
+        terminal.write_file("tune", output, result)
+    if as_json:
+        terminal.write_json(result)
+    else:
+        console = Console(highlight=False)
+        console.print(terminal.tuning_table(found, rows))
+        console.print(f"{found.num_tokens} tokens written in {found.seconds:.1f} s of tuning.")
 
 
 @app.command()

@@ -41,9 +41,9 @@ from .schedules import (
     Plain,
     Schedule,
     Speculative,
-    best_ahead,
 )
 from .statistics import Statistics
+from .tuning import best_ahead
 from .vocabulary import shared_vocabulary
 from .weights import WeightHead, hidden_size
 

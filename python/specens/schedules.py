@@ -86,10 +86,10 @@ class EntropyStop:
 
 @dataclass(frozen=True)
 class LearnedStop:
-    """Stops where a logistic regression expects the next token to be refused.
+    """Stops where a logistic regression expects the token just drawn to be refused.
 
     coefficients: of 1, the token's log-probability, the largest one and the entropy, in nats;
-        `specens tune` finds them.
+        `specens tune` finds them, and what is best for `least`.
     least: stop below this chance of acceptance.
 
     Source: DISCO, arXiv:2405.04304, with one linear layer.
@@ -212,25 +212,6 @@ class LookAhead:
             if asked:
                 run.feed(member, asked)
         return [Verification(run.rows, counts, bonus=True, components=components)]
-
-
-def best_ahead(share: float, cost: float, acceptance: float = 0.7, most: int = 8) -> int:
-    """The `ahead` of `LookAhead` with the least expected time per token.
-
-    Args:
-        share: weight of the proposer in the mixture.
-        cost: time of its forward, relative to the others'.
-        acceptance: chance that a token proposed for another member is kept.
-        most: highest number considered.
-    """
-
-    def speed(ahead: int) -> float:
-        # Between two tokens of others are share / (1 - share) of the proposer's on average.
-        run = share / max(1 - share, 1e-3)
-        tokens = (run + 1) * sum(acceptance**i for i in range(ahead + 1))
-        return tokens / (cost * ((ahead + 1) * run + ahead) + 1)
-
-    return max(range(most + 1), key=speed)
 
 
 @dataclass(frozen=True)

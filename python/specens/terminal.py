@@ -21,6 +21,7 @@ from . import family
 if TYPE_CHECKING:
     from .abilities import Probe
     from .benchmark import Row
+    from .measuring import Tuning
     from .methods import Method
     from .statistics import Statistics
 
@@ -255,9 +256,28 @@ def write_text(text: str) -> None:
 
 def write_json(value: Any) -> None:
     """One line of JSON on standard output."""
+    write_text(_json(value))
+
+
+def write_file(command: str, path: Path, value: Any) -> None:
+    """One line of JSON in a file.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    try:
+        path.write_text(_json(value), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{command}: --output: expected a file that can be written, got {str(path)!r} "
+            f"({error.strerror})"
+        ) from error
+
+
+def _json(value: Any) -> str:
     from .benchmark import finite
 
-    write_text(json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n")
+    return json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def methods_table(methods: "Iterable[Method]") -> Table:
@@ -318,6 +338,30 @@ def rows_table(title: str, rows: Sequence["Row"]) -> Table:
             f"{row.calls_per_token:.2f}",
             f"{row.ratio:.2f}x",
         )
+    return table
+
+
+def tuning_table(tuning: "Tuning", rows: "Sequence[Row] | None" = None) -> Table:
+    """Candidates by predicted time; where they were run, measured beside predicted."""
+    measured = {row.name: row for row in rows or ()}
+    best = tuning.best(rows).name
+    table = Table(title="Predicted, the fastest first", title_justify="left")
+    table.add_column("")
+    table.add_column("schedule", no_wrap=True)
+    columns = ["ms/token", "vs plain"]
+    columns += ["measured ms/token", "measured vs plain"] if rows else []
+    for name in columns:
+        table.add_column(name, justify="right")
+    for one in tuning.listed(rows):
+        cells = [f"{one.seconds * 1e3:.2f}", f"{tuning.speedup(one):.2f}x"]
+        if one.seconds != one.seconds:
+            cells = ["", ""]
+        if rows:
+            row = measured.get(one.name)
+            cells += (
+                [f"{1e3 / row.tokens_per_second:.2f}", f"{row.ratio:.2f}x"] if row else ["", ""]
+            )
+        table.add_row("best" if one.name == best else "", one.name, *cells)
     return table
 
 

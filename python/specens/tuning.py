@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which schedule is the fastest: time per token predicted from forward times and acceptance.
+
+Pure functions of a `Profile`, which `measuring.py` measures: nothing here runs a model. They hold
+for one sequence, lossless rules and a text that does not end, and take it that whether a draft is
+kept depends on nothing but its place in its block. To add a schedule, add a function of its time
+per token and its row to `candidates`.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# (count, seconds), the counts rising: straight lines between, and on beyond the last two.
+Times = tuple[tuple[int, float], ...]
+# Chances that the first 1, 2, ... drafts of a block are all kept; beyond, the last ratio goes on,
+# so that a single number is the chance of each.
+Kept = tuple[float, ...]
+# How many tokens are handed up -> with what chance.
+_Counts = dict[int, float]
+# Drafts, their numbers of tokens, what they hand up, and its time.
+_Path = tuple[tuple[int, ...], tuple[int, ...], _Counts, float]
+
+_MOST_AHEAD = 8
+# As many models whose orders, or whose numbers of tokens, are all tried.
+_FEW = 3
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What predictions are made of. Models are counted: the ensemble's members, then the drafts.
+
+    names: of the models.
+    weights: of the ensemble's members.
+    forwards: per model, seconds of one forward over 1, 2, ... tokens.
+    draw: seconds to draw one token from a model's law.
+    verify: seconds of a turn without forwards and draws, for 0, 1, ... drafts.
+    kept: kept[m][v]: of model m's drafts, when model v verifies them; the last v is the ensemble.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    forwards: tuple[Times, ...]
+    draw: float
+    verify: Times
+    kept: tuple[tuple[Kept, ...], ...]
+
+    @property
+    def members(self) -> range:
+        """The ensemble's."""
+        return range(len(self.weights))
+
+    @property
+    def drafts(self) -> range:
+        """The models outside the ensemble, the smallest first."""
+        return range(len(self.weights), len(self.forwards))
+
+    def forward(self, model: int, tokens: float) -> float:
+        """Seconds of one forward over so many tokens."""
+        return at(self.forwards[model], tokens)
+
+    def proposal(self, model: int) -> float:
+        """Seconds to propose one token."""
+        return self.forward(model, 1) + self.draw
+
+    def check(self, drafts: int) -> float:
+        """Seconds to verify so many drafts, their forwards not counted."""
+        return at(self.verify, drafts)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to decode, and what it is expected to take.
+
+    name: for tables. schedule, arguments: for `SpeculativeDecoder`.
+    drafts: which of the models outside the ensemble take part, counted from 0.
+    seconds: predicted, per token.
+    """
+
+    name: str
+    schedule: str
+    arguments: dict[str, Any]
+    drafts: tuple[int, ...]
+    seconds: float
+
+
+def at(times: Times, count: float) -> float:
+    """The time of `count`, on the straight line through its neighbours."""
+    if len(times) == 1 or count <= times[0][0]:
+        return times[0][1]
+    above = next((i for i, (n, _) in enumerate(times) if n >= count), len(times) - 1)
+    (a, low), (b, high) = times[above - 1], times[above]
+    return low + (high - low) * (count - a) / (b - a)
+
+
+def survival(kept: Kept, count: int) -> float:
+    """The chance that the first `count` drafts are all kept."""
+    if count == 0:
+        return 1.0
+    if count <= len(kept):
+        return kept[count - 1]
+    before = kept[-2] if len(kept) > 1 else 1.0
+    ratio = kept[-1] / before if before > 0 else 0.0
+    return float(kept[-1] * ratio ** (count - len(kept)))
+
+
+def _expected(kept: Kept, count: int) -> float:
+    """1 + how many of `count` drafts are kept on average."""
+    return sum(survival(kept, i) for i in range(count + 1))
+
+
+# --- seconds per token ----------------------------------------------------------------------------
+
+
+def plain(profile: Profile) -> float:
+    """Every member reads every token."""
+    return sum(profile.forward(m, 1) for m in profile.members) + profile.check(0)
+
+
+def component(profile: Profile) -> float:
+    """A member is drawn by its weight, and reads what it has missed since it was last drawn."""
+    total = profile.check(0)
+    for member, weight in zip(profile.members, profile.weights, strict=True):
+        left, missed = weight, 0
+        while left > 1e-6:
+            chance = weight * weight * (1 - weight) ** missed
+            missed += 1
+            if (1 - weight) ** missed < 1e-6:
+                chance = left
+            total += chance * profile.forward(member, missed)
+            left -= chance
+    return total
+
+
+def lookahead(profile: Profile, proposer: int, ahead: int, most: int = 16) -> float:
+    """Tokens' members are drawn beforehand; see `schedules.LookAhead` for the arguments.
+
+    Another member's token is kept with the mean chance of all of them. Tokens that a member has
+    missed while it was not asked are not counted.
+    """
+    share = profile.weights[proposer]
+    others = {m: profile.weights[m] / (1 - share) for m in profile.members if m != proposer}
+    kept = sum(part * profile.kept[proposer][m][0] for m, part in others.items())
+    tokens = seconds = 0.0
+
+    def end(drafts: int, foreign: int) -> float:
+        asked = sum(
+            (1 - (1 - part) ** foreign) * profile.forward(m, drafts + 1)
+            for m, part in others.items()
+        )
+        return drafts * profile.proposal(proposer) + asked + profile.check(drafts)
+
+    # Chances that so many of the tokens before this place are other members'.
+    going = {0: 1.0}
+    for place in range(most + 1):
+        tokens += sum(chance * kept**foreign for foreign, chance in going.items())
+        following: dict[int, float] = {}
+        for foreign, chance in going.items():
+            own, other = chance * share, chance * (1 - share)
+            if place == most:
+                seconds += own * (end(place, foreign) + profile.forward(proposer, 1))
+            else:
+                following[foreign] = following.get(foreign, 0.0) + own
+            if place == most or foreign == ahead:
+                seconds += other * end(place, foreign + 1)
+            else:
+                following[foreign + 1] = following.get(foreign + 1, 0.0) + other
+        going = following
+    return seconds / tokens
+
+
+def best_ahead(share: float, cost: float, acceptance: float = 0.7, most: int = _MOST_AHEAD) -> int:
+    """The `ahead` of `LookAhead` with the least expected time per token.
+
+    Args:
+        share: weight of the proposer in the mixture.
+        cost: time of its forward, relative to the others' together.
+        acceptance: chance that a token proposed for another member is kept.
+        most: highest number considered.
+    """
+    if share >= 1:
+        return 0
+    profile = Profile(
+        names=("proposer", "others"),
+        weights=(share, 1 - share),
+        forwards=(((1, cost),), ((1, 1.0),)),
+        draw=0.0,
+        verify=((0, 0.0),),
+        kept=(((1.0,), (acceptance,), (1.0,)),) * 2,
+    )
+    return min(range(most + 1), key=lambda ahead: lookahead(profile, 0, ahead, 2 * _MOST_AHEAD))
+
+
+def speculative(profile: Profile, proposer: int, gamma: int) -> float:
+    """One model proposes gamma tokens, and the ensemble verifies them."""
+    handed = _proposed(profile, proposer, gamma)
+    return _verified(profile, proposer, *handed)
+
+
+def hierarchy(profile: Profile, drafts: Sequence[int], gammas: Sequence[int]) -> float:
+    """Each draft verifies the one before it, the ensemble the last; `schedules.Hierarchy`.
+
+    How many tokens a level hands up varies: the chances of each number are carried up the levels.
+
+    Source: arXiv:2510.19705, whose C_i = (N C_{i-1} + t_i) / E_i takes that number as fixed.
+    """
+    counts, seconds = _proposed(profile, drafts[0], gammas[0])
+    for below, level, gamma in zip(drafts, drafts[1:], gammas[1:], strict=False):
+        counts, seconds = _filled(profile, below, level, gamma, counts, seconds)
+    return _verified(profile, drafts[-1], counts, seconds)
+
+
+def _proposed(profile: Profile, model: int, gamma: int) -> tuple[_Counts, float]:
+    """What the lowest level hands up, and its time."""
+    return {gamma: 1.0}, gamma * profile.proposal(model)
+
+
+def _filled(
+    profile: Profile, below: int, level: int, gamma: int, counts: _Counts, seconds: float
+) -> tuple[_Counts, float]:
+    """What a level hands up once it has gamma tokens, and the time of all below and of itself.
+
+    counts, seconds: of one proposal from below.
+    """
+    kept = profile.kept[below][level]
+    gains: _Counts = {}
+    for handed, chance in counts.items():
+        seconds += chance * (profile.forward(level, handed + 1) + profile.check(handed))
+        for k in range(handed + 1):
+            stays = survival(kept, k) - (survival(kept, k + 1) if k < handed else 0.0)
+            gains[k + 1] = gains.get(k + 1, 0.0) + chance * stays
+    # Chances that the level ever has so many tokens; from gamma on it asks for no more.
+    ever: _Counts = {0: 1.0}
+    for have in range(gamma):
+        for gain, chance in gains.items():
+            ever[have + gain] = ever.get(have + gain, 0.0) + ever.get(have, 0.0) * chance
+    rounds = sum(ever.get(have, 0.0) for have in range(gamma))
+    return {n: chance for n, chance in ever.items() if n >= gamma}, rounds * seconds
+
+
+def _verified(profile: Profile, proposer: int, counts: _Counts, seconds: float) -> float:
+    """Seconds per token where the ensemble verifies what it is handed and adds a token."""
+    kept = profile.kept[proposer][-1]
+    tokens = 0.0
+    for handed, chance in counts.items():
+        # A member that proposes has read all but its last draft.
+        forwards = sum(
+            profile.forward(m, 1 if m == proposer else handed + 1) for m in profile.members
+        )
+        seconds += chance * (forwards + profile.check(handed))
+        tokens += chance * _expected(kept, handed)
+    return seconds / tokens
+
+
+def alternating(profile: Profile, order: Sequence[int], gammas: Sequence[int]) -> float:
+    """Members take turns; `schedules.Alternating`.
+
+    A renewal at every fresh start: the first one's block is verified, then, as long as every block
+    is kept whole, the next in rotation's, whose first token was drawn when it scored.
+    """
+    size = len(order)
+    kept = [profile.kept[m][-1] for m in order]
+    whole = [survival(one, gamma) for one, gamma in zip(kept, gammas, strict=True)]
+    # Of a block that is not kept whole, one token is replaced.
+    emitted = [_expected(one, gamma - 1) for one, gamma in zip(kept, gammas, strict=True)]
+    rest = [(gamma - 1) * profile.proposal(m) for m, gamma in zip(order, gammas, strict=True)]
+
+    def score(slot: int, pending: int) -> float:
+        return profile.forward(order[slot], pending + 1) + profile.draw
+
+    seconds = profile.proposal(order[0]) + rest[0] + profile.check(gammas[0])
+    for slot in range(1, size):
+        seconds += score(slot, sum(gammas[:slot])) + (rest[slot] if slot < size - 1 else 0.0)
+    tokens, going = emitted[0], whole[0]
+    for turn in itertools.count(1):
+        if going < 1e-9 or turn > 10_000:
+            break
+        slot = turn % size
+        pending = sum(gammas) - gammas[slot - 1]
+        seconds += going * (rest[slot - 2] + score(slot - 1, pending) + profile.check(gammas[slot]))
+        tokens += going * emitted[slot]
+        going *= whole[slot]
+    return seconds / tokens
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def candidates(profile: Profile, *, most: int = 8, components: bool = True) -> list[Candidate]:
+    """The best of each kind, the fastest first: of each proposer, and of each chain of drafts.
+
+    Numbers of tokens are tried one by one for few models, else some of them.
+
+    Args:
+        profile: the models.
+        most: highest number of tokens that a model proposes at a time.
+        components: whether the law is a sampled mixture of members, each of which can write alone.
+    """
+    found = [Candidate("plain", "plain", {}, (), plain(profile))]
+    found += _alternations(profile, most)
+    found += _proposers(profile, most)
+    found += _chains(profile, most)
+    if components and len(profile.weights) > 1:
+        found.append(Candidate("component", "component", {}, (), component(profile)))
+        found += _lookaheads(profile)
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def _alternations(profile: Profile, most: int) -> list[Candidate]:
+    size = len(profile.weights)
+    if size < 2:
+        return []
+    orders: list[tuple[int, ...]]
+    if size <= _FEW:
+        orders = list(itertools.permutations(profile.members))
+        steps = range(1, most + 1) if size < _FEW else _some(most)
+        tokens = list(itertools.product(steps, repeat=size))
+    else:
+        orders = [tuple(sorted(profile.members, key=lambda m: profile.forward(m, 1)))]
+        tokens = [(gamma, *[1] * (size - 1)) for gamma in range(1, most + 1)]
+    seconds, order, gammas = min(
+        (alternating(profile, order, gammas), order, gammas)
+        for order in orders
+        for gammas in tokens
+    )
+    name = f"alternating {_joined(order)} {_joined(gammas)}"
+    arguments = {"num_speculative_tokens": list(gammas), "order": list(order)}
+    return [Candidate(name, "alternating", arguments, (), seconds)]
+
+
+def _proposers(profile: Profile, most: int) -> list[Candidate]:
+    """Members that draft for the ensemble they belong to."""
+    found = []
+    for proposer in profile.members if len(profile.weights) > 1 else ():
+        seconds, gamma = min((speculative(profile, proposer, g), g) for g in range(1, most + 1))
+        name = f"speculative {profile.names[proposer]} {gamma}"
+        arguments = {"num_speculative_tokens": gamma, "proposer": proposer}
+        found.append(Candidate(name, "speculative", arguments, (), seconds))
+    return found
+
+
+def _chains(profile: Profile, most: int) -> list[Candidate]:
+    """Every chain of drafts with its best numbers of tokens; one draft alone is "speculative"."""
+    steps = list(range(1, most + 1)) if len(profile.drafts) <= _FEW else _some(most)
+    best: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}
+    for chain, gammas, counts, seconds in _paths(profile, steps):
+        found = _verified(profile, chain[-1], counts, seconds), gammas
+        best[chain] = min(best.get(chain, found), found)
+    first = len(profile.weights)
+    listed = []
+    for chain, (seconds, gammas) in best.items():
+        names = " ".join(profile.names[m] for m in chain)
+        drafts = tuple(m - first for m in chain)
+        if len(chain) == 1:
+            arguments: dict[str, Any] = {"num_speculative_tokens": gammas[0]}
+            name, schedule = f"speculative {names} {gammas[0]}", "speculative"
+        else:
+            arguments = {"num_speculative_tokens": list(gammas)}
+            name, schedule = f"hierarchy {names} {_joined(gammas)}", "hierarchy"
+        listed.append(Candidate(name, schedule, arguments, drafts, seconds))
+    return listed
+
+
+def _paths(profile: Profile, steps: Sequence[int]) -> Iterator[_Path]:
+    """All chains of drafts with all numbers of tokens; each extends one seen before."""
+    paths: list[_Path] = []
+    for level in profile.drafts:
+        longer: list[_Path] = [
+            ((level,), (gamma,), *_proposed(profile, level, gamma)) for gamma in steps
+        ]
+        for chain, gammas, counts, seconds in paths:
+            for gamma in steps:
+                filled = _filled(profile, chain[-1], level, gamma, counts, seconds)
+                longer.append(((*chain, level), (*gammas, gamma), *filled))
+        yield from longer
+        paths += longer
+
+
+def _lookaheads(profile: Profile) -> list[Candidate]:
+    found = []
+    for proposer in profile.members:
+        if not 0 < profile.weights[proposer] < 1:
+            continue
+        seconds, ahead = min((lookahead(profile, proposer, a), a) for a in range(_MOST_AHEAD + 1))
+        name = f"lookahead {profile.names[proposer]} {ahead}"
+        arguments = {"proposer": proposer, "ahead": ahead}
+        found.append(Candidate(name, "lookahead", arguments, (), seconds))
+    return found
+
+
+def _some(most: int) -> list[int]:
+    return [gamma for gamma in (1, 2, 3, 4, 6, 8, 12, 16) if gamma <= most]
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def least_chance(profile: Profile, proposer: int, seconds: float) -> float:
+    """Below this chance that a draft is kept, the next one is not worth its time.
+
+    The next draft is of use where it and the one before are kept, and saves then what a token takes
+    on average.
+
+    Args:
+        profile: the models. proposer: who drafts.
+        seconds: per token, as things are.
+    """
+    verifiers = [m for m in profile.members if m != proposer]
+    cost = profile.proposal(proposer) + profile.check(5) - profile.check(4)
+    cost += sum(profile.forward(m, 6) - profile.forward(m, 5) for m in verifiers)
+    gain = survival(profile.kept[proposer][-1], 1) * seconds
+    return min(max(cost / gain, 0.05), 0.95) if gain > 0 else 0.95

@@ -1,0 +1,596 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning: predicted times against simulations, and against the loop itself under a clock of ours.
+
+A schedule's formula is compared with a simulation that knows nothing of it: it plays turns, with
+coins for what is kept. The loop's own calls are checked with models whose forwards take exactly
+what we say (`clock`), so that measuring is exact and a turn that costs one forward more or less
+than predicted is found out. To add a schedule, add its turn to `SIMULATIONS`.
+"""
+
+import itertools
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import noisy, prompts, toy
+from typer.testing import CliRunner
+
+from specens import SpeculativeDecoder, terminal, tuning
+from specens.cli import app
+from specens.measuring import _Sweep, decoder_of, fit_stop, tune
+from specens.members import Member
+from specens.schedules import LearnedStop
+from specens.tuning import Profile, candidates, survival
+
+# Three members and three drafts. No two numbers are alike, and blocks grow stickier in some curves.
+MEMBERS, DRAFTS = 3, 3
+CURVES = ((0.8,), (0.7, 0.55, 0.45), (0.9, 0.8), (0.6, 0.3), (0.75, 0.6, 0.5), (0.5,), (0.85,))
+
+
+def profile() -> Profile:
+    size = MEMBERS + DRAFTS
+    return Profile(
+        names=tuple("ABCxyz"),
+        weights=(0.5, 0.3, 0.2),
+        forwards=tuple(
+            ((1, base), (2, base * 1.1), (4, base * 1.3), (8, base * 1.9))
+            for base in (1.0, 1.7, 0.6, 0.05, 0.11, 0.23)
+        ),
+        draw=0.02,
+        verify=((0, 0.05), (1, 0.07), (3, 0.1), (7, 0.2)),
+        kept=tuple(
+            tuple(CURVES[(3 * m + v) % len(CURVES)] for v in range(size + 1)) for m in range(size)
+        ),
+    )
+
+
+# --- simulations ----------------------------------------------------------------------------------
+
+Turn = tuple[float, int]  # seconds, tokens
+
+
+class Dice:
+    """A profile that is played with."""
+
+    def __init__(self, profile: Profile, seed: int = 0) -> None:
+        self.profile, self.random = profile, random.Random(seed)
+        self._times = [dict(times) for times in (*profile.forwards, profile.verify)]
+
+    def forward(self, model: int, tokens: int) -> float:
+        times = self._times[model]
+        if tokens not in times:
+            known = [n for n in (0, 1, 2, 3, 4, 7, 8) if n in times]
+            low = max((n for n in known[:-1] if n < tokens), default=known[0])
+            high = min(n for n in known if n > low)
+            slope = (times[high] - times[low]) / (high - low)
+            times[tokens] = times[low] + slope * (tokens - low)
+        return times[tokens]
+
+    def check(self, drafts: int) -> float:
+        return self.forward(-1, drafts)
+
+    def propose(self, model: int, count: int) -> float:
+        return count * (self.forward(model, 1) + self.profile.draw)
+
+    def kept(self, proposer: int, verifier: int, count: int) -> int:
+        """How many of a block are kept, one coin each."""
+        chances = list(self.profile.kept[proposer][verifier])
+        ratio = chances[-1] / (chances[-2] if len(chances) > 1 else 1)
+        while len(chances) < count:
+            chances.append(chances[-1] * ratio)
+        for place, (before, now) in enumerate(itertools.pairwise([1.0, *chances[:count]])):
+            if self.random.random() * before >= now:
+                return place
+        return count
+
+
+def plain_turn(dice: Dice) -> Turn:
+    return sum(dice.forward(m, 1) for m in range(MEMBERS)) + dice.check(0), 1
+
+
+def component_turns(dice: Dice, count: int) -> list[Turn]:
+    unread = [1] * MEMBERS
+    turns = []
+    for _ in range(count):
+        member = dice.random.choices(range(MEMBERS), dice.profile.weights)[0]
+        turns.append((dice.forward(member, unread[member]) + dice.check(0), 1))
+        unread[member] = 0
+        unread = [n + 1 for n in unread]
+    return turns
+
+
+def lookahead_turn(dice: Dice, proposer: int, ahead: int, most: int) -> Turn:
+    drawn = dice.random.choices(range(MEMBERS), dice.profile.weights, k=most + 1)
+    others = [at for at, member in enumerate(drawn) if member != proposer]
+    drawn = drawn[: others[ahead] + 1 if len(others) > ahead else most + 1]
+    drafts = len(drawn) - 1
+    asked = set(drawn) - ({proposer} if drawn[-1] != proposer else set())
+    seconds = dice.propose(proposer, drafts) + dice.check(drafts)
+    seconds += sum(dice.forward(m, 1 if m == proposer else drafts + 1) for m in asked)
+    # The formula takes the mean chance of the others, whichever they are.
+    rest = [m for m in range(MEMBERS) if m != proposer]
+    weight = sum(dice.profile.weights[m] for m in rest)
+    chance = sum(dice.profile.weights[m] / weight * dice.profile.kept[proposer][m][0] for m in rest)
+    for place, member in enumerate(drawn[:-1]):
+        if member != proposer and dice.random.random() >= chance:
+            return seconds, place + 1
+    return seconds, drafts + 1
+
+
+def speculative_turn(dice: Dice, proposer: int, gamma: int) -> Turn:
+    seconds = dice.propose(proposer, gamma) + dice.check(gamma)
+    seconds += sum(dice.forward(m, 1 if m == proposer else gamma + 1) for m in range(MEMBERS))
+    return seconds, dice.kept(proposer, -1, gamma) + 1
+
+
+def hierarchy_turn(dice: Dice, drafts: Sequence[int], gammas: Sequence[int]) -> Turn:
+    def fill(level: int) -> Turn:
+        if level == 0:
+            return dice.propose(drafts[0], gammas[0]), gammas[0]
+        seconds, have = 0.0, 0
+        while have < gammas[level]:
+            spent, handed = fill(level - 1)
+            seconds += spent + dice.forward(drafts[level], handed + 1) + dice.check(handed)
+            have += dice.kept(drafts[level - 1], drafts[level], handed) + 1
+        return seconds, have
+
+    seconds, handed = fill(len(drafts) - 1)
+    seconds += sum(dice.forward(m, handed + 1) for m in range(MEMBERS)) + dice.check(handed)
+    return seconds, dice.kept(drafts[-1], -1, handed) + 1
+
+
+def alternating_turn(dice: Dice, order: Sequence[int], gammas: Sequence[int]) -> Turn:
+    """From one fresh start to the next: the queue holds (member, its pending tokens)."""
+    size, draw = len(order), dice.profile.draw
+    seconds, tokens = dice.propose(order[0], gammas[0]), 0
+    queue = [(0, gammas[0])]
+    while True:
+        if len(queue) == 1 and tokens == 0:  # fresh: all others read, and propose what they read
+            for slot in range(1, size):
+                seconds += dice.forward(order[slot], 1 + sum(n for _, n in queue)) + draw
+                if slot < size - 1:
+                    seconds += dice.propose(order[slot], gammas[slot] - 1)
+                queue.append((slot, gammas[slot] if slot < size - 1 else 1))
+        else:  # the last one completes its proposal, whoever was just verified reads
+            last, _ = queue[-1]
+            seconds += dice.propose(order[last], gammas[last] - 1)
+            queue[-1] = (last, gammas[last])
+            slot = (last + 1) % size
+            seconds += dice.forward(order[slot], 1 + sum(n for _, n in queue)) + draw
+            queue.append((slot, 1))
+        slot, count = queue.pop(0)
+        count = gammas[slot]
+        seconds += dice.check(count)
+        kept = dice.kept(order[slot], -1, count)
+        if kept < count:
+            return seconds, tokens + kept + 1
+        tokens += count
+
+
+SIMULATIONS: dict[str, tuple[Callable[[Profile], float], Callable[[Dice], Turn]]] = {
+    "plain": (tuning.plain, plain_turn),
+    "lookahead 0": (lambda p: tuning.lookahead(p, 0, 0), lambda d: lookahead_turn(d, 0, 0, 16)),
+    "lookahead 3": (lambda p: tuning.lookahead(p, 2, 3), lambda d: lookahead_turn(d, 2, 3, 16)),
+    "lookahead cut": (
+        lambda p: tuning.lookahead(p, 0, 2, 3),
+        lambda d: lookahead_turn(d, 0, 2, 3),
+    ),
+    "member 3": (lambda p: tuning.speculative(p, 2, 3), lambda d: speculative_turn(d, 2, 3)),
+    "draft 6": (lambda p: tuning.speculative(p, 4, 6), lambda d: speculative_turn(d, 4, 6)),
+    "hierarchy of 2": (
+        lambda p: tuning.hierarchy(p, (3, 5), (2, 4)),
+        lambda d: hierarchy_turn(d, (3, 5), (2, 4)),
+    ),
+    "hierarchy of 3": (
+        lambda p: tuning.hierarchy(p, (3, 4, 5), (3, 3, 5)),
+        lambda d: hierarchy_turn(d, (3, 4, 5), (3, 3, 5)),
+    ),
+    "alternating of 2": (
+        lambda p: tuning.alternating(p, (1, 0), (4, 2)),
+        lambda d: alternating_turn(d, (1, 0), (4, 2)),
+    ),
+    "alternating of 3": (
+        lambda p: tuning.alternating(p, (2, 0, 1), (3, 1, 2)),
+        lambda d: alternating_turn(d, (2, 0, 1), (3, 1, 2)),
+    ),
+}
+TURNS, BATCHES = 6_000, 40
+
+
+def simulated(turns: Sequence[Turn]) -> tuple[float, float]:
+    """Seconds per token, and the standard error of it."""
+    size = len(turns) // BATCHES
+    parts = [turns[i * size : (i + 1) * size] for i in range(BATCHES)]
+    ratios = [sum(t for t, _ in part) / sum(n for _, n in part) for part in parts]
+    mean = sum(t for t, _ in turns) / sum(n for _, n in turns)
+    return mean, statistics.stdev(ratios) / math.sqrt(BATCHES)
+
+
+@pytest.mark.parametrize("name", SIMULATIONS)
+def test_a_prediction_is_the_mean_of_its_simulation(name: str) -> None:
+    predicted, turn = SIMULATIONS[name]
+    dice = Dice(profile())
+    mean, error = simulated([turn(dice) for _ in range(TURNS)])
+    # 4.5 standard errors: one in 150,000. No step of the search is as small as that.
+    assert abs(predicted(profile()) - mean) <= 4.5 * error + 1e-12
+    assert error < 0.01 * mean
+
+
+def test_a_component_reads_what_it_has_missed() -> None:
+    turns = component_turns(Dice(profile()), 20_000)
+    mean, error = simulated(turns)
+    assert abs(tuning.component(profile()) - mean) <= 4.5 * error
+    lazy = sum(w * t[0][1] for w, t in zip(profile().weights, profile().forwards, strict=False))
+    assert abs(lazy + 0.05 - mean) > 4.5 * error  # as if nothing were missed
+
+
+def test_the_simulation_rejects_other_formulas() -> None:
+    dice, here = Dice(profile()), profile()
+
+    def rejected(formula: float, turn: Callable[[Dice], Turn]) -> bool:
+        mean, error = simulated([turn(dice) for _ in range(TURNS)])
+        return abs(formula - mean) > 4.5 * error
+
+    # A level that always hands up as many tokens as it was asked for.
+    gained = sum(survival(here.kept[3][5], i) for i in range(3))
+    seconds = 4 * (2 * here.proposal(3) + here.forward(5, 3) + here.check(2)) / gained
+    seconds += sum(here.forward(m, 5) for m in here.members) + here.check(4)
+    fixed = seconds / sum(survival(here.kept[5][-1], i) for i in range(5))
+    assert rejected(fixed, SIMULATIONS["hierarchy of 2"][1])
+    # A block whose verification costs one token's forward.
+    flat = replace(here, forwards=tuple(times[:1] for times in here.forwards))
+    assert rejected(tuning.speculative(flat, 4, 6), SIMULATIONS["draft 6"][1])
+    # A proposer that need not read its own last draft.
+    less = replace(here, draw=here.draw - here.forward(2, 1) / 3)
+    assert rejected(tuning.speculative(less, 2, 3), SIMULATIONS["member 3"][1])
+    # Another number of tokens.
+    assert rejected(tuning.alternating(here, (1, 0), (4, 1)), SIMULATIONS["alternating of 2"][1])
+    # Tokens of others that are always kept.
+    sure = replace(here, kept=(((1.0,),) * 7,) * 6)
+    assert rejected(tuning.lookahead(sure, 2, 3), SIMULATIONS["lookahead 3"][1])
+
+
+def test_known_speedups() -> None:
+    """n members of one cost and acceptance a, one token each: n / (n - (n - 1) a)."""
+    for size, chance in itertools.product((2, 3, 4), (0.0, 0.5, 0.9)):
+        free = Profile(
+            names=tuple("abcd"[:size]),
+            weights=(1 / size,) * size,
+            forwards=(((1, 1.0),),) * size,
+            draw=0.0,
+            verify=((0, 0.0),),
+            kept=(((chance,),) * (size + 1),) * size,
+        )
+        found = tuning.alternating(free, range(size), (1,) * size)
+        assert found == pytest.approx(size - (size - 1) * chance, rel=1e-9)
+        # Leviathan et al. 2023, theorem 3.8, with a member of the ensemble as the draft.
+        found = tuning.speculative(free, 0, 3)
+        assert found == pytest.approx((3 + size) / sum(chance**i for i in range(4)))
+
+
+def test_times_are_interpolated_and_go_on() -> None:
+    times = ((1, 1.0), (2, 3.0), (4, 4.0))
+    assert [tuning.at(times, n) for n in (0, 1, 2, 3, 4, 6)] == [1.0, 1.0, 3.0, 3.5, 4.0, 5.0]
+    assert tuning.at(((1, 2.0),), 7) == 2.0
+
+
+def test_chances_go_on_with_the_last_ratio() -> None:
+    assert [survival((0.5,), n) for n in range(4)] == [1, 0.5, 0.25, 0.125]
+    assert [survival((0.8, 0.4), n) for n in range(5)] == pytest.approx([1, 0.8, 0.4, 0.2, 0.1])
+    assert survival((0.0, 0.0), 3) == 0.0
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def test_no_chain_and_no_number_of_tokens_is_faster_than_the_one_found() -> None:
+    here = profile()
+    chains = [c for n in (1, 2, 3) for c in itertools.combinations(here.drafts, n)]
+    best = {
+        chain: min(
+            (tuning.hierarchy(here, chain, gammas), gammas)
+            for gammas in itertools.product(range(1, 6), repeat=len(chain))
+        )
+        for chain in chains
+    }
+    found = [one for one in candidates(here, most=5) if one.drafts]
+    assert len(found) == len(chains)
+    for one in found:
+        seconds, gammas = best[tuple(MEMBERS + i for i in one.drafts)]
+        assert one.seconds == pytest.approx(seconds)
+        tokens = one.arguments["num_speculative_tokens"]
+        assert (tokens if isinstance(tokens, list) else [tokens]) == list(gammas)
+        assert one.schedule == ("hierarchy" if len(gammas) > 1 else "speculative")
+    assert found[0].seconds == min(seconds for seconds, _ in best.values())
+
+
+def test_candidates_are_sorted_and_of_every_kind() -> None:
+    found = candidates(profile())
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+    kinds = {"plain", "component", "lookahead", "speculative", "alternating", "hierarchy"}
+    assert {one.schedule for one in found} == kinds
+    one_law = candidates(profile(), components=False)
+    assert {one.schedule for one in one_law} == kinds - {"component", "lookahead"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_members_are_tried_in_turn(size: int) -> None:
+    base = profile()
+    here = Profile(
+        base.names[:size],
+        (1 / size,) * size,
+        base.forwards[:size],
+        base.draw,
+        base.verify,
+        tuple(one[: size + 1] for one in base.kept[:size]),
+    )
+    found = {one.schedule: one for one in reversed(candidates(here, most=4))}
+    assert ("alternating" in found) == (size > 1)
+    if size in (2, 3):
+        best = min(
+            tuning.alternating(here, order, gammas)
+            for order in itertools.permutations(range(size))
+            for gammas in itertools.product(range(1, 5), repeat=size)
+        )
+        assert found["alternating"].seconds == pytest.approx(best)
+
+
+def test_models_of_one_size_need_no_lookahead_and_cheap_ones_do() -> None:
+    assert tuning.best_ahead(0.5, 1.0) == 0
+    assert tuning.best_ahead(1.0, 1.0) == 0
+    found = [tuning.best_ahead(0.5, cost) for cost in (0.5, 0.2, 0.05, 0.01)]
+    assert found == sorted(found)
+    assert found[-1] > 1
+
+
+def test_a_draft_is_not_worth_a_time_that_it_cannot_save() -> None:
+    here = profile()
+    cheap, dear = (tuning.least_chance(here, m, 2.0) for m in (3, 1))
+    assert 0.05 <= cheap < dear <= 0.95
+    useless = replace(here, kept=(((0.0,),) * 7,) * 6)
+    assert tuning.least_chance(useless, 3, 2.0) == 0.95
+
+
+# --- the learned stop -----------------------------------------------------------------------------
+
+
+def regression(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]:
+    dice = torch.Generator().manual_seed(seed)
+    features = torch.randn(20_000, 4, generator=dice, dtype=torch.float64)
+    features[:, 0] = 1
+    truth = (0.4, 1.0, -0.7, 0.2)
+    chances = torch.sigmoid(features @ torch.tensor(truth, dtype=torch.float64))
+    return features, torch.bernoulli(chances, generator=dice), truth
+
+
+def test_the_fit_recovers_the_coefficients() -> None:
+    features, kept, truth = regression()
+    found = fit_stop(features, kept)
+    curvature = (features.T * 0.25) @ features  # no less than the information it stands for
+    error = 1 / curvature.diagonal().sqrt()
+    assert all(abs(a - b) < 8 * e for a, b, e in zip(found, truth, error.tolist(), strict=True))
+    # With the chances themselves nothing is left to chance.
+    chances = torch.sigmoid(features @ torch.tensor(truth, dtype=torch.float64))
+    assert fit_stop(features, chances) == pytest.approx(truth, abs=1e-5)
+
+
+def test_the_fit_is_calibrated() -> None:
+    """Newton's condition: among all drafts, as many are expected to be kept as are."""
+    features, kept, _ = regression(1)
+    expected = torch.sigmoid(features @ torch.tensor(fit_stop(features, kept), dtype=torch.float64))
+    assert float(expected.mean()) == pytest.approx(float(kept.mean()), abs=1e-5)
+    for low in (0.1, 0.3, 0.5, 0.7):
+        some = (expected >= low) & (expected < low + 0.2)
+        error = math.sqrt(0.25 / int(some.sum()))
+        assert abs(float((expected - kept)[some].mean())) < 4.5 * error
+        assert abs(float((expected / 2 - kept)[some].mean())) > 4.5 * error  # a wrong one fails
+
+
+def test_the_fit_survives_what_has_no_answer() -> None:
+    always = torch.ones(50, 4)
+    assert all(map(math.isfinite, fit_stop(always, torch.ones(50))))
+    apart = torch.linspace(-30, 0, 40)[:, None] * torch.tensor([0.0, 1, 1, 0]) + 1
+    found = fit_stop(apart, (torch.arange(40) > 20).double())
+    assert all(map(math.isfinite, found))
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+COSTS = {"0": (5.0, 0.5), "1": (3.0, 0.25), "2": (1.0, 0.125)}
+LENGTHS = (4, 6, 3)
+
+
+class Clock:
+    """Time passes when a model runs, and only then: a start and a bit for each token."""
+
+    def __init__(self, models: Sequence[Any]) -> None:
+        self.now = 0.0
+        self.costs = {id(model): COSTS[str(i)] for i, model in enumerate(models)}
+
+    def forward(self, original: Any) -> Any:
+        def timed(member: Member, tokens: Any, counts: Any, *rest: Any, **options: Any) -> Any:
+            start, each = self.costs[id(member.model)]
+            self.now += start + each * max(counts)
+            return original(member, tokens, counts, *rest, **options)
+
+        return timed
+
+
+@pytest.fixture(scope="module")
+def models() -> list[Any]:
+    first = toy(0, 23, spread=2.0, max_position_embeddings=1024)
+    return [first, noisy(first, 0.25, 1), noisy(first, 0.35, 2)]
+
+
+@pytest.fixture
+def clock(models: list[Any], monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock(models)
+    monkeypatch.setattr(Member, "forward", made.forward(Member.forward))
+    monkeypatch.setattr(time, "perf_counter", lambda: made.now)
+    return made
+
+
+def texts() -> list[torch.Tensor]:
+    return [prompts((length,), 23, seed=length)["input_ids"] for length in LENGTHS]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_what_is_predicted_is_what_the_loop_takes(
+    models: list[Any], clock: Clock, temperature: float
+) -> None:
+    """Every candidate, two members and a draft; the clock leaves nothing but chance."""
+    found = tune(
+        models[:2],
+        texts(),
+        drafts=models[2:],
+        temperature=temperature,
+        max_new_tokens=150,
+        weights=(0.6, 0.4),
+    )
+    for times, (start, each) in zip(found.profile.forwards, COSTS.values(), strict=True):
+        assert times == tuple((n, start + each * n) for n in (1, 2, 4, 8))
+    assert found.profile.draw == 0
+    assert set(dict(found.profile.verify).values()) == {0.0}
+    options = {"do_sample": temperature > 0, "top_k": 0, "max_new_tokens": 300}
+    for one in found.candidates:
+        decoder = decoder_of(one, models[:2], drafts=models[2:], weights=(0.6, 0.4))
+        seconds = tokens = 0.0
+        for seed, text in enumerate(texts()):
+            decoder.generate(text, seed=10 + seed, **options)
+            assert decoder.statistics is not None
+            seconds += decoder.statistics.decode_seconds
+            tokens += decoder.statistics.num_tokens
+        # 450 positions were read and 900 written; acceptance differs from text to text.
+        tolerance = 1e-9 if one.name == "plain" else 0.12
+        assert one.seconds == pytest.approx(seconds / tokens, rel=tolerance), one.name
+
+
+def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
+    """Against full forwards, without a cache and without the tuning's own reading."""
+    text = texts()[:1]
+    law = {"temperature": 0.7, "weights": (0.6, 0.4)}
+    found = tune(models[:2], text, drafts=[*models[2:], models[0]], max_new_tokens=80, **law)
+    decoder = SpeculativeDecoder(models[:2], schedule="plain", weights=(0.6, 0.4))
+    sweep = _Sweep()
+    decoder.schedule = sweep
+    written = decoder.generate(
+        text[0], seed=0, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=80
+    )
+    with torch.no_grad():
+        one, two, three = (
+            (model(written[:, :-1]).logits[0, text[0].shape[1] - 1 :] / 0.7).softmax(-1)
+            for model in models
+        )
+    mixed = 0.6 * one + 0.4 * two
+    kept = found.profile.kept
+    del sweep
+    for mine, law_of in ((kept[0], one), (kept[1], two)):
+        # The members' laws on the text that the two proposers' sweep has written.
+        assert 0 < mine[-1][0] <= 1
+        assert float(torch.minimum(law_of, mixed).sum(-1).mean()) == pytest.approx(
+            mine[-1][0], abs=0.15
+        )
+    assert kept[0][3] == pytest.approx((1.0,) * 8)  # the second draft is the first member
+    assert kept[0][-1] == pytest.approx(kept[3][-1])
+    assert kept[0][1] == pytest.approx(kept[1][0])
+    assert kept[2][-1][0] < 1
+    assert float(torch.minimum(three, mixed).sum(-1).mean()) == pytest.approx(
+        kept[2][-1][0], abs=0.15
+    )
+    assert all(a >= b for curve in kept[2] for a, b in itertools.pairwise(curve))
+
+
+def test_the_text_that_is_measured_by_is_the_ensembles(models: list[Any]) -> None:
+    plain = SpeculativeDecoder(models[:2], schedule="plain")
+    swept = SpeculativeDecoder(models[:2], schedule="hierarchy", draft=[models[2]])
+    swept.schedule = _Sweep()
+    for text in texts():
+        found, expected = (
+            one.generate(text, do_sample=False, max_new_tokens=60) for one in (swept, plain)
+        )
+        assert found.tolist() == expected.tolist()
+
+
+def test_too_little_text_is_an_error(models: list[Any]) -> None:
+    with pytest.raises(ValueError, match="tune: prompts: expected more text"):
+        tune(models[:2], texts()[:1], max_new_tokens=2)
+
+
+def test_a_product_has_no_components(models: list[Any]) -> None:
+    found = tune(models[:2], texts(), ensemble="product", weights=(1.5, -0.5), max_new_tokens=40)
+    kinds = {one.schedule for one in found.candidates}
+    assert kinds == {"plain", "speculative", "alternating"}
+
+
+def test_a_learned_stop_is_a_candidate_to_check(models: list[Any]) -> None:
+    found = tune(models[:2], texts(), drafts=models[2:], max_new_tokens=40)
+    one = found.stopping()
+    assert one is not None
+    decoder = decoder_of(one, models[:2], drafts=models[2:])
+    assert isinstance(decoder.schedule.stop, LearnedStop)  # type: ignore[attr-defined]
+    assert decoder.schedule.stop in found.stops  # type: ignore[attr-defined]
+    assert found.checked()[0].schedule == "plain"
+    assert found.best() == found.candidates[0]
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+PAIR = ("--model", "family:code", "--model", "family:prose", "--draft", "family:draft")
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def test_tune_check_and_generate_with_what_it_found(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    result = run(
+        "tune", "def f(x):", *PAIR, "--max-new-tokens", "24", "--check", "--repeats", "1",
+        "--threads", "1", "--output", file,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    assert result.stdout.count("best") == 1
+    assert saved["drafts"] == ["family:draft"]
+    assert [one["name"] for one in saved["candidates"] if one["measured"]]
+    for one in saved["candidates"]:
+        assert one["name"].split()[0] in result.stdout
+    assert set(saved["stops"]) == {"code", "prose", "draft"}
+    result = run("generate", "def f(x):", "--config", file, "--max-new-tokens", "8", "--json")
+    assert result.exit_code == 0, result.output
+    statistics = json.loads(result.stdout)["statistics"]
+    drafts = ["draft"] if saved["best"]["drafts"] else []
+    assert statistics["members"] == ["code", "prose", *drafts]
+
+
+def test_auto_says_what_it_took() -> None:
+    result = run("generate", "x = [", *PAIR, "--auto", "--max-new-tokens", "8", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    (line,) = [one for one in result.stderr.splitlines() if one.startswith("auto: ")]
+    assert "times as fast as plain; found in" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--auto", "--schedule", "plain"), "--schedule: expected none beside --auto"),
+        (("--auto", "--gamma", "2"), "--gamma: expected none beside --auto"),
+        (("--config", "/no/such.json"), "--config: expected a file that `specens tune"),
+        (("--config", "x", "--auto"), "--auto: expected none beside --config"),
+        (("--config", "x", "--weights", "0.5,0.5"), "--weights: expected none beside --config"),
+        (("--config", "x", "--scope", "ensemble"), "--scope: expected none beside --config"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], words: str) -> None:
+    result = run("generate", "x", *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert terminal.FAMILY_PREFIX not in result.stderr
