@@ -60,7 +60,7 @@ class At {
     if (side == Side::kDraft) {
       return row.proposer == kNobody ? 1.0 : field_mass(row.proposal, row.proposal.top);
     }
-    if (!row.is_mixture || row.warped) return row.empty ? 0.0 : exp(-row.target.log_sum);
+    if (!row.is_mixture) return field_mass(row.target, row.target.top);
     double most = 0.0;
     for (int64_t token = threadIdx.x; token < vocab_size; token += kThreads) {
       const double mass = target_mass(row, token);
@@ -243,37 +243,43 @@ class Judging {
       decision.status |= status();
       if (row.greedy) decision.best = load_fresh(problem_.best + b_ * problem_.rows + t);
       decision.follows = row.greedy ? Follows::kBest : Follows::kTarget;
-      if (!row.valid) return decision;
-      const bool asks = !row.greedy || at_zero_;
-      if (asks && sweeps_) refine_row(t);
-      decision.judgement = asks ? ask() : Judgement{};
-      if (!keeps(t, decision.judgement, decision.best)) {
-        stop(t, decision);
-        return decision;
-      }
-      if (threadIdx.x == 0) keep(params_, row, b_, t);
-      if (params_.rule == RuleId::kLikelihood) {
-        const double log_prob = value_log_mass(row, value_of(row, row.drafted));
-        memory_ = remember(memory_, log_prob, params_.parameters[1]);
-      }
+      if (!row.valid || !step(t, decision)) return decision;
       decision.stop = t + 1;
       decision.follows = Follows::kNothing;
     }
     return decision;
   }
 
-  // What follows where a valid child is not kept.
-  __device__ __forceinline__ void stop(int64_t t, Decision& decision) {
-    if (shared_.row.greedy) {
-      if (decision.judgement.vetoed) decision.best = best_but_child();
-      return;
+  // Whether the valid child of a row is kept; if not, what follows.
+  __device__ __forceinline__ bool step(int64_t t, Decision& decision) {
+    const Row& row = shared_.row;
+    const bool asks = !row.greedy || at_zero_;
+    for (bool refined = sweeps_;; refined = true) {
+      if (asks && refined) refine_row(t);
+      decision.judgement = asks ? ask() : Judgement{};
+      if (keeps(t, decision.judgement, decision.best)) {
+        keep_child(t);
+        return true;
+      }
+      if (row.greedy) {
+        if (decision.judgement.vetoed) decision.best = best_but_child();
+        return false;
+      }
+      if (decision.judgement.left == Left::kTarget && !decision.judgement.without_token) {
+        return false;
+      }
+      decision.follows = Follows::kLeft;
+      // Two laws that are nearly equal differ by less than what their normalisers were good to.
+      if (refined) return false;
     }
-    if (decision.judgement.left == Left::kTarget && !decision.judgement.without_token) return;
-    decision.follows = Follows::kLeft;
-    if (sweeps_) return;
-    // Two laws that are nearly equal differ by less than what their normalisers were good to.
-    refine_row(t);
-    decision.judgement = ask();
+  }
+
+  __device__ __forceinline__ void keep_child(int64_t t) {
+    const Row& row = shared_.row;
+    if (threadIdx.x == 0) keep(params_, row, b_, t);
+    if (params_.rule != RuleId::kLikelihood) return;
+    const double log_prob = value_log_mass(row, value_of(row, row.drafted));
+    memory_ = remember(memory_, log_prob, params_.parameters[1]);
   }
 
   // Every row is looked at before the last draft that is kept is known.
