@@ -27,10 +27,16 @@ else:
     AVAILABLE, REASON = True, ""
 
 # Those that need no sweep of their own.
-RULES = ("rejection", "k_seq", "lenient", "greedy")
+_RULES = ("rejection", "k_seq", "lenient", "greedy")
 _MAX_MEMBERS = 8
 _MAX_ROWS = 65_535
 _MAX_VOCABULARY = 2048 * 1024
+
+
+def acceptance_rules() -> list[str]:
+    """The acceptance rules that have a CUDA kernel, on chains."""
+    return list(_RULES)
+
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -79,7 +85,7 @@ def verify(
     """See `reference.verify`."""
     if parents is not None:
         raise Unsupported("trees have no CUDA kernel")
-    if acceptance not in RULES:
+    if acceptance not in _RULES:
         raise Unsupported(f"rule {acceptance!r} has no CUDA kernel")
     _check(logits, law)
     if draft_temperature is not None:

@@ -41,8 +41,8 @@ class Unsupported(NotImplementedError):
     """Valid arguments that no native kernel takes; the message is the reason."""
 
 
-def rules() -> list[str]:
-    """The acceptance rules that have a native kernel."""
+def acceptance_rules() -> list[str]:
+    """The acceptance rules that have a native kernel, on chains."""
     return list(_RULES)
 
 
@@ -186,7 +186,7 @@ def flatten_verify(
     if parents is not None:
         raise Unsupported("trees have no native kernel")
     if acceptance not in _RULES:
-        raise Unsupported(f"rule {acceptance!r} has no native kernel; add it to csrc/rules.h")
+        raise Unsupported(f"rule {acceptance!r} has no native kernel")
     flat = _members(logits) + _law(law)
     draft = _NO_VALUES if draft_logits is None else _logits(draft_logits)
     if draft_temperature is None:

@@ -3,7 +3,7 @@
 
 A call is a seed: the same seed gives the same arguments. What a backend returns is compared with
 the reference: tokens, counts, paths and status exactly, numbers up to single precision. To cover a
-new argument, draw it in `call`.
+new argument, draw it in `call`; a new parameter of a rule, in `Dice.acceptance`.
 """
 
 import math
@@ -201,35 +201,40 @@ def check(backend: str, one: Call) -> None:
         )
 
 
-NEAR = 1e-6  # what single-precision normalisers leave of a statistic is well within
+# --- thresholds ---
+
+# Normalisers of single precision move a statistic by less than this.
+NEAR = 1e-6
+COUNTED = ("k", "top_k", "top_n")  # parameters that are whole numbers
 
 
 def nearby(acceptance: Acceptance) -> Iterator[Acceptance]:
-    """The rule with each of its real parameters moved by NEAR, where the range allows it."""
-    for i, parameter in enumerate(acceptance.rule.parameters):
-        if parameter.name in ("top_k", "top_n", "k"):
-            continue
+    """The rule with each of its real parameters moved by NEAR, within its range."""
+    given = acceptance.rule.parameters
+    values = {one.name: value for one, value in zip(given, acceptance.parameters, strict=True)}
+    for one in given:
         for step in (-NEAR, NEAR):
-            values = dict(
-                zip(
-                    [each.name for each in acceptance.rule.parameters],
-                    acceptance.parameters,
-                    strict=True,
-                )
-            )
-            values[parameter.name] = acceptance.parameters[i] + step
-            if parameter.low < values[parameter.name] <= parameter.high or (
-                values[parameter.name] == parameter.low and not parameter.open_low
-            ):
-                yield Acceptance(acceptance.rule.name, **values)
+            moved = min(max(values[one.name] + step, one.low), one.high)
+            if one.name not in COUNTED and (moved > one.low or not one.open_low):
+                yield Acceptance(acceptance.rule.name, **{**values, one.name: moved})
 
 
 def is_near_a_threshold(one: Call) -> bool:
-    """Whether the reference itself decides otherwise when a parameter moves by NEAR."""
+    """Whether the reference decides otherwise when a parameter of the rule moves by NEAR."""
     expected = one.run("reference")
     for moved in nearby(one.options["acceptance"]):
-        options = {**one.options, "acceptance": moved}
-        found = one._replace(options=options).run("reference")
+        found = one._replace(options={**one.options, "acceptance": moved}).run("reference")
         if any(not torch.equal(expected[i], found[i]) for i in EXACT[one.op]):
             return True
     return False
+
+
+def check_but_near(backend: str, one: Call) -> bool:
+    """`check`; False if they disagree where no backend can be asked to agree."""
+    try:
+        check(backend, one)
+    except AssertionError:
+        if is_near_a_threshold(one):
+            return False
+        raise
+    return True

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import rules
 import torch
-from calls import DTYPES, REAL, SMALL, TILES, Call, call, check
+from calls import DTYPES, REAL, SMALL, TILES, Call, call, check, check_but_near
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ENSEMBLES, Acceptance, Law, sample
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, native, ops, sample
 
 EVERY = pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
 
@@ -53,6 +54,134 @@ def test_calls_that_some_backend_once_got_wrong(backend: str) -> None:
     """Values that single precision cannot tell apart, next to a threshold or a residual."""
     for seed in (25, 2087, 2826, 3095, 3221, 3662, 5277):
         check(backend, call(seed, SMALL))
+
+
+# --- every rule ---
+
+# Few of the calls may be too near a threshold to tell: of 10,000, 4 are.
+RULE_COUNTS = {"native": 2400, "cuda": 100, "triton": 40}
+REFUSED = {"native": {"mentored"}}  # what GPUs refuse, their own tests say
+
+
+def rules_of(backend: str) -> list[str]:
+    return list(ops._MODULES[backend].acceptance_rules())
+
+
+def random_rule_calls() -> Iterator[Any]:
+    for backend, count in RULE_COUNTS.items():
+        portion = {"native": 200, "cuda": 50, "triton": 20}[backend]
+        for first in range(0, count, portion):
+            marks = [pytest.mark.slow] if backend == "triton" else []
+            seeds = range(first, first + portion)
+            yield pytest.param(backend, seeds, id=f"{backend} {first}", marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "seeds"), list(random_rule_calls()), indirect=["backend"])
+def test_random_calls_under_every_rule(backend: str, seeds: range) -> None:
+    names, near = sorted(rules_of(backend)), 0
+    for seed in seeds:
+        sizes = TILES if seed % 4 == 0 else SMALL
+        near += not check_but_near(backend, call(40_000 + seed, sizes, names))
+    assert near <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("rule", sorted(ACCEPTANCE_RULES))
+def test_every_rule_at_real_vocabularies(backend: str, rule: str) -> None:
+    if rule not in rules_of(backend):
+        pytest.skip(f"{rule} has no kernel")
+    for seed in range(3):
+        check_but_near(backend, call(50_000 + seed, REAL, [rule]))
+
+
+def test_the_random_calls_get_both_answers_from_every_rule() -> None:
+    for rule in ACCEPTANCE_RULES:
+        kept, refused = 0, 0
+        for seed in range(40_000, 40_020):
+            one = call(seed, SMALL, [rule])
+            accepted = one.run("reference")[2]
+            kept += int(accepted.sum())
+            refused += int((accepted < one.arguments[1].shape[1]).sum())
+        assert min(kept, refused) > 0, rule
+
+
+@EVERY
+def test_a_rule_without_a_kernel_is_refused(backend: str) -> None:
+    refused = set(ACCEPTANCE_RULES) - set(rules_of(backend))
+    assert refused == REFUSED.get(backend, refused)
+    logits = [torch.randn(1, 2, 8)]
+    for rule in refused:
+        with pytest.raises(native.Unsupported, match=f"rule '{rule}' has no"):
+            verify_call(logits, torch.tensor([[1]]), Law(), acceptance=rule).run(backend)
+
+
+def hard_rows(name: str) -> tuple[Tensor, Tensor]:
+    """(3, 2, 40) logits of two members; the draft is token 7, the second member's."""
+    dice = torch.Generator().manual_seed(3)
+    target, draft = torch.randn(2, 3, 2, 40, generator=dice).mul(2).unbind()
+    draft[..., 7] += 4
+    if name == "q(x) is 0":
+        draft[..., 7] = -torch.inf
+    elif name == "p(x) is 0":
+        target[..., 7] = -torch.inf
+    elif name == "p is one token":
+        target[:, :, 8:], target[..., :7] = -torch.inf, -torch.inf
+    elif name == "q is one token":
+        draft[:, :, 8:], draft[..., :7] = -torch.inf, -torch.inf
+    elif name == "p is empty":
+        target[1:] = -torch.inf
+    elif name == "q is empty":
+        draft[1:] = -torch.inf
+    elif name == "NaN":
+        target[0, 0, 3] = draft[1, 0, 5] = torch.nan
+    elif name == "infinite":
+        target[0, 0, 3] = draft[1, 0, 5] = torch.inf
+    elif name == "p is q":
+        target = draft.clone()
+    elif name == "uniform":
+        target, draft = torch.zeros_like(target), torch.zeros_like(draft)
+    return target, draft
+
+
+HARD_ROWS = ["q(x) is 0", "p(x) is 0", "p is one token", "q is one token", "p is empty"]
+HARD_ROWS += ["q is empty", "NaN", "infinite", "p is q", "uniform"]
+
+
+@EVERY
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("drafted", ["by a member", "as a point"])
+@pytest.mark.parametrize("rows", HARD_ROWS)
+def test_hard_rows_under_every_rule(
+    backend: str, temperature: float, drafted: str, rows: str
+) -> None:
+    target, draft = hard_rows(rows)
+    proposers = torch.tensor([1]) if drafted == "by a member" else None
+    law, tokens = Law((1.0, 0.0), temperature=temperature), torch.full((3, 1), 7)
+    # At the thresholds themselves, where equal laws are, no two backends need agree.
+    apart = 0
+    for rule in sorted(set(rules_of(backend))):
+        for parameters in rules.PARAMETERS.get(rule, [{}]):
+            options = {"proposers": proposers, "acceptance": Acceptance(rule, **parameters)}
+            apart += not check_but_near(
+                backend, verify_call([target, draft], tokens, law, **options)
+            )
+    assert apart == 0
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_memory_of_any_type_is_read(backend: str, dtype: torch.dtype) -> None:
+    logits = torch.randn(4, 3, 30)
+    tokens = logits[:, :2].topk(2, -1).indices[..., 1]
+    chosen = Acceptance("likelihood", threshold=2, smoothing=0.6)
+    answers = []
+    for memory in (torch.tensor([0.0, 2.0, 4.0, 8.0], dtype=dtype), None):
+        one = verify_call([logits], tokens, Law(), acceptance=chosen, memory=memory)
+        one.arguments[2].zero_()
+        assert check_but_near(backend, one)
+        answers.append(one.run(backend)[2].tolist())
+    assert answers[0] != answers[1]
 
 
 # --- searches ---

@@ -436,7 +436,7 @@ def test_the_native_kernels_take_every_rule_ensemble_and_scope() -> None:
                 mix(logits, law)
                 sample(logits, numbers, law)
                 sample(logits, numbers, law, member=1)
-                for acceptance in native.rules():
+                for acceptance in native.acceptance_rules():
                     verify(logits, draft, numbers, law, acceptance=acceptance)
 
 

@@ -25,6 +25,8 @@ from specens_kernels import (
     Acceptance,
     Law,
     Stream,
+    native,
+    ops,
     reference,
     sample,
     uniforms,
@@ -324,6 +326,18 @@ def test_every_rule_emits_what_its_definition_says(case: Case) -> None:
     assert surprise < 1e-9
     if ACCEPTANCE_RULES[case.acceptance].lossless:
         assert laws.joint_distance(case, law) < 1e-9
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
+@pytest.mark.parametrize("case", [*map(mixed_draft, ONE_OF_EACH)], ids=str)
+def test_every_kernel_emits_what_the_rules_definition_says(backend: str, case: Case) -> None:
+    if case.acceptance not in ops._MODULES[backend].acceptance_rules():
+        with pytest.raises(native.Unsupported, match="rule"):
+            laws.observed_law(case, through_the_op(case), GRID)
+        return
+    law, _ = laws.observed_law(case, through_the_op(case), GRID)
+    expected = laws.emitted_law(case, lambda question: laws.predicted(case, question))
+    assert laws.total_variation(law, expected) < 1e-6
 
 
 def test_the_enumeration_sees_a_lossy_rule() -> None:

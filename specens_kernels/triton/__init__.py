@@ -17,6 +17,11 @@ REASON = "" if AVAILABLE else "Triton is not installed"
 _OPS = ("mix", "sample", "uniforms", "verify")
 
 
+def acceptance_rules() -> list[str]:
+    """The acceptance rules that have a Triton kernel, on chains."""
+    return list(import_module(f"{__name__}.rules").KEPT)
+
+
 def __getattr__(name: str) -> Any:
     """An op; Triton, which takes a while, is imported when the first one is asked for."""
     if name not in _OPS:

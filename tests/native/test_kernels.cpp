@@ -201,8 +201,9 @@ struct Situation {
   EnsembleId id;
   bool warp_members;
   double plausibility;
-  RuleId rule;
+  RuleId rule;  // one that `Walk` knows the law of
   double lenience;
+  Table<double> memory;  // (B,)
   Table<float> weights, temperature, top_p, min_p;
   Table<int32_t> top_k;
   Table<float> uniforms;  // (B, N + 1, 4)
@@ -423,7 +424,7 @@ Situation situation(uint64_t seed) {
     s.min_p = table<float>(random, s.batch, 1, 1,
                            [&] { return random.pick({0.0f, 0.05f, 0.5f, 1e-6f, 1.0f}); });
   }
-  s.rule = specens::kRules[random.below(std::size(specens::kRules))].id;
+  s.rule = random.pick({RuleId::kRejection, RuleId::kLenient, RuleId::kGreedy});
   s.lenience = random.pick({1.0, 0.5, 0.01});
   s.uniforms = Table<float>(s.batch, s.nodes + 1, 4);
   for (float& number : s.uniforms.values) {
@@ -434,6 +435,8 @@ Situation situation(uint64_t seed) {
     for (size_t i = 0; i < s.uniforms.values.size(); i += 4) s.uniforms.values[i] *= 0.01f;
   }
   set_drafts(random, s);
+  s.memory = Table<double>(s.batch, 1, 1);
+  for (double& memory : s.memory.values) memory = 3.0 * random.uniform();
   if (s.hostile) make_hostile(random, s);
   context.about = "; V " + std::to_string(s.vocab_size) + ", M " + std::to_string(members) +
                   ", B " + std::to_string(s.batch) + ", N " + std::to_string(s.nodes) +
@@ -471,6 +474,7 @@ class Inputs {
     proposers_ = integers(s.proposers, s.wide_proposers);
     draft_ = s.draft.empty() ? Logits{} : logits(s.draft[0]);
     draft_temperature_ = values(s.draft_temperature);
+    memory_ = values(s.memory);
     originals_ = buffers_;
   }
 
@@ -480,6 +484,7 @@ class Inputs {
   const Integers& proposers() const { return proposers_; }
   const Logits& draft() const { return draft_; }
   const Values<float>& draft_temperature() const { return draft_temperature_; }
+  const Values<double>& memory() const { return memory_; }
   bool untouched() const { return buffers_ == originals_; }
 
   template <typename T>
@@ -553,6 +558,7 @@ class Inputs {
   Integers proposers_;
   Logits draft_;
   Values<float> draft_temperature_;
+  Values<double> memory_;
 };
 
 // --- outputs
@@ -679,17 +685,56 @@ Sampled run_sample(const Situation& s, const Inputs& inputs, int member, int thr
   return {tokens.take(), settled(log_probs.take()), settled(lse.take()), status.take()};
 }
 
-Verdict run_verify(const Situation& s, const Inputs& inputs, int threads, bool margins) {
+// A rule and its parameters.
+struct Asked {
+  RuleId rule;
+  double parameters[specens::kMaxParameters];
+};
+
+// Parameters of the rules that are not `Situation::rule`'s, which neither always nor never keep a
+// draft.
+Asked asked(RuleId rule, uint64_t seed) {
+  const double top = static_cast<double>(seed % 4 * 3);
+  switch (rule) {
+    case RuleId::kTypical:
+      return {rule, {0.05, 0.3}};
+    case RuleId::kTopK:
+      return {rule, {1.0 + top}};
+    case RuleId::kLikelihood:
+      return {rule, {2.0, 0.3}};
+    case RuleId::kEntropyVeto:
+      return {rule, {0.5, 0.5, 0.3, 1.0 + 7.0 * top}};
+    default:
+      return {rule, {0.3, top}};
+  }
+}
+
+Verdict run_verify(const Situation& s, const Asked& asked, const Inputs& inputs, int threads,
+                   bool margins) {
   Output<int64_t> tokens(s.batch * (s.nodes + 1), kUnwritten, margins);
   Output<float> log_probs(s.batch * (s.nodes + 1), unwritten(), margins);
   Output<int32_t> num_accepted(s.batch, kUnwritten, margins);
   Output<int32_t> path(s.batch * s.nodes, kUnwritten, margins);
   Output<int32_t> status(s.batch, kUnwritten, margins);
-  specens::verify(
-      {inputs.ensemble(), s.rule, s.lenience, s.bonus, s.batch, s.nodes, inputs.draft_tokens(),
-       inputs.proposers(), inputs.uniforms(), inputs.draft(), inputs.draft_temperature(),
-       tokens.data(), log_probs.data(), num_accepted.data(), path.data(), status.data()},
-      threads);
+  specens::VerifyParams params = {};
+  params.ensemble = inputs.ensemble();
+  params.rule = asked.rule;
+  std::copy_n(asked.parameters, specens::kMaxParameters, params.parameters);
+  if (asked.rule == RuleId::kLikelihood) params.memory = inputs.memory();
+  params.bonus = s.bonus;
+  params.batch = s.batch;
+  params.nodes = s.nodes;
+  params.draft_tokens = inputs.draft_tokens();
+  params.proposers = inputs.proposers();
+  params.uniforms = inputs.uniforms();
+  params.draft_logits = inputs.draft();
+  params.draft_temperature = inputs.draft_temperature();
+  params.tokens = tokens.data();
+  params.log_probs = log_probs.data();
+  params.num_accepted = num_accepted.data();
+  params.path = path.data();
+  params.status = status.data();
+  specens::verify(params, threads);
   return {tokens.take(), settled(log_probs.take()), num_accepted.take(), path.take(),
           status.take()};
 }
@@ -890,6 +935,19 @@ class Walk {
         greedy_(s.rule == RuleId::kGreedy || s.greedy(b)) {}
 
   void check() {
+    const int64_t emitted = check_shape();
+    if (s_.hostile) return;
+    const int64_t accepted = verdict_.num_accepted[b_];
+    const int64_t* tokens = &verdict_.tokens[b_ * (s_.nodes + 1)];
+    const float* log_probs = &verdict_.log_probs[b_ * (s_.nodes + 1)];
+    for (int64_t t = 0; t < emitted; ++t) step(t, tokens[t], log_probs[t], t < accepted);
+    const int32_t status = verdict_.status[b_];
+    expect((status & ~specens::kEmptyResidual) == status_, "status", status);
+    expect(may_be_empty_ || (status & specens::kEmptyResidual) == 0, "empty residual", status);
+  }
+
+  // What holds for every rule; returns how many tokens were emitted.
+  int64_t check_shape() const {
     const int64_t accepted = verdict_.num_accepted[b_];
     const int64_t* tokens = &verdict_.tokens[b_ * (s_.nodes + 1)];
     const float* log_probs = &verdict_.log_probs[b_ * (s_.nodes + 1)];
@@ -906,11 +964,7 @@ class Walk {
       if (i >= accepted) continue;
       expect(tokens[i] == s_.draft_tokens.at(b_, i), "not the token accepted", double(tokens[i]));
     }
-    if (s_.hostile) return;
-    for (int64_t t = 0; t < emitted; ++t) step(t, tokens[t], log_probs[t], t < accepted);
-    const int32_t status = verdict_.status[b_];
-    expect((status & ~specens::kEmptyResidual) == status_, "status", status);
-    expect(may_be_empty_ || (status & specens::kEmptyResidual) == 0, "empty residual", status);
+    return emitted;
   }
 
  private:
@@ -1063,8 +1117,9 @@ uint64_t run_situation(uint64_t seed) {
     digest.add(sampled.status);
   }
 
+  const Asked known = {s.rule, {s.lenience}};
   const auto verify = [&](const Inputs& inputs, int threads, bool margins) {
-    return run_verify(s, inputs, threads, margins);
+    return run_verify(s, known, inputs, threads, margins);
   };
   const Verdict verdict = repeat("verify", s, one, other, verify, [&](const Verdict& result) {
     check_tokens(s, result.tokens, true);
@@ -1075,6 +1130,24 @@ uint64_t run_situation(uint64_t seed) {
   digest.add(verdict.num_accepted);
   digest.add(verdict.path);
   digest.add(verdict.status);
+
+  // The rules take turns: each meets every size.
+  for (uint64_t turn = 0; turn < 2; ++turn) {
+    const auto& rule =
+        specens::kRules[(seed / 20 + 7 * seed + 11 * turn) % std::size(specens::kRules)];
+    const Asked chosen = asked(rule.id, seed);
+    const auto verify_by = [&](const Inputs& inputs, int threads, bool margins) {
+      return run_verify(s, chosen, inputs, threads, margins);
+    };
+    const Verdict found = repeat(rule.name, s, one, other, verify_by, [&](const Verdict& result) {
+      check_tokens(s, result.tokens, true);
+      for (int64_t b = 0; b < s.batch; ++b) Walk(s, mixed, proposals, result, b).check_shape();
+    });
+    digest.add(found.tokens);
+    digest.add(found.log_probs);
+    digest.add(found.num_accepted);
+    digest.add(found.status);
+  }
 
   const auto sweep = [&](const Inputs& inputs, int threads, bool) {
     return run_floor_sweep(s, inputs, threads);
