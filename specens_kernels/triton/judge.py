@@ -23,6 +23,7 @@ from .chain import (
     read_row,
     refined_laws,
 )
+from .cutoffs import halved
 from .laws import is_greedy, log_prob, look, most_probable, no, yes
 
 BLOCK = tl.constexpr(2048)
@@ -64,6 +65,112 @@ def _sum(law, proposal, verdict, laws, b, t, proposer, token, bound):
     return tl.sum(sums, 0)
 
 
+# --- the most probable tokens ---------------------------------------------------------------------
+
+
+@triton.jit
+def _side(p, q, OF_DRAFT: tl.constexpr):
+    if OF_DRAFT:
+        return q
+    else:
+        return p
+
+
+@triton.jit
+def _least_of_top(law, proposal, laws, b, t, proposer, token, count, OF_DRAFT: tl.constexpr):
+    """Tokens are among the `count` most probable, or tie with them, iff not below this."""
+    low = tl.full((), 0.0, tl.float64)
+    high = tl.full((), 1.0, tl.float64)
+    step = tl.full((), 0, tl.int32)
+    while low < high:
+        edge = halved(low, high, step)
+        sums = tl.zeros((BLOCK,), tl.float64)
+        above = tl.full((BLOCK,), 1.0, tl.float64)
+        below = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, law.vocab_size, BLOCK):
+            p, q = _look_at_block(law, proposal, laws, b, t, proposer, token, start)
+            law_of_side = _side(p, q, OF_DRAFT)
+            beyond = law_of_side > edge
+            sums += tl.where(beyond, 1.0, 0.0)
+            above = tl.minimum(above, tl.where(beyond, law_of_side, 1.0))
+            below = tl.maximum(below, tl.where(beyond, 0.0, law_of_side))
+        enough = tl.sum(sums, 0) < count
+        high = tl.where(enough, tl.maximum(tl.max(below, 0), low), high)
+        low = tl.where(enough, low, tl.minimum(tl.min(above, 0), high))
+        step += 1
+    return rules.least(high)
+
+
+@triton.jit
+def _count(law, value):
+    """How many tokens a parameter asks for, at most all."""
+    return tl.minimum(rules.number(value), law.vocab_size).to(tl.int64).to(tl.float64)
+
+
+@triton.jit
+def _narrowed_sum(law, proposal, verdict, laws, b, t, proposer, token):
+    """Of the rule's term over the target's most probable tokens, and over the rest as one token."""
+    count = _count(law, verdict.parameters[1])
+    bound = tl.full((), 0.0, tl.float64)
+    if count < law.vocab_size:
+        bound = _least_of_top(law, proposal, laws, b, t, proposer, token, count, False)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    rest = tl.zeros((BLOCK,), tl.float64)
+    drafted_rest = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, law.vocab_size, BLOCK):
+        p, q = _look_at_block(law, proposal, laws, b, t, proposer, token, start)
+        inside = p >= bound
+        sums += tl.where(inside, verdict.rule.term(p, q, bound), 0.0)
+        rest += tl.where(inside, 0.0, p)
+        drafted_rest += tl.where(inside, 0.0, q)
+    return tl.sum(sums, 0) + verdict.rule.term(tl.sum(rest, 0), tl.sum(drafted_rest, 0), bound)
+
+
+@triton.jit
+def _vetoes(law, proposal, verdict, laws, b, t, proposer, token, p_of_token):
+    """Whether both laws are unsure, and of the same tokens."""
+    sums = tl.zeros((BLOCK,), tl.float64)
+    drafted_sums = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, law.vocab_size, BLOCK):
+        p, q = _look_at_block(law, proposal, laws, b, t, proposer, token, start)
+        sums += rules.term_entropy(p, q, 0.0)
+        drafted_sums += rules.term_entropy(q, p, 0.0)
+    vetoed = tl.sum(sums, 0) > rules.number(verdict.parameters[0])
+    vetoed = vetoed & (tl.sum(drafted_sums, 0) > rules.number(verdict.parameters[1]))
+    vetoed = vetoed & (p_of_token < 1)
+    count = _count(law, verdict.parameters[3])
+    if vetoed & (count < law.vocab_size):
+        bound = _least_of_top(law, proposal, laws, b, t, proposer, token, count, False)
+        draft_bound = _least_of_top(law, proposal, laws, b, t, proposer, token, count, True)
+        common = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, law.vocab_size, BLOCK):
+            p, q = _look_at_block(law, proposal, laws, b, t, proposer, token, start)
+            exists = start + tl.arange(0, BLOCK) < law.vocab_size
+            common += tl.where(exists & (p >= bound) & (q >= draft_bound), 1.0, 0.0)
+        vetoed = tl.sum(common, 0) >= rules.number(verdict.parameters[2]) * count
+    return vetoed
+
+
+@triton.jit
+def _best_but(law, laws, b, t, token):
+    """The lowest of the target's most probable tokens other than one."""
+    best = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, law.vocab_size, BLOCK):
+        p, _q = _look_at_block(law, None, laws, b, t, -1, token, start)
+        offsets = start + tl.arange(0, BLOCK)
+        best = tl.maximum(best, tl.where(offsets == token, 0.0, p))
+    bound = rules.least(tl.max(best, 0))
+    first = tl.full((BLOCK,), 2**31 - 1, tl.int32)
+    for start in range(0, law.vocab_size, BLOCK):
+        p, _q = _look_at_block(law, None, laws, b, t, -1, token, start)
+        offsets = start + tl.arange(0, BLOCK)
+        first = tl.minimum(first, tl.where((p >= bound) & (offsets != token), offsets, first))
+    return tl.min(first, 0)
+
+
+# --- one row --------------------------------------------------------------------------------------
+
+
 @triton.jit
 def judgement(law, proposal, work, verdict, laws, row, b, t, proposer, token, greedy, memory):
     """q of a drafted token, and what its rule says: kept, scale, bound, trusted."""
@@ -77,11 +184,17 @@ def judgement(law, proposal, work, verdict, laws, row, b, t, proposer, token, gr
     if verdict.rule.bound is not None:
         bound = verdict.rule.bound(p, best, verdict.parameters)
     found = tl.full((), 0.0, tl.float64)
-    if verdict.rule.term is not None:
+    if verdict.rule.narrows and verdict.parameters[-1] > 0:
+        found = _narrowed_sum(law, proposal, verdict, laws, b, t, proposer, token)
+    elif verdict.rule.term is not None:
         found = _sum(law, proposal, verdict, laws, b, t, proposer, token, bound)
     kept, scale, bound, trusted = verdict.rule.judge(
         p, q, best, draft_best, bound, found, memory, verdict.parameters
     )
+    if verdict.rule.vetoes:
+        if _vetoes(law, proposal, verdict, laws, b, t, proposer, token, p):
+            kept *= 0.0
+            bound += 1.0
     return q, kept, scale, bound, trusted
 
 
@@ -110,6 +223,10 @@ def _judge_row(law, proposal, work, verdict, b, t, memory):
             law, proposal, work, verdict, laws, row, b, t, proposer, token, greedy, memory
         )
         kept = tl.where(greedy, kept | trusted, _coin(verdict, b, t + 1) * q < mass)
+        if verdict.rule.vetoes:
+            kept = kept & (bound == 0)
+            if greedy & (bound > 0):
+                best = _best_but(law, laws, b, t, token)
         tl.store(verdict.scalars + row * 2, scale)
         tl.store(verdict.scalars + row * 2 + 1, bound)
     found = tl.full((), 0.0, tl.float64)

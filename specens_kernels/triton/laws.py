@@ -184,6 +184,8 @@ def mass_below(value, top, inverse, DTYPE: tl.constexpr):
 @triton.jit
 def mass_of(value, laws, source: tl.constexpr, DTYPE: tl.constexpr):
     kept = (value > -float("inf")) & (value.to(laws[3][source].dtype) >= laws[3][source])
+    # A member of weight 0 has no top, and is read where it proposes.
+    kept = kept & (laws[2][source] != 0)
     mass = mass_below(value, laws[0][source], laws[1][source], DTYPE)
     return tl.where(kept, laws[2][source].to(DTYPE) * mass, 0.0)
 

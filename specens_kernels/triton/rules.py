@@ -24,7 +24,7 @@ def least(b):
 
 
 @triton.jit
-def _number(value):
+def number(value):
     """A parameter; a bare constant would be of single precision."""
     return tl.full((), value, tl.float64)
 
@@ -70,6 +70,12 @@ def left_below_target(p, q, drafted, scale, bound):
 @triton.jit
 def left_below_draft(p, q, drafted, scale, bound):
     return tl.where(q < bound, tl.maximum(scale * p - q, 0.0), scale * p)
+
+
+@triton.jit
+def left_unless_vetoed(p, q, drafted, scale, bound):
+    """The bound says whether x is vetoed."""
+    return tl.where(bound > 0, tl.where(drafted, 0.0, p), tl.maximum(p - q, 0.0))
 
 
 # --- terms of a sum over the vocabulary -----------------------------------------------------------
@@ -138,12 +144,12 @@ def bound_token(p, best, parameters):
 
 @triton.jit
 def bound_difference(p, best, parameters):
-    return least(best - _number(parameters[0]))
+    return least(best - number(parameters[0]))
 
 
 @triton.jit
 def bound_ratio(p, best, parameters):
-    return least((1.0 - _number(parameters[0])) * best)
+    return least((1.0 - number(parameters[0])) * best)
 
 
 # --- judgements -----------------------------------------------------------------------------------
@@ -159,7 +165,7 @@ def plain(p, q, best, draft_best, bound, found, memory, parameters):
 @triton.jit
 def cactus(p, q, best, draft_best, bound, found, memory, parameters):
     others = 1.0 - p
-    variance = 2.0 * _number(parameters[0]) * p * others
+    variance = 2.0 * number(parameters[0]) * p * others
     raised = tl.minimum(p + tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
     scale = tl.where(others > 0, (1.0 - raised) / tl.where(others > 0, others, 1.0), 0.0)
     return tl.minimum(raised, q), scale, bound, p < 0
@@ -175,17 +181,17 @@ def _row_cascade(p, q, draft_best, bound, least_best):
 
 @triton.jit
 def cascade_chow(p, q, best, draft_best, bound, found, memory, parameters):
-    return _row_cascade(p, q, draft_best, bound, 1.0 - _number(parameters[0]))
+    return _row_cascade(p, q, draft_best, bound, 1.0 - number(parameters[0]))
 
 
 @triton.jit
 def cascade_diff(p, q, best, draft_best, bound, found, memory, parameters):
-    return _row_cascade(p, q, draft_best, bound, best - _number(parameters[0]))
+    return _row_cascade(p, q, draft_best, bound, best - number(parameters[0]))
 
 
 @triton.jit
 def cascade_opt(p, q, best, draft_best, bound, found, memory, parameters):
-    return _row_cascade(p, q, draft_best, bound, best - _number(parameters[0]) * found)
+    return _row_cascade(p, q, draft_best, bound, best - number(parameters[0]) * found)
 
 
 @triton.jit
@@ -213,30 +219,30 @@ def _gate(q, bound, is_open):
 
 @triton.jit
 def divergence_gate(p, q, best, draft_best, bound, found, memory, parameters):
-    return _gate(q, bound, found <= _number(parameters[0]))
+    return _gate(q, bound, found <= number(parameters[0]))
 
 
 @triton.jit
 def typical(p, q, best, draft_best, bound, found, memory, parameters):
-    most = tl.minimum(tl.exp(-found) * _number(parameters[1]), _number(parameters[0]))
+    most = tl.minimum(tl.exp(-found) * number(parameters[1]), number(parameters[0]))
     return _gate(q, bound, p > most)
 
 
 @triton.jit
 def top_k(p, q, best, draft_best, bound, found, memory, parameters):
-    return _gate(q, bound, found < _number(parameters[0]))
+    return _gate(q, bound, found < number(parameters[0]))
 
 
 @triton.jit
 def remember(memory, log_prob, smoothing):
     """The memory of `likelihood` after one more emitted token."""
-    return _number(smoothing) * memory - (1.0 - _number(smoothing)) * log_prob
+    return number(smoothing) * memory - (1.0 - number(smoothing)) * log_prob
 
 
 @triton.jit
 def likelihood(p, q, best, draft_best, bound, found, memory, parameters):
     surprise = remember(memory, tl.log(p), parameters[1])
-    return _gate(q, bound, surprise <= _number(parameters[0]))
+    return _gate(q, bound, surprise <= number(parameters[0]))
 
 
 # --- several tokens at once -----------------------------------------------------------------------
@@ -269,7 +275,9 @@ class Rule(NamedTuple):
     kept: what x keeps, where its p and q say it; else judge, of the row's scalars. left: of a
     token; the target if None. term, bound: of the sum, and of what compares with it. reads_draft:
     whether the term reads q. finds_best: whether the target's best is asked for. at_zero: whether
-    the rule is asked at temperature 0. walks: whether a row depends on those before.
+    the rule is asked at temperature 0. walks: whether a row depends on those before. narrows:
+    whether the second parameter says how many of the target's tokens the sum tells apart, if not 0.
+    vetoes: whether x is refused where both laws are unsure.
     """
 
     kept: Any = None
@@ -281,6 +289,8 @@ class Rule(NamedTuple):
     finds_best: Any = False
     at_zero: Any = False
     walks: Any = False
+    narrows: Any = False
+    vetoes: Any = False
 
 
 def _cascade(judge: Any, **options: Any) -> Rule:
@@ -318,11 +328,12 @@ RULES = {
     "cascade_v2": _token_cascade_of(*_BY_TARGET, bound_difference),
     "cascade_v3": _token_cascade_of(*_BY_TARGET, bound_ratio),
     **{
-        name: _gate_of(divergence_gate, term=term, reads_draft=True)
+        name: _gate_of(divergence_gate, term=term, reads_draft=True, narrows=True)
         for name, term in _DIVERGENCES.items()
     },
     "typical": _gate_of(typical, term=term_entropy),
     "top_k": _gate_of(top_k, term=term_above, bound=bound_token),
+    "entropy_veto": Rule(judge=plain, left=left_unless_vetoed, at_zero=True, vetoes=True),
     "likelihood": _gate_of(likelihood, walks=True),
 }
 FOLDS = {"mixture": weighted_sum, "product": weighted_sum}

@@ -59,6 +59,7 @@ from .sweep import sweep
 
 # Chosen so that nothing spills, or little with eight members; benchmarks/gpu_report.py shows it.
 DECIDE_WARPS = 16
+JUDGE_WARPS = 8
 EMIT_WARPS = 4
 WARPS_OF_MANY = 8  # of both, for more than three members
 
@@ -314,7 +315,7 @@ def verify(
             decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=warps)
         else:
             rows = 1 if rule.walks else made.rows
-            judge[(batch, rows)](made, proposal, work, verdict, num_warps=warps)
+            judge[(batch, rows)](made, proposal, work, verdict, num_warps=JUDGE_WARPS)
         if _is_dense(proposal) and rule.left is not None and acceptance != "greedy":
             tiles = made.sub_tiles // made.narrow.value
             residual[(batch, tiles)](made, proposal, work, verdict, num_warps=NARROW_WARPS)
