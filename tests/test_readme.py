@@ -53,7 +53,7 @@ def test_make_targets_exist() -> None:
 
 def test_result_tables_are_marked() -> None:
     begun = re.findall(r"<!-- RESULTS:BEGIN (\w+) -->", README)
-    assert begun == ["traffic", "verify", "loop", "generate"]
+    assert begun == ["methods", "traffic", "verify", "loop", "generate"]
     assert begun == re.findall(r"<!-- RESULTS:END (\w+) -->", README)
 
 

@@ -69,8 +69,8 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
     sequences: (B, S) int64. Prompts and generated tokens, padded after a row's end.
     log_probs: (B, S - S_prompt) float32. Log-probability of each generated token under the
-        ensemble; NaN past a row's end, and for schedule "component", which does not score with all
-        members.
+        ensemble; NaN past a row's end, and for schedules "component" and "lookahead", which do not
+        score with all members.
     statistics: counts and times of the call.
     """
 
