@@ -26,6 +26,7 @@ from specens.schedules import (
     ConfidenceStop,
     EntropyStop,
     LearnedStop,
+    Survival,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,6 +172,9 @@ CASES = [
         drafts=2,
     ),
     Case("mixture", 2, "speculative", {"stop": ConfidenceStop(0.5)}, drafts=1),
+    Case("mixture", 1, "companion", {"num_speculative_tokens": 3, "token_cost": 0.4}, drafts=2),
+    Case("warped", 2, "companion", {"num_speculative_tokens": 2, "token_cost": 0.7}, drafts=2),
+    Case("product", 2, "companion", {"token_cost": 0.4, "acceptance": "block"}, drafts=2),
     Case("warped", 2, "speculative", {"stop": EntropyStop(0.5, 0.3)}),
     Case("mixture", 1, "speculative", {"stop": LearnedStop((1.0, 1.0, 0.0, -1.0))}, drafts=1),
 ]
@@ -306,6 +310,109 @@ def test_speculative_calls_each_scorer_once_a_turn(draft, models):
     assert counts.num_tokens == sum(counts.accepted) + turns
 
 
+def test_a_companion_says_how_much_is_verified(models):
+    """Proposals are all as long, and all are scored; the ensemble sees their beginnings."""
+    seen: list[int] = []
+    decoder = SpeculativeDecoder(
+        models[:1],
+        schedule="companion",
+        draft=[models[2], models[4]],
+        num_speculative_tokens=3,
+        token_cost=0.4,
+    )
+    ensemble = decoder.members[0]
+    forward = ensemble.forward
+    ensemble.forward = lambda tokens, *rest, **more: (
+        seen.append(tokens.shape[1]),
+        forward(tokens, *rest, **more),
+    )[1]
+    write(decoder)
+    counts = decoder.statistics
+    assert counts.calls[0] == counts.turns == len(seen[1:])  # the first is the prompt's
+    assert counts.calls[1] == sum(counts.drafted) == counts.drafted[1]
+    assert counts.turns - 2 <= counts.calls[2] <= counts.turns  # at the end nothing is proposed
+    assert set(seen[1:-3]) == {2, 3, 4}  # with the last token, which is committed
+    # Tokens that cost nothing are all verified; of those that cost as much as all, the first.
+    for cost, fed in ((0.0, 4), (1.0, 2)):
+        seen.clear()
+        decoder.schedule = dataclasses.replace(decoder.schedule, token_cost=cost)
+        write(decoder)
+        assert set(seen[1:-3]) == {fed}
+
+
+def test_a_companions_rows_do_not_depend_on_each_other(models):
+    settings = {"schedule": "companion", "draft": [models[1], models[2]], "token_cost": 0.4}
+    decoder = SpeculativeDecoder(models[:1], **settings)
+    together = write(decoder, (3, 6, 1), max_new_tokens=30)
+    assert 0 < sum(decoder.statistics.tested) < sum(decoder.statistics.drafted)
+    inputs = prompts((3, 6, 1), VOCAB_SIZE)["input_ids"]
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 30}
+    for row, length in enumerate((3, 6, 1)):
+        prompt = inputs[row : row + 1, 6 - length :]
+        alone = decoder.generate(prompt, **options, seed=row, attention_mask=prompt >= 0)
+        assert torch.equal(together[row, 6:], alone[0, length:])
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.4, 0.9])
+def test_a_companion_writes_the_plain_greedy_text(cost, models):
+    options = {"do_sample": False, "max_new_tokens": 20}
+    plain = write(SpeculativeDecoder(models[:2], schedule="plain"), (3, 5), **options)
+    settings = {"schedule": "companion", "draft": [models[-1], models[-2]], "token_cost": cost}
+    decoder = SpeculativeDecoder(models[:2], **settings)
+    assert torch.equal(write(decoder, (3, 5), **options), plain)
+    assert sum(decoder.statistics.accepted) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": None}, r"draft: expected the one that proposes and its companion .*, got none"),
+        ({"draft": [0]}, r"draft: expected the one that proposes and .*, got LlamaForCausalLM$"),
+        ({"token_cost": -0.1}, r"token_cost: expected a number >= 0, got -0.1"),
+        ({"token_cost": math.nan}, r"token_cost: expected a number >= 0, got nan"),
+        ({"num_speculative_tokens": [2]}, r"num_speculative_tokens: expected one integer, got"),
+        ({"schedule": "plain", "draft": None}, r"token_cost: expected None for schedule 'plain'"),
+        ({"schedule": "speculative"}, r"draft: expected one model for schedule 'speculative'"),
+    ],
+)
+def test_a_companion_needs_what_it_needs(options, message, models):
+    settings = {"schedule": "companion", "draft": [0, 1], "token_cost": 0.2, **options}
+    settings["draft"] = settings["draft"] and [models[i] for i in settings["draft"]]
+    with pytest.raises(ValueError, match=f"^decoder: {message}"):
+        SpeculativeDecoder(models[:1], **settings)
+
+
+def test_survival_starts_with_the_companion_and_follows_outcomes():
+    survival = Survival()
+    assert survival.chance(0.6) == pytest.approx(0.6)
+    assert survival.chance(0.6, 0.9) == pytest.approx(0.9)
+    for _ in range(100):  # the first is kept, the second refused, and the third never reached
+        survival.ask([(0.6, 0.9), (0.6, 0.1), (0.1, 0.1)], 10)
+        survival.learn(12)
+        survival.learn(13)  # nothing was asked since
+    assert survival.outcomes == {(2, 3): (100, 100), (2, 0): (100, 0)}
+    assert survival.chance(0.6, 0.9) > 0.99
+    assert survival.chance(0.6, 0.1) < 0.01
+    assert survival.chance(0.6) == pytest.approx(0.5, abs=0.01)
+    assert survival.chance(0.1) == pytest.approx(0.1)
+
+
+def test_a_cut_does_not_know_the_token_it_takes_back():
+    """Whatever the ratios from some token on are, that token is among the verified or is not."""
+    dice = torch.Generator().manual_seed(0)
+    cuts = set()
+    for _ in range(200):
+        said = torch.rand(6, 2, generator=dice).tolist()
+        cut = Survival().cut(said, 0.3)
+        cuts.add(cut)
+        for at in range(6):
+            other = said[:at] + [[shared, 1 - ratio] for shared, ratio in said[at:]]
+            # The law of a token depends on those before it, so later ones' change, too.
+            other[at + 1 :] = torch.rand(5 - at, 2, generator=dice).tolist()
+            assert (Survival().cut(other, 0.3) > at) == (cut > at)
+    assert len(cuts) > 3
+
+
 def num_laws(run: Run, member: int, row: Row) -> int:
     """How many tokens from the next one on the run holds a member's laws for."""
     pieces = run._laws[member]._pieces(row, row.length, 1000)
@@ -405,6 +512,53 @@ def test_a_bonus_token_must_come_from_the_ensemble(models, monkeypatch):
     found = p_values(case.texts(models, 1000), joint)
     assert found[0, 1] > HONEST, found  # drafted tokens are right
     assert found[1, 2] < WRONG, found
+
+
+@pytest.mark.slow
+def test_a_cut_must_not_look_at_the_token_it_takes_back(models, monkeypatch):
+    """As Speculative Verification publishes it: by the token's own ratio, then the target's law."""
+
+    def wrong(self: Survival, said: list[tuple[float, float]], token_cost: float) -> int:
+        reached = expected = 1.0
+        for at, (shared, ratio) in enumerate(said):
+            gain = reached * self.chance(shared, ratio)
+            if gain * (1 + token_cost * at) <= token_cost * expected:
+                return at
+            expected += gain
+            reached = gain
+        return len(said)
+
+    models = [models[0], noisy(models[0], 0.5), models[1]]  # the companion knows the target well
+    options = {"num_speculative_tokens": 2, "token_cost": 0.4}
+    case = Case("mixture", 1, "companion", options, drafts=2)
+    joint = case.joint(models)
+    assert min(p_values(case.texts(models), joint).values()) > HONEST
+    monkeypatch.setattr(Survival, "cut", wrong)
+    found = p_values(case.texts(models), joint)
+    assert found[0, 1] < WRONG, found
+
+
+def test_a_token_taken_back_must_count_as_less_likely():
+    """What would allow a cut by the token itself: q'(x) = q(x) k(x) in the ratio and the residual.
+
+    Of one token: x ~ q, kept with chance k(x) and then verified; else it is replaced.
+    """
+    dice = torch.Generator().manual_seed(0)
+    laws = torch.rand(3, 4, generator=dice, dtype=torch.float64).pow(3)
+    p, q, companion = laws / laws.sum(-1, keepdim=True)
+    keep = ((companion / q).clamp(max=1) > 0.5).double()
+    assert 0 < (q * keep).sum() < 1
+
+    def emitted(proposal: Tensor, when_taken_back: Tensor) -> Tensor:
+        accepted = q * keep * (p / proposal).nan_to_num(posinf=1.0).clamp(max=1)
+        residual = (p - proposal).clamp(min=0)
+        refused = (q * keep).sum() - accepted.sum()
+        dropped = (q * (1 - keep)).sum()
+        return accepted + refused * residual / residual.sum() + dropped * when_taken_back
+
+    less = (p - q * keep).clamp(min=0)
+    torch.testing.assert_close(emitted(q * keep, less / less.sum()), p, atol=1e-15, rtol=0)
+    assert (emitted(q, p) - p).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("schedule", ["speculative", "alternating"])

@@ -8,6 +8,7 @@ What is checked about the user's arguments is checked here.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,12 +25,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specens_kernels import ENSEMBLES, Acceptance, Law, Status
 
+from .drafts import Translated
 from .members import ReplayMember, member, unwrapped
 from .processors import Stopper, Warp, per_row, split
 from .run import Run
 from .schedules import (
     SCHEDULES,
     Alternating,
+    Companion,
     Component,
     DraftStop,
     Hierarchy,
@@ -116,8 +119,10 @@ class SpeculativeDecoder:
         proposer: int | None = None,
         order: Sequence[int] | None = None,
         draft: Any = None,
+        draft_vocabulary: str = "same",
         stop: DraftStop | None = None,
         ahead: int | None = None,
+        token_cost: float | None = None,
         acceptance: Acceptance | str | Sequence[Acceptance | str] = "rejection",
         bonus: str = "ensemble",
         scope: str = "member",
@@ -132,21 +137,26 @@ class SpeculativeDecoder:
             weights: M numbers. None is 1/M each. For "mixture" they are >= 0 and sum to 1. A
                 `WeightHead` says them at each position, of two members, the draft first.
             ensemble: "mixture" or "product"; see `specens_kernels.ensembles`.
-            schedule: "plain", "component", "lookahead", "speculative", "lookup", "hierarchy" or
-                "alternating"; see `schedules.py`.
+            schedule: "plain", "component", "lookahead", "speculative", "companion", "lookup",
+                "hierarchy" or "alternating"; see `schedules.py`.
             num_speculative_tokens: >= 1. Tokens per proposal; for "alternating" also one number per
                 member, in `order` (a single number is the first one's; the others propose 1); for
-                "hierarchy" one per draft. None is 4 for "speculative" and "lookup", 16 for
-                "lookahead" and 1 for "alternating", which then never makes more calls than "plain";
-                the other schedules take None only.
+                "hierarchy" one per draft. None is 4 for "speculative" and "lookup", 8 for
+                "companion", 16 for "lookahead" and 1 for "alternating", which then never makes more
+                calls than "plain"; the other schedules take None only.
             proposer: "speculative", "lookahead": the member that drafts. None is the cheapest, or
                 `draft`.
             order: "alternating": the rotation, default proposer first. None is cheapest first.
             draft: "speculative": a causal LM outside the ensemble that drafts. "hierarchy": a list
-                of them, the one that proposes first.
+                of them, the one that proposes first. "companion": the one that proposes and the one
+                that scores what it proposes. `drafts.py` makes some of the models there are.
+            draft_vocabulary: "same": a draft has the members' ids. "shared": each draft has its own
+                tokenizer, and proposes the tokens that both have; needs `tokenizers`.
             stop: "speculative": when the draft ends before its number of tokens: a `DraftStop`.
             ahead: "lookahead": tokens of other members that are proposed before these are asked.
                 None goes by the members' sizes; members of one size then take 0.
+            token_cost: "companion": >= 0. Time that a draft token adds to its verification, as a
+                part of what a verification without any takes; None is 0.1.
             acceptance: a rule with its parameters, `specens_kernels.Acceptance`, or the name of an
                 entry of `ACCEPTANCE_RULES`; for "hierarchy" also one per draft: who verifies the
                 first draft, and so on; the ensemble is the last.
@@ -180,6 +190,10 @@ class SpeculativeDecoder:
         if schedule == "hierarchy":
             if not drafts:
                 raise _wrong("draft", "at least one model for schedule 'hierarchy'", "none")
+        elif schedule == "companion":
+            if len(drafts) != 2:
+                expected = "the one that proposes and its companion for schedule 'companion'"
+                raise _wrong("draft", expected, _names(drafts) or "none")
         elif drafts and (schedule != "speculative" or len(drafts) > 1):
             expected = "one model" if schedule == "speculative" else "None"
             raise _wrong("draft", f"{expected} for schedule {schedule!r}", _names(drafts))
@@ -198,14 +212,21 @@ class SpeculativeDecoder:
         if self.head is not None and (size != 2 or self.head.ensemble != ensemble):
             expected = f"two members and ensemble {self.head.ensemble!r} for this head"
             raise _wrong("weights", expected, f"{size} and {ensemble!r}")
-        self.vocab_size = shared_vocabulary(models, tokenizers)
+        compared = _compared(draft_vocabulary, size, drafts, tokenizers)
+        self.vocab_size = shared_vocabulary(
+            models[:compared], None if tokenizers is None else tokenizers[:compared]
+        )
         self._law(Warp())  # checks weights, scope and plausibility before any model runs
         self._tokenizer = None if tokenizers is None else tokenizers[0]
         self.models = models
         self.num_ensemble = size
         self.members = [member(model) for model in models]
+        for i in range(compared, len(models)):
+            assert tokenizers is not None
+            pair = tokenizers[0], tokenizers[i]
+            self.members[i] = Translated(self.members[i], *pair, self.vocab_size)
         self.schedule = self._schedule(
-            schedule, num_speculative_tokens, proposer, order, stop, ahead
+            schedule, num_speculative_tokens, proposer, order, stop, ahead, token_cost
         )
         if self.head is not None:
             self._bind(self.head)
@@ -371,6 +392,7 @@ class SpeculativeDecoder:
         order: Sequence[int] | None,
         stop: DraftStop | None,
         ahead: int | None,
+        token_cost: float | None,
     ) -> Schedule:
         for argument, value, users in (
             ("num_speculative_tokens", num_speculative_tokens, _DEFAULT_TOKENS),
@@ -378,6 +400,7 @@ class SpeculativeDecoder:
             ("order", order, ("alternating",)),
             ("stop", stop, ("speculative",)),
             ("ahead", ahead, ("lookahead",)),
+            ("token_cost", token_cost, ("companion",)),
         ):
             if value is not None and name not in users:
                 raise _wrong(argument, f"None for schedule {name!r}", value)
@@ -387,7 +410,7 @@ class SpeculativeDecoder:
         single = not isinstance(num_speculative_tokens, Iterable)
         if not gammas or min(gammas) < 1:
             raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
-        if not single and name in ("speculative", "lookup", "lookahead"):
+        if not single and name in ("speculative", "companion", "lookup", "lookahead"):
             raise _wrong("num_speculative_tokens", "one integer", num_speculative_tokens)
         size = self.num_ensemble
         if name == "plain":
@@ -398,6 +421,11 @@ class SpeculativeDecoder:
             return Lookup(gammas[0])
         if name == "speculative":
             return Speculative(self._proposer(proposer), gammas[0], stop)
+        if name == "companion":
+            token_cost = 0.1 if token_cost is None else float(token_cost)
+            if not 0 <= token_cost < math.inf:
+                raise _wrong("token_cost", "a number >= 0", token_cost)
+            return Companion(size, size + 1, gammas[0], token_cost)
         if name == "lookahead":
             return self._look_ahead(self._proposer(proposer), ahead, gammas[0])
         if name == "hierarchy":
@@ -565,13 +593,36 @@ class SpeculativeDecoder:
 
 
 # Tokens per proposal where none are given.
-_DEFAULT_TOKENS = {"speculative": 4, "lookup": 4, "lookahead": 16, "hierarchy": 4, "alternating": 1}
+_DEFAULT_TOKENS = {
+    "speculative": 4,
+    "companion": 8,
+    "lookup": 4,
+    "lookahead": 16,
+    "hierarchy": 4,
+    "alternating": 1,
+}
 
 
 def _drafts(draft: Any) -> list[Any]:
     if draft is None:
         return []
     return list(draft) if isinstance(draft, Sequence) else [draft]
+
+
+def _compared(
+    draft_vocabulary: str, size: int, drafts: Sequence[Any], tokenizers: Sequence[Any] | None
+) -> int:
+    """How many models' tokenizers must agree: the members', or the drafts' too."""
+    if draft_vocabulary not in ("same", "shared"):
+        raise _wrong("draft_vocabulary", "'same' or 'shared'", repr(draft_vocabulary))
+    if draft_vocabulary == "same":
+        return size + len(drafts)
+    if not drafts:
+        raise _wrong("draft_vocabulary", "'same' without a draft", "'shared'")
+    if tokenizers is None or len(tokenizers) != size + len(drafts):
+        expected = f"{size + len(drafts)}, one per model, for draft_vocabulary 'shared'"
+        raise _wrong("tokenizers", expected, "None" if tokenizers is None else len(tokenizers))
+    return size
 
 
 def _names(models: Sequence[Any]) -> str:

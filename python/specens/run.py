@@ -31,6 +31,7 @@ from specens_kernels import (
     Law,
     Stream,
     Verdict,
+    mix,
     sample,
     uniforms,
     verify,
@@ -39,7 +40,7 @@ from specens_kernels.acceptance import remember
 
 from .members import Member
 from .processors import Stopper
-from .schedules import DraftStop, Schedule, Verification
+from .schedules import DraftStop, Schedule, Survival, Verification
 from .statistics import Statistics
 from .weights import WeightHead
 
@@ -58,6 +59,7 @@ class Row:
     ended: whether an end-of-sequence token is among the pending ones that were checked.
     memory: of an acceptance rule that remembers.
     judged: how often drafts of the row were verified.
+    survival: what a schedule that cuts proposals has learned of the row.
     """
 
     index: int
@@ -69,6 +71,7 @@ class Row:
     ended: bool = False
     memory: float = 0.0
     judged: int = 0
+    survival: Survival = field(default_factory=Survival)
 
     @property
     def end(self) -> int:
@@ -360,6 +363,43 @@ class Run:
                 lengths[place] = min(lengths[place], row.end - 1)
                 laws.cut(row, lengths[place])
             model.rollback(lengths)
+
+    def compare(
+        self, member: int, other: int, rows: Sequence[Row]
+    ) -> list[list[tuple[float, float]]]:
+        """Of each pending token, what another member says of it and of the law it was drawn from.
+
+        Returns:
+            Per row and token: the mass that both laws share, sum min(P, P_other), and
+            min(1, P_other / P) of the token. At temperature 0 the laws are those of temperature 1.
+        """
+        begins, counts = [row.length for row in rows], [len(row.pending) for row in rows]
+        law = self.member_laws[member]
+        if law.temperature == 0:
+            law = replace(law, temperature=1.0)
+        mine, theirs = (
+            mix([self._laws[m].take(rows, begins, max(counts))], law)[0] for m in (member, other)
+        )
+        tokens = self._tokens(rows, begins, max(counts))[..., None]
+        shared = torch.minimum(mine, theirs).exp().sum(-1)
+        ratios = (theirs.gather(-1, tokens) - mine.gather(-1, tokens)).clamp_(max=0).exp()[..., 0]
+        # One copy to the host more: how much is verified decides the shapes of what follows.
+        found = torch.stack((shared, ratios), -1).tolist()
+        return [
+            [(s, a) for s, a in said[:count]] for said, count in zip(found, counts, strict=True)
+        ]
+
+    def drop(self, row: Row, kept: int) -> None:
+        """Take back the row's pending tokens but the first `kept`, before the ensemble is fed.
+
+        That must not depend on what the tokens taken back are. Their numbers, which belong to
+        positions of the text, are used again once the text gets there, and may be: tokens taken
+        back have decided nothing, and what decided the cut is the tokens before it. Of these, the
+        ones after a refused token are dropped together with the cut that they have decided. Who
+        drew or scored what is taken back forgets it with the row's other tokens, after the token
+        that every such turn adds.
+        """
+        del row.pending[kept:]
 
     def feed(self, member: int, rows: Sequence[Row]) -> None:
         """One forward over all that the member's cache lacks of the rows' tokens."""

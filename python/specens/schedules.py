@@ -2,13 +2,13 @@
 """Schedules: who proposes, how many tokens, who verifies, turn by turn.
 
 A schedule is asked once a turn, with the run in hand (`run.Run`): it makes members propose and
-score, through `run.propose`, `run.feed`, `run.draw`, `run.check` and `run.look_up`, and returns
-what is to be verified. It never looks at a token. To add a schedule, add a class here and its name
-to `SCHEDULES`.
+score, through `run.propose`, `run.feed`, `run.draw`, `run.check`, `run.compare`, `run.drop` and
+`run.look_up`, and returns what is to be verified. It never looks at a token. To add a schedule, add
+a class here and its name to `SCHEDULES`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -334,6 +334,114 @@ class Speculative:
         return [Verification(run.rows, [len(row.pending) for row in run.rows], bonus=True)]
 
 
+@dataclass
+class Survival:
+    """How often drafts of one row are kept, given what draft and companion say of them.
+
+    Of a draft token, `shared` is the sum over the vocabulary of min(P_draft, P_companion), which
+    the prefix decides alone, and `ratio` is min(1, P_companion / P_draft) of the token itself,
+    whose mean over the draft's law is `shared`. Estimates start there, and outcomes move them, in
+    cells of shared and ratio. Each row has its own, so that its text does not depend on its batch.
+
+    outcomes: (tested, kept) tokens of each cell.
+    asked: (shared, ratio) of the tokens that were last verified; length: committed ones before.
+    """
+
+    outcomes: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    asked: Sequence[tuple[float, float]] = ()
+    length: int = 0
+
+    def ask(self, said: Sequence[tuple[float, float]], length: int) -> None:
+        """Note what is verified after `length` committed tokens."""
+        self.asked, self.length = said, length
+
+    def learn(self, length: int) -> None:
+        """Note its outcome, after which `length` tokens are committed, the one added among them."""
+        accepted = length - self.length - 1
+        # Nothing beyond the first refused token: what the text does not show must not decide what
+        # becomes of it, for its numbers are used again.
+        for at, (shared, ratio) in enumerate(self.asked[: accepted + 1]):
+            cell = _bin(shared), _bin(ratio)
+            tested, kept = self.outcomes.get(cell, (0, 0))
+            self.outcomes[cell] = tested + 1, kept + (at < accepted)
+        self.asked = ()
+
+    def chance(self, shared: float, ratio: float | None = None) -> float:
+        """That a token is kept once those before it are; without `ratio`, whatever token it is."""
+        columns = range(_BINS) if ratio is None else [_bin(ratio)]
+        tested, kept = _PRIOR, _PRIOR * (shared if ratio is None else ratio)
+        for column in columns:
+            more_tested, more_kept = self.outcomes.get((_bin(shared), column), (0, 0))
+            tested, kept = tested + more_tested, kept + more_kept
+        return kept / tested
+
+    def cut(self, said: Sequence[tuple[float, float]], token_cost: float) -> int:
+        """How many of the tokens proposed to verify: while one more raises tokens per time.
+
+        One at least, or nothing would be learned where nothing is expected.
+
+        Whether a token is verified depends on the tokens before it and on the law that it was drawn
+        from, never on which token it is nor on later ones. To take back a token because of what it
+        is changes the law of the text: what replaces it is drawn as if nothing had been proposed.
+        """
+        reached = expected = 1.0
+        for at, (shared, ratio) in enumerate(said):
+            gain = reached * self.chance(shared)
+            if at > 0 and gain * (1 + token_cost * at) <= token_cost * expected:
+                return at
+            expected += gain
+            reached *= self.chance(shared, ratio)
+        return len(said)
+
+
+# Cells of a `Survival`, along each side, and how many outcomes its first estimates weigh.
+_BINS, _PRIOR = 4, 4.0
+
+
+def _bin(share: float) -> int:
+    return min(int(share * _BINS), _BINS - 1)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Speculative, and another draft says how much of the proposal is worth verifying.
+
+    draft: who proposes. companion: who scores the proposal, in one forward.
+    num_speculative_tokens: proposed at most.
+    token_cost: time that a token adds to a verification, relative to one without any.
+
+    Source: Speculative Verification, arXiv:2509.24328, with a cut that no token decides itself.
+    """
+
+    draft: int
+    companion: int
+    num_speculative_tokens: int
+    token_cost: float
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens proposed per turn."""
+        return self.num_speculative_tokens
+
+    def turn(self, run: "Run") -> list[Verification]:
+        """Propose, have the companion score, and verify with every member what is worth it."""
+        for row in run.rows:
+            row.survival.learn(row.length)
+        counts = [min(self.num_speculative_tokens, run.room(row) - 1) for row in run.rows]
+        run.propose(self.draft, run.rows, counts)
+        rows = [row for row in run.rows if row.pending]
+        if rows:
+            run.feed(self.companion, rows)
+            compared = run.compare(self.draft, self.companion, rows)
+            for row, said in zip(rows, compared, strict=True):
+                kept = row.survival.cut(said, self.token_cost)
+                row.survival.ask(said[:kept], row.length)
+                run.drop(row, kept)
+        for member in run.ensemble:
+            run.feed(member, run.rows)
+        return [Verification(run.rows, [len(row.pending) for row in run.rows], bonus=True)]
+
+
 @dataclass(frozen=True)
 class Alternating:
     """Speculative Ensemble: members take turns, and a scorer's extra law is its next proposal.
@@ -398,6 +506,7 @@ SCHEDULES = (
     "component",
     "lookahead",
     "speculative",
+    "companion",
     "lookup",
     "hierarchy",
     "alternating",

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do the members mean the same by a token id? Padding may differ; anything else is refused."""
+"""Do the members mean the same by a token id? Padding may differ; anything else is refused.
+
+A draft that is said to have another vocabulary is compared token by token (`shared_tokens`).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,3 +44,26 @@ def shared_vocabulary(models: Sequence[Any], tokenizers: Sequence[Any] | None) -
                 f"that differ between models 0 and {place} ({shown})"
             )
     return min([*widths, int(max(first)) + 1])
+
+
+def shared_tokens(target: Any, draft: Any, target_size: int, draft_size: int) -> dict[int, int]:
+    """Of each target id whose string the draft's tokenizer has too, the draft's id.
+
+    Args:
+        target, draft: tokenizers. target_size, draft_size: ids from these on do not count.
+    Raises:
+        ValueError: they share no token.
+    """
+    ids = {_string(token): i for token, i in draft.get_vocab().items() if i < draft_size}
+    strings = {i: _string(token) for token, i in target.get_vocab().items() if i < target_size}
+    found = {i: ids[string] for i, string in strings.items() if string in ids}
+    if not found:
+        raise ValueError(
+            "decoder: draft_vocabulary: expected tokens that both tokenizers have, got none"
+        )
+    return found
+
+
+def _string(token: str) -> str:
+    """A token with the space of byte-level BPE, where it is SentencePiece's."""
+    return token.replace("\u2581", "\u0120")
