@@ -1037,7 +1037,7 @@ def test_a_call_leaves_no_memory_behind(kind, mode, fails):
         (
             {"schedule": "fast"},
             "decoder: schedule: unknown name 'fast'; known names: "
-            "alternating, component, hierarchy, lookahead, lookup, plain, speculative",
+            "alternating, companion, component, hierarchy, lookahead, lookup, plain, speculative",
         ),
         (
             {"acceptance": "typcal"},

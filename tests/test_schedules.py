@@ -363,6 +363,25 @@ def test_a_companion_writes_the_plain_greedy_text(cost, models):
     assert sum(decoder.statistics.accepted) > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": None}, r"draft: expected the one that proposes and its companion .*, got none"),
+        ({"draft": [0]}, r"draft: expected the one that proposes and .*, got LlamaForCausalLM$"),
+        ({"token_cost": -0.1}, r"token_cost: expected a number >= 0, got -0.1"),
+        ({"token_cost": math.nan}, r"token_cost: expected a number >= 0, got nan"),
+        ({"num_speculative_tokens": [2]}, r"num_speculative_tokens: expected one integer, got"),
+        ({"schedule": "plain", "draft": None}, r"token_cost: expected None for schedule 'plain'"),
+        ({"schedule": "speculative"}, r"draft: expected one model for schedule 'speculative'"),
+    ],
+)
+def test_a_companion_needs_what_it_needs(options, message, models):
+    settings = {"schedule": "companion", "draft": [0, 1], "token_cost": 0.2, **options}
+    settings["draft"] = settings["draft"] and [models[i] for i in settings["draft"]]
+    with pytest.raises(ValueError, match=f"^decoder: {message}"):
+        SpeculativeDecoder(models[:1], **settings)
+
+
 def test_survival_starts_with_the_companion_and_follows_outcomes():
     survival = Survival()
     assert survival.chance(0.6) == pytest.approx(0.6)

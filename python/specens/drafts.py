@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts made of the models there are: without some layers, quantised, or of another vocabulary.
 
-A draft decides how fast a text is written and never which law it has, so that everything here may
-be approximate; what must be exact is that a draft proposes from the law that its logits say.
-`layer_skip` and `quantised` return models, for `SpeculativeDecoder(draft=...)`; `Translated` is what
-the decoder wraps a draft in where `draft_vocabulary="shared"`. To add a way to make a draft, add a
-function that returns a causal LM and leaves the user's as it was.
+A draft decides how fast a text is written and never which law it has: everything here may be
+approximate, but a draft must propose from the law that its logits say. `layer_skip` and `quantised`
+return models, for `SpeculativeDecoder(draft=...)`; `Translated` is what the decoder wraps a draft
+in where `draft_vocabulary="shared"`. To add a way to make a draft, add a function that returns a
+causal LM and leaves the user's as it was.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from numbers import Integral
 from typing import Any
@@ -117,14 +117,13 @@ def _layers(op: str, model: Any) -> tuple[Any, str, torch.nn.ModuleList]:
     )
 
 
-def _kept(keep: Sequence[int] | int, count: int) -> list[int]:
+def _kept(keep: Any, count: int) -> list[int]:
     """Indices of the layers that stay."""
-    number = isinstance(keep, Integral)
-    if isinstance(keep, int) and not isinstance(keep, bool) and 1 <= keep <= count:
-        return [round(i * (count - 1) / max(keep - 1, 1)) for i in range(keep)]
-    found = [] if number else list(keep)  # type: ignore[arg-type]
-    whole = all(isinstance(i, Integral) and 0 <= i < count for i in found)
-    if not found or not whole or found != sorted(set(found)):
+    found: list[Any] = list(keep) if isinstance(keep, Iterable) else []
+    if isinstance(keep, int) and not isinstance(keep, bool) and keep <= count:
+        found = [round(i * (count - 1) / max(keep - 1, 1)) for i in range(keep)]
+    known = all(isinstance(i, Integral) for i in found) and set(found) <= set(range(count))
+    if not found or not known or found != sorted(set(found)):
         raise ValueError(
             f"layer_skip: keep: expected 1 to {count}, or some of 0 to {count - 1} in ascending "
             f"order, got {keep!r}"
@@ -193,7 +192,9 @@ class Translated(Member):
         # The draft's last token of a row is the last one of its last token's.
         logits = self._run(theirs, rows, 1 if keep_last == 1 else None)
         self.calls, self.tokens = self._inner.calls, self._inner.tokens
-        single = keep_last is None and all(len(mine) == count for mine, count in zip(theirs, counts, strict=True))
+        single = keep_last is None and all(
+            len(mine) == count for mine, count in zip(theirs, counts, strict=True)
+        )
         if keep_last != 1 and not (single and logits.shape[1] == tokens.shape[1]):
             places = self._places(theirs, counts, rows, tokens.shape[1], keep_last)
             logits = torch.take_along_dim(logits, places.to(logits.device)[:, :, None], dim=1)
@@ -230,7 +231,9 @@ class Translated(Member):
         counts = [len(mine) for mine in tokens]
         width = max(counts)
         room = self._inner.capacity - max(self._inner.lengths[row] for row in rows)
-        if len(rows) > 1 and width > room:  # where one row's tokens end, another's padding would not fit
+        if (
+            len(rows) > 1 and width > room
+        ):  # where one row's tokens end, another's padding would not fit
             alone = [
                 self._run([mine], [row], keep_last)
                 for mine, row in zip(tokens, rows, strict=True)

@@ -3,8 +3,8 @@
 
 A schedule is asked once a turn, with the run in hand (`run.Run`): it makes members propose and
 score, through `run.propose`, `run.feed`, `run.draw`, `run.check`, `run.compare`, `run.drop` and
-`run.look_up`, and returns what is to be verified. It never looks at a token. To add a schedule, add a class here and its name
-to `SCHEDULES`.
+`run.look_up`, and returns what is to be verified. It never looks at a token. To add a schedule, add
+a class here and its name to `SCHEDULES`.
 """
 
 from collections.abc import Sequence
@@ -320,9 +320,9 @@ class Survival:
     """How often drafts of one row are kept, given what draft and companion say of them.
 
     Of a draft token, `shared` is the sum over the vocabulary of min(P_draft, P_companion), which
-    the prefix decides alone, and `ratio` is min(1, P_companion / P_draft) of the token itself, whose
-    mean over the draft's law is `shared`. Estimates start there, and outcomes move them, in cells
-    of shared and ratio. Each row has its own, so that its text does not depend on its batch.
+    the prefix decides alone, and `ratio` is min(1, P_companion / P_draft) of the token itself,
+    whose mean over the draft's law is `shared`. Estimates start there, and outcomes move them, in
+    cells of shared and ratio. Each row has its own, so that its text does not depend on its batch.
 
     outcomes: (tested, kept) tokens of each cell.
     asked: (shared, ratio) of the tokens that were last verified; length: committed ones before.
@@ -350,9 +350,11 @@ class Survival:
     def chance(self, shared: float, ratio: float | None = None) -> float:
         """That a token is kept once those before it are; without `ratio`, whatever token it is."""
         columns = range(_BINS) if ratio is None else [_bin(ratio)]
-        cells = [self.outcomes.get((_bin(shared), column), (0, 0)) for column in columns]
-        tested, kept = (sum(numbers) for numbers in zip(*cells, strict=True))
-        return (_PRIOR * (shared if ratio is None else ratio) + kept) / (_PRIOR + tested)
+        tested, kept = _PRIOR, _PRIOR * (shared if ratio is None else ratio)
+        for column in columns:
+            more_tested, more_kept = self.outcomes.get((_bin(shared), column), (0, 0))
+            tested, kept = tested + more_tested, kept + more_kept
+        return kept / tested
 
     def cut(self, said: Sequence[tuple[float, float]], token_cost: float) -> int:
         """How many of the tokens proposed to verify: while one more raises tokens per time.
