@@ -24,8 +24,18 @@ from toys import noisy, prompts, toy
 from typer.testing import CliRunner
 
 from specens import SpeculativeDecoder, terminal, tuning
+from specens.benchmark import sampling
 from specens.cli import app
-from specens.measuring import _Sweep, decoder_of, fit_stop, tune
+from specens.measuring import (
+    _Agreement,
+    _curve,
+    _read,
+    _starts,
+    _Sweep,
+    decoder_of,
+    fit_stop,
+    tune,
+)
 from specens.members import Member
 from specens.schedules import LearnedStop
 from specens.tuning import Profile, candidates, survival
@@ -221,7 +231,7 @@ def test_a_prediction_is_the_mean_of_its_simulation(name: str) -> None:
     mean, error = simulated([turn(dice) for _ in range(TURNS)])
     # 4.5 standard errors: one in 150,000. No step of the search is as small as that.
     assert abs(predicted(profile()) - mean) <= 4.5 * error + 1e-12
-    assert error < 0.01 * mean
+    assert error < 0.015 * mean
 
 
 def test_a_component_reads_what_it_has_missed() -> None:
@@ -239,19 +249,14 @@ def test_the_simulation_rejects_other_formulas() -> None:
         mean, error = simulated([turn(dice) for _ in range(TURNS)])
         return abs(formula - mean) > 4.5 * error
 
-    # A level that always hands up as many tokens as it was asked for.
-    gained = sum(survival(here.kept[3][5], i) for i in range(3))
-    seconds = 4 * (2 * here.proposal(3) + here.forward(5, 3) + here.check(2)) / gained
-    seconds += sum(here.forward(m, 5) for m in here.members) + here.check(4)
-    fixed = seconds / sum(survival(here.kept[5][-1], i) for i in range(5))
-    assert rejected(fixed, SIMULATIONS["hierarchy of 2"][1])
     # A block whose verification costs one token's forward.
     flat = replace(here, forwards=tuple(times[:1] for times in here.forwards))
     assert rejected(tuning.speculative(flat, 4, 6), SIMULATIONS["draft 6"][1])
-    # A proposer that need not read its own last draft.
-    less = replace(here, draw=here.draw - here.forward(2, 1) / 3)
-    assert rejected(tuning.speculative(less, 2, 3), SIMULATIONS["member 3"][1])
-    # Another number of tokens.
+    # A proposer that reads its own drafts once more, all of them.
+    twice = tuning.speculative(here, 2, 3) + (here.forward(2, 4) - here.forward(2, 1)) / 3
+    assert rejected(twice, SIMULATIONS["member 3"][1])
+    # Other numbers of tokens.
+    assert rejected(tuning.hierarchy(here, (3, 5), (2, 1)), SIMULATIONS["hierarchy of 2"][1])
     assert rejected(tuning.alternating(here, (1, 0), (4, 1)), SIMULATIONS["alternating of 2"][1])
     # Tokens of others that are always kept.
     sure = replace(here, kept=(((1.0,),) * 7,) * 6)
@@ -452,14 +457,14 @@ def test_what_is_predicted_is_what_the_loop_takes(
         texts(),
         drafts=models[2:],
         temperature=temperature,
-        max_new_tokens=150,
+        max_new_tokens=120,
         weights=(0.6, 0.4),
     )
     for times, (start, each) in zip(found.profile.forwards, COSTS.values(), strict=True):
         assert times == tuple((n, start + each * n) for n in (1, 2, 4, 8))
     assert found.profile.draw == 0
     assert set(dict(found.profile.verify).values()) == {0.0}
-    options = {"do_sample": temperature > 0, "top_k": 0, "max_new_tokens": 300}
+    options = {"do_sample": temperature > 0, "top_k": 0, "max_new_tokens": 120}
     for one in found.candidates:
         decoder = decoder_of(one, models[:2], drafts=models[2:], weights=(0.6, 0.4))
         seconds = tokens = 0.0
@@ -468,44 +473,43 @@ def test_what_is_predicted_is_what_the_loop_takes(
             assert decoder.statistics is not None
             seconds += decoder.statistics.decode_seconds
             tokens += decoder.statistics.num_tokens
-        # 450 positions were read and 900 written; acceptance differs from text to text.
-        tolerance = 1e-9 if one.name == "plain" else 0.12
+        # 360 positions were read; when sampled, it is another text that is written now.
+        tolerance = 1e-9 if one.name == "plain" else 0.1
         assert one.seconds == pytest.approx(seconds / tokens, rel=tolerance), one.name
 
 
 def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
-    """Against full forwards, without a cache and without the tuning's own reading."""
-    text = texts()[:1]
-    law = {"temperature": 0.7, "weights": (0.6, 0.4)}
-    found = tune(models[:2], text, drafts=[*models[2:], models[0]], max_new_tokens=80, **law)
-    decoder = SpeculativeDecoder(models[:2], schedule="plain", weights=(0.6, 0.4))
-    sweep = _Sweep()
+    """Against full forwards, without a cache."""
+    text, drafts = texts()[0], [models[2], models[0]]
+    decoder = SpeculativeDecoder(models[:2], schedule="hierarchy", draft=drafts, weights=(0.6, 0.4))
+    sweep, agreement = _Sweep(), _Agreement(4, 8)
     decoder.schedule = sweep
-    written = decoder.generate(
-        text[0], seed=0, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=80
-    )
+    written = decoder.generate(text, seed=0, **sampling(80, temperature=0.7))
+    _read(decoder, sweep, agreement, written, text.shape[1])
     with torch.no_grad():
-        one, two, three = (
-            (model(written[:, :-1]).logits[0, text[0].shape[1] - 1 :] / 0.7).softmax(-1)
-            for model in models
-        )
-    mixed = 0.6 * one + 0.4 * two
-    kept = found.profile.kept
-    del sweep
-    for mine, law_of in ((kept[0], one), (kept[1], two)):
-        # The members' laws on the text that the two proposers' sweep has written.
-        assert 0 < mine[-1][0] <= 1
-        assert float(torch.minimum(law_of, mixed).sum(-1).mean()) == pytest.approx(
-            mine[-1][0], abs=0.15
-        )
-    assert kept[0][3] == pytest.approx((1.0,) * 8)  # the second draft is the first member
-    assert kept[0][-1] == pytest.approx(kept[3][-1])
-    assert kept[0][1] == pytest.approx(kept[1][0])
-    assert kept[2][-1][0] < 1
-    assert float(torch.minimum(three, mixed).sum(-1).mean()) == pytest.approx(
-        kept[2][-1][0], abs=0.15
-    )
-    assert all(a >= b for curve in kept[2] for a, b in itertools.pairwise(curve))
+        laws = [
+            (model(written[:, :-1]).logits[0, text.shape[1] - 1 :] / 0.7).double().softmax(-1)
+            for model in (*models, models[0])
+        ]
+    laws.append(0.6 * laws[0] + 0.4 * laws[1])
+    for (m, one), (v, other) in itertools.product(enumerate(laws[:-1]), enumerate(laws)):
+        (found,) = agreement.overlaps[m][v]
+        expected = torch.minimum(one, other).sum(-1)
+        # Logits of single precision, whose sums have another order.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert (float(expected.mean()) < 0.99) == (m != v and {m, v} != {0, 3})
+
+
+def test_a_block_begins_where_another_ended() -> None:
+    """Greedy drafts, four kept and four refused: five blocks of eight tokens, one kept whole."""
+    text = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0] * 6, dtype=torch.float64)
+    begins = [1.0, 0, 0, 0, 0, 1, 1, 1] * 6
+    assert _starts(text.tolist(), 4).tolist() == begins
+    # Of the texts' last block, what would come next is not known.
+    assert _curve([text], 8)[:4] == pytest.approx([0.25] * 4, abs=0.02)
+    even = torch.full((200,), 0.7, dtype=torch.float64)
+    assert _curve([even], 8) == pytest.approx([0.7**n for n in range(1, 9)])
+    assert _curve([even[:3]], 8) == pytest.approx([0.7, 0.49, 0.343])
 
 
 def test_the_text_that_is_measured_by_is_the_ensembles(models: list[Any]) -> None:

@@ -353,19 +353,45 @@ class _Agreement:
         self._most = most
 
     def kept(self) -> tuple[tuple[Kept, ...], ...]:
-        """As in `Profile`: a draft at each position is kept with the chance of that position."""
+        """As in `Profile`."""
         return tuple(tuple(_curve(texts, self._most) for texts in one) for one in self.overlaps)
 
 
 def _curve(texts: Sequence[Tensor], most: int) -> Kept:
-    """Mean products of 1, 2, ... successive chances; all texts are as long, or long enough."""
-    kept = []
+    """Chances that the first 1, 2, ... of a block are kept, of the blocks that begin in the texts.
+
+    Blocks begin where others ended: where drafts are refused often, they begin often.
+
+    Args:
+        texts: (T,) chances that a draft is kept at each position.
+        most: tokens of the longest block.
+    """
+    starts = [_starts(text.tolist(), max(most // 2, 1)) for text in texts]
+    kept: list[float] = []
     for count in range(1, most + 1):
-        windows = [text.unfold(0, count, 1).prod(-1) for text in texts if len(text) >= 4 * count]
-        if not windows and count > 1:
+        part = total = 0.0
+        for text, weights in zip(texts, starts, strict=True):
+            if len(text) >= count:
+                chances = text.unfold(0, count, 1).prod(-1)
+                part += float(chances @ weights[: len(chances)])
+                total += float(weights[: len(chances)].sum())
+        # Ends of blocks that are as long as a text say nothing.
+        if total == 0:
             break
-        kept.append(float(torch.cat(windows or list(texts)).mean()))
+        kept.append(min(part / total, kept[-1] if kept else 1.0))
     return tuple(kept)
+
+
+def _starts(kept: Sequence[float], size: int) -> Tensor:
+    """(T,) chances that a block of `size` drafts begins at each position, one at the first."""
+    begins = [1.0] + [0.0] * (len(kept) + size)
+    for start in range(len(kept)):
+        going = begins[start]
+        for place in range(start, min(start + size, len(kept))):
+            begins[place + 1] += going * (1 - kept[place])
+            going *= kept[place]
+        begins[start + size + 1 if start + size < len(begins) - 1 else -1] += going
+    return torch.tensor(begins[: len(kept)], dtype=torch.float64)
 
 
 def _read(
@@ -378,11 +404,8 @@ def _read(
     parts: dict[tuple[int, int], list[Tensor]] = {}
     try:
         for logits in _chunks(decoder.members, text[:, :length], begin - 1):
-            laws = [
-                mix([one], own)[0].exp()[0]
-                for one, own in zip(logits, sweep.member_laws, strict=True)
-            ]
-            laws.append(mix(logits[:size], law)[0].exp()[0])
+            laws = [_law([one], own) for one, own in zip(logits, sweep.member_laws, strict=True)]
+            laws.append(_law(logits[:size], law))
             for m in range(len(logits)):
                 for v, other in enumerate(laws):
                     overlap = torch.minimum(laws[m], other).sum(-1).clamp(max=1)
@@ -395,6 +418,15 @@ def _read(
             one.release()
     for (m, v), overlaps in parts.items():
         agreement.overlaps[m][v].append(torch.cat(overlaps))
+
+
+def _law(logits: Sequence[Tensor], law: Law) -> Tensor:
+    """(T, V) probabilities of the next tokens; greedily, all on one."""
+    log_probs = mix(logits, law)[0][0]
+    if law.temperature == 0:
+        best = log_probs.argmax(-1)
+        return torch.nn.functional.one_hot(best, log_probs.shape[-1]).to(log_probs)
+    return log_probs.exp()
 
 
 def _chunks(members: Sequence[Any], text: Tensor, skip: int) -> Iterator[list[Tensor]]:
