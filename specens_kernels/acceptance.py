@@ -309,10 +309,9 @@ def _k_seq(at: Situation) -> Judgement:
         once = _total(torch.minimum(at.target / rho, at.draft))
         short = 1 - (1 - once) ** k >= rho * once
         low, high = torch.where(short, rho, low), torch.where(short, high, rho)
+    # A token is kept rho times on average: rho min(p / rho, q) of it is accounted for.
     kept = torch.minimum(at.target / high, at.draft)
-    once = _total(kept)
-    share = torch.where(once > 0, (1 - (1 - once) ** k) / once, float(k))
-    return Judgement(kept, (at.target - kept * share).clamp(min=0))
+    return Judgement(kept, (at.target - high * at.draft).clamp(min=0))
 
 
 # --- the registry ---------------------------------------------------------------------------------

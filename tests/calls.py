@@ -222,7 +222,7 @@ def nearby(acceptance: Acceptance) -> Iterator[Acceptance]:
 def is_near_a_threshold(one: Call) -> bool:
     """Whether the reference decides otherwise when a parameter of the rule moves by NEAR."""
     expected = one.run("reference")
-    for moved in nearby(one.options["acceptance"]):
+    for moved in nearby(Acceptance.of(one.options["acceptance"])):
         found = one._replace(options={**one.options, "acceptance": moved}).run("reference")
         if any(not torch.equal(expected[i], found[i]) for i in EXACT[one.op]):
             return True

@@ -313,6 +313,10 @@ SIBLINGS = [
 ]
 
 
+# An interpreter takes minutes for one case.
+KERNELS = ["native", "cuda", pytest.param("triton", marks=pytest.mark.slow)]
+
+
 def mixed_draft(case: Case) -> Case:
     """With one kind of proposal throughout, as one call takes it."""
     return case if SEPARATE not in case.proposers else replace(case, proposers=(SEPARATE,) * 2)
@@ -328,7 +332,7 @@ def test_every_rule_emits_what_its_definition_says(case: Case) -> None:
         assert laws.joint_distance(case, law) < 1e-9
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("case", [*map(mixed_draft, ONE_OF_EACH)], ids=str)
 def test_every_kernel_emits_what_the_rules_definition_says(backend: str, case: Case) -> None:
     if case.acceptance not in ops._MODULES[backend].acceptance_rules():
@@ -539,7 +543,7 @@ def test_a_block_has_the_targets_law(seed: int) -> None:
     assert laws.joint_distance(case, block_law(case)) < 1e-9
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_kernels_block_has_the_targets_law(backend: str, seed: int) -> None:
     case = Case("block", 3, CHAIN_2, (1, 1), (0.7, 0.3), acceptance="block", seed=seed)
