@@ -92,7 +92,9 @@ def quantised(model: Any) -> Any:
         raise ValueError(
             f"quantised: model: expected layers with torch.nn.Linear, got {', '.join(kinds)}"
         )
-    quantization.quantize_(draft, quantization.Int8WeightOnlyConfig())
+    # The inductor's settings are the user's.
+    config = quantization.Int8WeightOnlyConfig(set_inductor_config=False)
+    quantization.quantize_(draft, config)
     draft.config._name_or_path = f"{model_name(draft)}-int8"
     return draft
 
