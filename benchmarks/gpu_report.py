@@ -299,6 +299,7 @@ def block_sizes() -> dict[str, tuple[int, int]]:
         mix(logits, law)
         sample(logits, numbers, law)
         verify(logits, words, numbers, law, proposers=words)
+        verify(logits, words, numbers, law, acceptance="block")
         uniforms(words[:, 0], words, 0)
         found: dict[str, tuple[int, int]] = module.blocks()
     return found
@@ -306,7 +307,7 @@ def block_sizes() -> dict[str, tuple[int, int]]:
 
 def kernel_name(symbol: str) -> str:
     """The kernel's name in a mangled symbol, with the number of its variant if it is a template."""
-    found = re.search(r"\d([a-z]+(?:_[a-z]+)+|thresholds)(?:ILNS\w*?E(\d)E)?E", symbol)
+    found = re.search(r"\d([a-z]+(?:_[a-z]+)+|thresholds|judge)(?:ILNS\w*?E(\d)E)?E", symbol)
     if found is None:
         return symbol
     return found[1] + (f"<{found[2]}>" if found[2] else "")

@@ -26,13 +26,16 @@ elif not hasattr(module, "cuda_verify"):
 else:
     AVAILABLE, REASON = True, ""
 
-# Those that need no sweep of their own.
-RULES = ("rejection", "k_seq", "lenient", "greedy")
 _MAX_MEMBERS = 8
 _MAX_ROWS = 65_535
 _MAX_VOCABULARY = 2048 * 1024
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def rules() -> list[str]:
+    """The acceptance rules that have CUDA kernels: those of csrc/rules.h."""
+    return native.rules()
 
 
 def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
@@ -79,11 +82,12 @@ def verify(
     """See `reference.verify`."""
     if parents is not None:
         raise Unsupported("trees have no CUDA kernel")
-    if acceptance not in RULES:
-        raise Unsupported(f"rule {acceptance!r} has no CUDA kernel")
+    if acceptance not in rules():
+        raise Unsupported(f"rule {acceptance!r} has no CUDA kernel; add it to csrc/rules.h")
     _check(logits, law)
     if draft_temperature is not None:
         draft_temperature = draft_temperature.to(torch.float32)
+    memory = None if memory is None else memory.double()
     flat, results = native.flatten_verify(
         logits,
         draft_tokens,

@@ -75,6 +75,18 @@ def test_two_launches_read_each_row_once(members: int, dense: bool, emulator: An
     assert traffic["verify_resample"][1] < 1.1 * swept + blocks * 4096 + members * 16_384
 
 
+@pytest.mark.parametrize("rule", ["js", "block", "cactus", "entropy_veto"])
+def test_rules_that_judge_whole_laws_take_one_launch_more(rule: str, emulator: Any) -> None:
+    one = verify_call(2, 4, 3000)
+    emulator.reset_traffic()
+    one._replace(options={**one.options, "acceptance": rule}).run("cuda")
+    assert {name: seen[0] for name, seen in emulator.traffic().items()} == {
+        "row_stats": 1,
+        "judge": 1,
+        "verify_resample": 1,
+    }
+
+
 # --- what there is no kernel for ---
 
 ROWS, NUMBERS = torch.zeros(1, 2, 5), torch.zeros(1, 2, 4)
@@ -83,6 +95,11 @@ REFUSED = {
         verify,
         ([ROWS], torch.zeros(1, 1, dtype=torch.int64), NUMBERS, Law()),
         {"parents": torch.tensor([-1, 0])},
+    ),
+    "rule 'mentored'": (
+        verify,
+        ([ROWS], torch.zeros(1, 1, dtype=torch.int64), NUMBERS, Law()),
+        {"acceptance": "mentored"},
     ),
     "float64": (sample, ([ROWS.double()], NUMBERS, Law()), {}),
     "9 members": (mix, ([ROWS] * 9, Law([1 / 9] * 9)), {}),

@@ -36,14 +36,17 @@ struct alignas(16) Total {
   int32_t flags;
 };
 
+struct Decision;
+
 // What the kernels of one call share: the op's arguments and where the workspace's parts lie.
 struct Problem {
   Ensemble ensemble;
   Values<float> temperatures;  // of all members: rows where they are 0 are greedy
   int num_temperatures;
-  bool alone;      // one member's law; it has no weight
-  bool collapsed;  // the rule looks at the most probable token only
-  bool cut;        // there are filters or plausibility
+  bool alone;              // one member's law; it has no weight
+  bool collapsed;          // the rule looks at the most probable token only
+  bool cut;                // there are filters or plausibility
+  bool dense_when_greedy;  // the draft's law is asked for where all temperatures are 0, too
   int64_t batch;
   int64_t rows;   // of logits in each sequence
   int64_t nodes;  // of these, the first that have a draft
@@ -53,13 +56,14 @@ struct Problem {
   Values<float> draft_temperature;
 
   int sub_tiles;
-  int slots;          // of totals at each row; see `proposal_slot` and `warped_slot`
-  unsigned* tickets;  // zero between launches
-  double* cutoffs;    // (rows, kCutoffs)
-  Partial* partials;  // (rows, slots, sub_tiles)
-  Total* totals;      // (rows, slots)
-  int64_t* best;      // (rows,): the most probable token, where it is asked for
-  double* residuals;  // (batch, sub_tiles)
+  int slots;            // of totals at each row; see `proposal_slot` and `warped_slot`
+  unsigned* tickets;    // zero between launches
+  double* cutoffs;      // (rows, kCutoffs)
+  Partial* partials;    // (rows, slots, sub_tiles)
+  Total* totals;        // (rows, slots)
+  int64_t* best;        // (rows,): the most probable token, where it is asked for
+  double* residuals;    // (batch, sub_tiles)
+  Decision* decisions;  // (batch,), of `judge`
 
   SPECENS_HOST_DEVICE bool is_mixture() const { return space_of(ensemble.id) == Space::kProbs; }
   // The members' slots come first, or the product's.
@@ -352,7 +356,7 @@ __device__ inline void read_child(const Problem& problem, int64_t b, int64_t t, 
   } else if (problem.draft_logits.data != nullptr && row.valid) {
     row.proposer = kSeparateDraft;
   }
-  if (row.greedy || problem.collapsed) row.proposer = kNobody;
+  if ((row.greedy && !problem.dense_when_greedy) || problem.collapsed) row.proposer = kNobody;
 }
 
 __device__ inline void read_proposal(const Problem& problem, int64_t b, int64_t t, Row& row,
@@ -366,11 +370,11 @@ __device__ inline void read_proposal(const Problem& problem, int64_t b, int64_t 
   if (row.proposer == kSeparateDraft) {
     field.data = row_data(problem.draft_logits, b, t);
     field.dtype = problem.draft_logits.dtype;
-    set_temperature(field, problem.draft_temperature.at(b));
+    set_temperature(field, row.greedy ? 1.0f : problem.draft_temperature.at(b));
   } else {
     field.data = row_data(ensemble.members[row.proposer], b, t);
     field.dtype = ensemble.members[row.proposer].dtype;
-    set_temperature(field, ensemble.temperature.at(b, 0, row.proposer));
+    set_temperature(field, row.greedy ? 1.0f : ensemble.temperature.at(b, 0, row.proposer));
   }
   row.drafted[kFields] = clean(load_raw(field, row.token));
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Host code that the ops share: problems, the workspace's layout, and what an error means.
+#include "judge.cuh"
 #include "stats.cuh"
 
 namespace specens {
@@ -52,6 +53,7 @@ size_t attach(Problem& problem, void* workspace) {
   problem.totals = layout.take<Total>(places * problem.slots);
   problem.best = layout.take<int64_t>(places);
   problem.residuals = layout.take<double>(problem.batch * problem.sub_tiles);
+  problem.decisions = layout.take<Decision>(problem.batch);
   return layout.used();
 }
 

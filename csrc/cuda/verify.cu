@@ -5,6 +5,8 @@
 // drawn by one block, unless a dense draft was rejected: then all of them sweep its row once more,
 // for the residual, and the last one draws.
 #include "draw.cuh"
+#include "exact.cuh"
+#include "judge.cuh"
 
 namespace specens {
 namespace {
@@ -58,9 +60,27 @@ __device__ __forceinline__ double kept(const VerifyParams& params, double target
   });
 }
 
-__device__ __forceinline__ double left(double target, double draft) {
-  return left_of(Judgement{}, target, draft);
-}
+// What is left of a token, as a rule that sweeps nothing has it.
+struct PlainLeft {
+  __device__ double operator()(const Row& /*row*/, int64_t /*token*/, double p, double q) const {
+    return left_of(Judgement{}, p, q);
+  }
+  __device__ double of_others() const { return 1.0; }
+};
+
+// As `judge` found it.
+struct JudgedLeft {
+  Judgement judgement;
+
+  __device__ double operator()(const Row& row, int64_t token, double p, double q) const {
+    if (judgement.without_token && token == row.token) return 0.0;
+    return left_of(judgement, p, q);
+  }
+  // The part that stays of a token which the draft does not have.
+  __device__ double of_others() const {
+    return judgement.left == Left::kTarget ? 1.0 : judgement.scale;
+  }
+};
 
 // --- the chain ---
 
@@ -79,13 +99,6 @@ __device__ Outcome decide(const Problem& problem, const VerifyParams& params, co
                            ? 1.0
                            : field_mass(row.proposal, static_cast<double>(row.drafted[kFields]));
   return coin * draft < kept(params, target, draft) ? kKept : kStops;
-}
-
-__device__ void emit(const VerifyParams& params, const Row& row, const Chain& chain, int64_t t,
-                     int64_t token) {
-  const int64_t place = chain.b * (params.nodes + 1) + t;
-  store(params.tokens + place, token);
-  store(params.log_probs + place, static_cast<float>(value_log_mass(row, token_value(row, token))));
 }
 
 // Looks at kWarps rows at a time; the kept ones are written by the first block.
@@ -113,10 +126,7 @@ __device__ Chain walk_chain(const Problem& problem, const VerifyParams& params,
     for (; kept < kWarps && shared.outcomes[kept] == kKept; ++kept) {
       chain.status |= shared.status[kept];
     }
-    if (blockIdx.x == 0 && w < kept && lane_id() == 0) {
-      emit(params, row, chain, t, row.token);
-      store(params.path + chain.b * params.nodes + t, static_cast<int32_t>(t + 1));
-    }
+    if (blockIdx.x == 0 && w < kept && lane_id() == 0) keep(params, row, chain.b, t);
     if (kept < kWarps) {
       chain.stop = first + kept;
       chain.emits = shared.outcomes[kept] == kStops;
@@ -143,18 +153,16 @@ __device__ void pad(const VerifyParams& params, const Chain& chain) {
 __device__ void finish(const VerifyParams& params, const Row& row, const Chain& chain,
                        int64_t token) {
   if (threadIdx.x != 0) return;
-  if (chain.emits) emit(params, row, chain, chain.stop, token);
+  if (chain.emits) emit(params, row, chain.b, chain.stop, token);
   store(params.num_accepted + chain.b, static_cast<int32_t>(chain.stop));
   store(params.status + chain.b, chain.status);
 }
 
 // --- residuals ---
 
-__device__ double residual_mass(const Row& row, int64_t token) {
-  const double target = value_mass(row, token_value(row, token));
-  if (row.proposer == kNobody) return token == row.token ? left(target, 1.0) : target;
-  const auto logit = static_cast<double>(clean(load_raw(row.proposal, token)));
-  return left(target, field_mass(row.proposal, logit));
+template <typename LeftOver>
+__device__ double residual_mass(const Row& row, const LeftOver& left, int64_t token) {
+  return left(row, token, target_mass(row, token), draft_mass(row, token));
 }
 
 // exp((value - top) / temperature) in single precision.
@@ -221,7 +229,7 @@ __device__ double lane_residual(const Problem& problem, const Row& row, int64_t 
     } else if (row.warped) {
       target = value_mass(row, target);
     }
-    residual += left(target, static_cast<double>(drafted[i]) * scale);
+    residual += left_of(Judgement{}, target, static_cast<double>(drafted[i]) * scale);
   }
   return residual;
 }
@@ -237,80 +245,40 @@ __device__ double sweep_residual(const Problem& problem, const Row& row, int sub
   return warp_sum(residual);
 }
 
-// Sum of mass(token) over the vocabulary, in double precision; the whole block.
-template <typename Mass>
-__device__ double sum_tokens(const Problem& problem, Walk& walk, const Mass& mass) {
-  double sum = 0.0;
-  for (int64_t token = threadIdx.x; token < problem.ensemble.vocab_size; token += kThreads) {
-    sum += mass(token);
+// The residual's mass in one sub-tile, in double precision; one warp.
+template <typename LeftOver>
+__device__ double sweep_exactly(const Problem& problem, const Row& row, const LeftOver& left,
+                                int sub_tile) {
+  double mass = 0.0;
+  for (int i = lane_id(); i < kSubTile; i += kLanes) {
+    const int64_t token = static_cast<int64_t>(sub_tile) * kSubTile + i;
+    if (token < problem.ensemble.vocab_size) mass += residual_mass(row, left, token);
   }
-  sum = warp_sum(sum);
-  if (lane_id() == 0) walk.totals[warp_id()] = sum;
-  __syncthreads();
-  sum = 0.0;
-  for (int w = 0; w < kWarps; ++w) sum += walk.totals[w];
-  __syncthreads();
-  return sum;
-}
-
-// Makes the normaliser of a field exact up to double precision.
-template <typename Value>
-__device__ void refine_field(const Problem& problem, Walk& walk, Field& field, const Value& value) {
-  if (field.empty) return;
-  if (threadIdx.x == 0) field.log_sum = 0.0;
-  __syncthreads();
-  const double sum =
-      sum_tokens(problem, walk, [&](int64_t token) { return field_mass(field, value(token)); });
-  if (threadIdx.x == 0) field.log_sum = log(sum);
-  __syncthreads();
-}
-
-__device__ void refine(const Problem& problem, Walk& walk, Row& row) {
-  for (int k = 0; k < row.count && row.is_mixture; ++k) {
-    Field& field = row.members[k];
-    if (field.share == 0.0 && !(row.proposer == k && proposal_is_member(problem, row))) continue;
-    refine_field(problem, walk, field,
-                 [&](int64_t token) { return static_cast<double>(clean(load_raw(field, token))); });
-  }
-  // The cutoff of a mixture's logarithm was found by the members' normalisers as they were.
-  if (row.warped && threadIdx.x == 0) row.target.cutoff -= 1e-6;
-  if (!row.is_mixture || row.warped) {
-    refine_field(problem, walk, row.target, [&](int64_t token) {
-      const double value = token_value(row, token);
-      return row.is_mixture ? log(value) : value;
-    });
-  }
-  if (proposal_is_member(problem, row)) {
-    if (threadIdx.x == 0) row.proposal = row.members[row.proposer];
-    __syncthreads();
-    return;
-  }
-  refine_field(problem, walk, row.proposal, [&](int64_t token) {
-    return static_cast<double>(clean(load_raw(row.proposal, token)));
-  });
+  return warp_sum(mass);
 }
 
 // Two laws that are nearly equal differ by less than what their normalisers are good to: everything
 // once more, in double precision. That is rare, and one block does it.
 __device__ void measure_exactly(const Problem& problem, Row& row, Walk& walk) {
-  refine(problem, walk, row);
+  refine(problem, walk.totals, row);
   for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) {
-    double mass = 0.0;
-    for (int i = lane_id(); i < kSubTile; i += kLanes) {
-      const int64_t token = static_cast<int64_t>(s) * kSubTile + i;
-      if (token < problem.ensemble.vocab_size) mass += residual_mass(row, token);
-    }
-    mass = warp_sum(mass);
+    const double mass = sweep_exactly(problem, row, PlainLeft{}, s);
     if (lane_id() == 0) walk.masses[s] = mass;
   }
   __syncthreads();
 }
 
-// A draft that was one token leaves every other token whole.
-__device__ void measure_point(const Problem& problem, const Row& row, int64_t place, Walk& walk) {
+// A draft that was one token leaves of every other token the same part.
+template <typename LeftOver>
+__device__ void measure_point(const Problem& problem, const Row& row, const LeftOver& left,
+                              int64_t place, Walk& walk) {
   read_masses(problem, row, place, walk);
+  for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
+    walk.masses[s] *= left.of_others();
+  }
+  __syncthreads();
   const int sub_tile = static_cast<int>(row.token / kSubTile);
-  fill(problem, sub_tile, walk, [&](int64_t token) { return residual_mass(row, token); });
+  fill(problem, sub_tile, walk, [&](int64_t token) { return residual_mass(row, left, token); });
   if (warp_id() == 0) {
     double mass = 0.0;
     for (int i = lane_id(); i < kSubTile; i += kLanes) mass += walk.tokens[i];
@@ -321,11 +289,12 @@ __device__ void measure_point(const Problem& problem, const Row& row, int64_t pl
 }
 
 // The token of a residual whose masses are known, or of the target if there is none.
+template <typename LeftOver>
 __device__ int64_t draw_residual(const Problem& problem, const VerifyParams& params, const Row& row,
-                                 Chain& chain, Walk& walk) {
+                                 const LeftOver& left, Chain& chain, Walk& walk) {
   if (total_mass(problem, walk) > kLeastResidual) {
     return draw(problem, params.uniforms, chain.b, chain.stop, walk,
-                [&](int64_t token) { return residual_mass(row, token); });
+                [&](int64_t token) { return residual_mass(row, left, token); });
   }
   chain.status |= kEmptyResidual;
   const int64_t place = chain.b * problem.rows + chain.stop;
@@ -339,13 +308,32 @@ __device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params
   if (row.empty) return 0;
   if (is_greedy(problem, row)) return load_fresh(problem.best + place);
   if (!row.valid) return draw_target(problem, row, params.uniforms, place, walk);
-  measure_point(problem, row, place, walk);
-  return draw_residual(problem, params, row, chain, walk);
+  measure_point(problem, row, PlainLeft{}, place, walk);
+  return draw_residual(problem, params, row, PlainLeft{}, chain, walk);
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    verify_resample(Problem problem, VerifyParams params) {
-  SPECENS_SHARED(VerifyShared, shared);
+// --- the kernels ---
+
+// Leaves the masses that sweep(sub_tile) finds in `walk` of the last block of the sequence, which
+// gets true.
+template <typename Sweep>
+__device__ bool sweep_together(const Problem& problem, const Chain& chain, VerifyShared& shared,
+                               const Sweep& sweep) {
+  double* residuals = problem.residuals + chain.b * problem.sub_tiles;
+  const int sub_tile = static_cast<int>(blockIdx.x) * kWarps + warp_id();
+  if (sub_tile < problem.sub_tiles) {
+    const double residual = sweep(sub_tile);
+    if (lane_id() == 0) store(residuals + sub_tile, residual);
+  }
+  if (!last_block(problem.tickets + chain.b, gridDim.x, &shared.is_last)) return false;
+  for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
+    shared.walk.masses[s] = load_fresh(residuals + s);
+  }
+  __syncthreads();
+  return true;
+}
+
+__device__ void resample(const Problem& problem, const VerifyParams& params, VerifyShared& shared) {
   Walk& walk = shared.walk;
   Chain chain = walk_chain(problem, params, shared);
   Row& row = shared.rows[chain.stop % kWarps];
@@ -358,27 +346,76 @@ __global__ void __launch_bounds__(kThreads, 1)
     finish(params, row, chain, token);
     return;
   }
-  double* residuals = problem.residuals + chain.b * problem.sub_tiles;
-  const int sub_tile = static_cast<int>(blockIdx.x) * kWarps + warp_id();
-  if (sub_tile < problem.sub_tiles) {
-    const double residual = sweep_residual(problem, row, sub_tile);
-    if (lane_id() == 0) store(residuals + sub_tile, residual);
-  }
-  if (!last_block(problem.tickets + chain.b, gridDim.x, &shared.is_last)) return;
-  for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
-    walk.masses[s] = load_fresh(residuals + s);
-  }
-  __syncthreads();
+  const auto sweep = [&](int sub_tile) { return sweep_residual(problem, row, sub_tile); };
+  if (!sweep_together(problem, chain, shared, sweep)) return;
   if (total_mass(problem, walk) <= kLeastSingleResidual) {
     measure_exactly(problem, row, walk);
   }
-  finish(params, row, chain, draw_residual(problem, params, row, chain, walk));
+  finish(params, row, chain, draw_residual(problem, params, row, PlainLeft{}, chain, walk));
+}
+
+// Of a decision that needs no sweep.
+__device__ int64_t draw_decided(const Problem& problem, const VerifyParams& params, const Row& row,
+                                const Decision& decision, Chain& chain, Walk& walk) {
+  if (decision.follows == Follows::kBest) return decision.best;
+  const int64_t place = chain.b * problem.rows + chain.stop;
+  if (row.empty || decision.follows == Follows::kTarget) {
+    return draw_target(problem, row, params.uniforms, place, walk);
+  }
+  const JudgedLeft left = {decision.judgement};
+  measure_point(problem, row, left, place, walk);
+  return draw_residual(problem, params, row, left, chain, walk);
+}
+
+// What `judge` decided; it has made the normalisers exact where a residual is drawn from.
+__device__ void resample_decided(const Problem& problem, const VerifyParams& params,
+                                 VerifyShared& shared) {
+  await_previous();
+  const auto b = static_cast<int64_t>(blockIdx.y);
+  const Decision decision = load_fresh(problem.decisions + b);
+  Chain chain = {b, decision.stop, decision.follows != Follows::kNothing, decision.status};
+  Row& row = shared.rows[0];
+  if (chain.emits && warp_id() == 0) {
+    const int64_t place = b * problem.rows + chain.stop;
+    read_row(problem, place, row, problem.cut || problem.folds_warped());
+    read_laws(problem, place, row, true);
+  }
+  __syncthreads();
+  if (blockIdx.x == 0) pad(params, chain);
+  const bool sweeps = decision.follows == Follows::kLeft && row.proposer != kNobody && !row.empty &&
+                      decision.judgement.left != Left::kTarget;
+  if (!sweeps) {
+    if (blockIdx.x != 0) return;
+    const int64_t token = chain.emits
+                              ? draw_decided(problem, params, row, decision, chain, shared.walk)
+                              : int64_t{kPadding};
+    finish(params, row, chain, token);
+    return;
+  }
+  const JudgedLeft left = {decision.judgement};
+  const auto sweep = [&](int sub_tile) { return sweep_exactly(problem, row, left, sub_tile); };
+  if (!sweep_together(problem, chain, shared, sweep)) return;
+  finish(params, row, chain, draw_residual(problem, params, row, left, chain, shared.walk));
+}
+
+enum class DecidedBy : int { kResample, kJudge };
+
+template <DecidedBy kBy>
+__global__ void __launch_bounds__(kThreads, 1)
+    verify_resample(Problem problem, VerifyParams params) {
+  SPECENS_SHARED(VerifyShared, shared);
+  if constexpr (kBy == DecidedBy::kResample) {
+    resample(problem, params, shared);
+  } else {
+    resample_decided(problem, params, shared);
+  }
 }
 
 Problem problem_of(const VerifyParams& params) {
   const int64_t rows = params.bonus ? params.nodes + 1 : params.nodes;
   Problem problem = make_problem(params.ensemble, params.batch, rows);
   problem.collapsed = params.rule == RuleId::kGreedy;
+  problem.dense_when_greedy = needs_draft_at_zero(params.rule);
   problem.nodes = params.nodes;
   problem.draft_tokens = params.draft_tokens;
   problem.proposers = params.proposers;
@@ -403,8 +440,14 @@ int cuda_verify(const VerifyParams& params, void* workspace, size_t workspace_by
   launch_stats(problem, stream);
   const bool dense = params.proposers.data != nullptr || params.draft_logits.data != nullptr;
   const dim3 grid(dense ? tiles_of(problem) : 1, static_cast<unsigned>(problem.batch));
-  SPECENS_LAUNCH_EARLY(verify_resample, grid, dim3(kThreads), sizeof(VerifyShared), stream, problem,
-                       params);
+  if (!is_judged(params.rule)) {
+    SPECENS_LAUNCH_EARLY(verify_resample<DecidedBy::kResample>, grid, dim3(kThreads),
+                         sizeof(VerifyShared), stream, problem, params);
+    return launch_error();
+  }
+  launch_judge(problem, params, stream);
+  SPECENS_LAUNCH_EARLY(verify_resample<DecidedBy::kJudge>, grid, dim3(kThreads),
+                       sizeof(VerifyShared), stream, problem, params);
   return launch_error();
 }
 

@@ -3,6 +3,7 @@
 // with its last addressed element, blocks run in any order, and what the CPU kernels say is the
 // oracle. `test_cuda SEED` runs one situation. To cover one more parameter: a draw from `Dice` in
 // `Situation`.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -24,7 +25,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 #if defined(__SANITIZE_THREAD__)
 // A fiber costs ThreadSanitizer a millisecond.
 constexpr int64_t kVocabularies[] = {3, 1025, 8200};
-constexpr uint64_t kSituations = 4;
+constexpr uint64_t kSituations = 12;
 constexpr int kMostNodes = 1, kMostBatch = 1;
 #else
 constexpr int64_t kVocabularies[] = {2, 17, 100, 1000, 1024, 1025, 8191, 8193, 20000};
@@ -84,10 +85,12 @@ struct Situation {
   Ensemble ensemble = {};
   std::vector<Rows> members;
   std::vector<float> weights, temperature, top_p, min_p, numbers;
+  std::vector<double> memory;
   std::vector<int32_t> top_k, tokens, proposers;
   std::vector<Rows> draft;
   bool bonus;
   RuleId rule;
+  double parameters[kMaxParameters] = {};
 
   explicit Situation(uint64_t seed)
       : dice(seed),
@@ -121,7 +124,27 @@ struct Situation {
     set_filters();
     set_drafts();
     for (int64_t i = 0; i < batch * (nodes + 1) * 4; ++i) numbers.push_back(dice.uniform());
-    rule = static_cast<RuleId>(dice.below(3));
+    set_rule(seed);
+  }
+
+  // In every other situation a rule of the next family.
+  void set_rule(uint64_t seed) {
+    constexpr RuleId kFamilies[] = {
+        RuleId::kBlock,       RuleId::kJs,      RuleId::kCascadeV1,  RuleId::kCactus,
+        RuleId::kEntropyVeto, RuleId::kTypical, RuleId::kLikelihood, RuleId::kCascadeOpt,
+        RuleId::kTopK,        RuleId::kKl,      RuleId::kCascadeV3,  RuleId::kCascadeChow};
+    const bool judged = seed % 2 == 1;
+    rule = judged ? kFamilies[seed / 2 % std::size(kFamilies)] : static_cast<RuleId>(dice.below(3));
+    const auto top = static_cast<double>(dice.below(3) * 4);
+    set_parameters(rule == RuleId::kLenient || rule == RuleId::kCactus ? 0.8 : 0.2, top, 0.3, 5.0);
+    if (rule == RuleId::kTopK) parameters[0] = 3.0;
+    if (rule == RuleId::kTypical || rule == RuleId::kLikelihood) parameters[1] = 0.3;
+    for (int64_t b = 0; b < batch; ++b) memory.push_back(static_cast<double>(dice.uniform()));
+  }
+
+  void set_parameters(double first, double second, double third, double fourth) {
+    const double values[kMaxParameters] = {first, second, third, fourth};
+    std::copy(std::begin(values), std::end(values), parameters);
   }
 
   void set_filters() {
@@ -161,7 +184,8 @@ struct Situation {
     VerifyParams params = {};
     params.ensemble = ensemble;
     params.rule = rule;
-    params.parameters[0] = 0.8;
+    std::copy(std::begin(parameters), std::end(parameters), params.parameters);
+    params.memory = {memory.data(), 1, 0, 0};
     params.bonus = bonus;
     params.batch = batch;
     params.nodes = nodes;
