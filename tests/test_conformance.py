@@ -6,6 +6,7 @@ list of hard ones. A situation is a seed, and a failure prints it. No GPU is nee
 Triton's interpreter under our guard, "cuda" the emulator. To add a hard call, add a test.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -60,7 +61,7 @@ def test_random_calls(backend: str, sizes: tuple[int, ...], seeds: list[int]) ->
 
 @pytest.mark.parametrize(EACH_CALL, list(random_calls(OF_RULES)), indirect=["backend"])
 def test_random_calls_of_every_rule(backend: str, sizes: tuple[int, ...], seeds: list[int]) -> None:
-    """Where the reference itself is next to a threshold, another decision is as good; that is rare."""
+    """Where the reference itself is next to a threshold, a decision may differ; that is rare."""
     rules = sorted({"native": native, "cuda": cuda}[backend].rules())
     near = []
     for seed in seeds:
@@ -254,6 +255,33 @@ def test_nearly_equal_laws(backend: str, ensemble: str, scope: str, gap: float) 
     law = Law((0.5, 0.5), ensemble, scope=scope, temperature=0.9)
     tokens = torch.full((2, 1), 7)
     check(backend, verify_call([expert, amateur], tokens, law, proposers=torch.tensor([1])))
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Acceptance("block"),
+        Acceptance("cactus", divergence=1e-6),
+        Acceptance("cascade_chow", alpha=0.9),
+        Acceptance("cascade_v2", alpha=0.001),
+        Acceptance("entropy_veto", target_entropy=100.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ensemble", ["mixture", "product"])
+def test_what_rules_leave_of_nearly_equal_laws(
+    backend: str, ensemble: str, rule: Acceptance
+) -> None:
+    for scope, gap in itertools.product(["member", "ensemble"], [1e-3, 1e-5, 1e-7]):
+        expert = torch.randn(2, 4, 500)
+        amateur = expert + gap * torch.randn(2, 4, 500)
+        amateur[:, 1, 7] = expert[:, 1, 7] = -torch.inf
+        tokens = amateur[:, :3].argmax(-1)
+        tokens[:, 1] = 7
+        law = Law((0.5, 0.5), ensemble, scope=scope, temperature=0.9)
+        options = {"acceptance": rule, "proposers": torch.tensor([1, 1, 1])}
+        check(backend, verify_call([expert, amateur], tokens, law, **options))
 
 
 @EVERY

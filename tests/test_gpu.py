@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from calls import REAL, SMALL, TILES, Call, call
+from calls import REAL, SMALL, TILES, Call, call, is_near_a_threshold
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import Law, Stream, ops, sample, uniforms, verify
+from specens_kernels import Law, Stream, cuda, ops, sample, uniforms, verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,25 +54,41 @@ def on_card(value: Any) -> Any:
     return {key: on_card(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
+def compare(one: Call, backend: str) -> None:
+    there = Call(one.op, on_card(one.arguments), on_card(one.options), one.name)
+    expected, found = one.run("reference"), there.run(backend)
+    for right, ours in zip(expected, found, strict=True):
+        if not right.is_floating_point():
+            assert torch.equal(ours.cpu(), right), one.name
+        else:
+            close = {"atol": 1e-5, "rtol": 3e-6}  # as in `calls.check`
+            torch.testing.assert_close(ours.cpu(), right, **close, msg=one.name)
+
+
 @pytest.mark.parametrize("sizes", [SMALL, TILES, REAL], ids=str)
 @pytest.mark.parametrize("first", range(0, 300, 20))
 def test_the_reference_s_tokens(backend: str, sizes: tuple[int, ...], first: int) -> None:
     for seed in range(first, first + 20):
-        one = call(seed, sizes)
-        there = Call(one.op, on_card(one.arguments), on_card(one.options), one.name)
-        expected, found = one.run("reference"), there.run(backend)
-        for right, ours in zip(expected, found, strict=True):
-            if not right.is_floating_point():
-                assert torch.equal(ours.cpu(), right), one.name
-            else:
-                close = {"atol": 1e-5, "rtol": 3e-6}  # as in `calls.check`
-                torch.testing.assert_close(ours.cpu(), right, **close, msg=one.name)
+        compare(call(seed, sizes), backend)
+
+
+@pytest.mark.parametrize("sizes", [SMALL, TILES, REAL], ids=str)
+@pytest.mark.parametrize("first", range(0, 300, 20))
+def test_every_rule_s_tokens(backend: str, sizes: tuple[int, ...], first: int) -> None:
+    if backend != "cuda":
+        pytest.skip("triton: its rules are those of the test above")
+    for seed in range(first, first + 20):
+        one = call(seed, sizes, sorted(cuda.rules()))
+        if not is_near_a_threshold(one):
+            compare(one, backend)
 
 
 class Turn:
     """One draft and one verification over fixed memory, as a decoder would capture them."""
 
-    def __init__(self, batch: int = 3, nodes: int = 4, vocab_size: int = 50_000) -> None:
+    def __init__(
+        self, batch: int = 3, nodes: int = 4, vocab_size: int = 50_000, rule: str = "rejection"
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (batch, nodes + 1, vocab_size)
         self.logits = [
@@ -82,16 +98,19 @@ class Turn:
         self.positions = torch.arange(nodes + 1)[None].cuda()
         self.proposers = torch.zeros(1, nodes, dtype=torch.int32).cuda()
         self.law = Law((0.5, 0.5), temperature=0.8)
+        self.rule = rule
 
     def run(self) -> tuple[Tensor, ...]:
         numbers = uniforms(self.seeds, self.positions, Stream.DRAFT)
         drafts = sample(self.logits, numbers, self.law, member=0).tokens[:, :-1]
         coins = uniforms(self.seeds, self.positions, Stream.VERIFY)
-        return verify(self.logits, drafts, coins, self.law, proposers=self.proposers)
+        options = {"proposers": self.proposers, "acceptance": self.rule}
+        return verify(self.logits, drafts, coins, self.law, **options)
 
 
-def test_a_graph_replays_with_new_numbers(backend: str) -> None:
-    turn = Turn()
+@pytest.mark.parametrize("rule", ["rejection", "js", "block"])
+def test_a_graph_replays_with_new_numbers(backend: str, rule: str) -> None:
+    turn = Turn(rule=rule)
     turn.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -134,8 +153,9 @@ def test_the_current_stream_is_used(backend: str) -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_no_op_waits_for_the_device(backend: str) -> None:
-    turn = Turn()
+@pytest.mark.parametrize("rule", ["rejection", "js", "block"])
+def test_no_op_waits_for_the_device(backend: str, rule: str) -> None:
+    turn = Turn(rule=rule)
     turn.run()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -154,6 +174,9 @@ def test_compute_sanitizer_finds_nothing(backend: str, tool: str) -> None:
         "import specens_kernels, test_gpu\n"
         f"with specens_kernels.backend({backend!r}):\n"
         "    test_gpu.Turn(vocab_size=9001).run()\n"
+        f"    if {backend!r} == 'cuda':\n"
+        "        test_gpu.Turn(vocab_size=9001, rule='block').run()\n"
+        "        test_gpu.Turn(vocab_size=9001, rule='entropy_veto').run()\n"
         "test_gpu.torch.cuda.synchronize()\n"
     )
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]

@@ -180,6 +180,7 @@ class Judging {
   // Makes the row's normalisers exact, here and for the next launch.
   __device__ __forceinline__ void refine_row(int64_t t) {
     Row& row = shared_.row;
+    __syncthreads();  // the others may still ask by the normalisers as they were
     refine(problem_, shared_.totals, row);
     if (threadIdx.x != 0) return;
     const int64_t place = b_ * problem_.rows + t;

@@ -3,7 +3,8 @@
 // `verify_resample`, in which every block of a sequence walks the chain by itself, a warp for each
 // row, for the walk needs the totals and a few logits only. What follows the last kept draft is
 // drawn by one block, unless a dense draft was rejected: then all of them sweep its row once more,
-// for the residual, and the last one draws.
+// for the residual, and the last one draws. For rules that look at whole laws, or at whole chains,
+// `judge` walks between the two launches (judge.cu), and `verify_resample` only draws.
 #include "draw.cuh"
 #include "exact.cuh"
 #include "judge.cuh"
@@ -47,8 +48,7 @@ struct At {
   bool bare;
 };
 
-// The rules that have CUDA kernels (specens_kernels/cuda.py names them) sweep nothing, and leave
-// what `rejection` does.
+// The rules that are decided here sweep nothing, and leave what `rejection` does.
 __device__ __forceinline__ double kept(const VerifyParams& params, double target, double draft) {
   const At at = {target, draft, 0.0, params.parameters, params.ensemble.vocab_size, false};
   return with_rule(params.rule, [&](auto rule) {
