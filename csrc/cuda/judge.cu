@@ -340,7 +340,7 @@ bool is_judged(RuleId rule) {
   return rule != RuleId::kRejection && rule != RuleId::kLenient && rule != RuleId::kGreedy;
 }
 
-bool needs_draft_at_zero(RuleId rule) {
+bool dense_when_greedy(RuleId rule) {
   return with_rule(rule, [](auto chosen) { return decltype(chosen)::kNeedsDraft; });
 }
 

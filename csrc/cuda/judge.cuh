@@ -37,10 +37,10 @@ __device__ inline void keep(const VerifyParams& params, const Row& row, int64_t 
   store(params.path + b * params.nodes + t, static_cast<int32_t>(t + 1));
 }
 
-// Whether a rule's decisions are made by `judge`; whether it asks for the draft's law where the
-// temperature is 0.
+// Whether `judge` decides for a rule.
 bool is_judged(RuleId rule);
-bool needs_draft_at_zero(RuleId rule);
+// Whether a rule asks for the draft's law where all temperatures are 0, too.
+bool dense_when_greedy(RuleId rule);
 
 void launch_judge(const Problem& problem, const VerifyParams& params, cudaStream_t stream);
 

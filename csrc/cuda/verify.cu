@@ -415,7 +415,7 @@ Problem problem_of(const VerifyParams& params) {
   const int64_t rows = params.bonus ? params.nodes + 1 : params.nodes;
   Problem problem = make_problem(params.ensemble, params.batch, rows);
   problem.collapsed = params.rule == RuleId::kGreedy;
-  problem.dense_when_greedy = needs_draft_at_zero(params.rule);
+  problem.dense_when_greedy = dense_when_greedy(params.rule);
   problem.nodes = params.nodes;
   problem.draft_tokens = params.draft_tokens;
   problem.proposers = params.proposers;
