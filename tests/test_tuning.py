@@ -40,6 +40,8 @@ from specens.members import Member
 from specens.schedules import LearnedStop
 from specens.tuning import Profile, candidates, survival
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Three members and three drafts. No two numbers are alike, and blocks grow stickier in some curves.
 MEMBERS, DRAFTS = 3, 3
 CURVES = ((0.8,), (0.7, 0.55, 0.45), (0.9, 0.8), (0.6, 0.3), (0.75, 0.6, 0.5), (0.5,), (0.85,))
@@ -252,11 +254,8 @@ def test_the_simulation_rejects_other_formulas() -> None:
     # A block whose verification costs one token's forward.
     flat = replace(here, forwards=tuple(times[:1] for times in here.forwards))
     assert rejected(tuning.speculative(flat, 4, 6), SIMULATIONS["draft 6"][1])
-    # A proposer that reads its own drafts once more, all of them.
-    twice = tuning.speculative(here, 2, 3) + (here.forward(2, 4) - here.forward(2, 1)) / 3
-    assert rejected(twice, SIMULATIONS["member 3"][1])
     # Other numbers of tokens.
-    assert rejected(tuning.hierarchy(here, (3, 5), (2, 1)), SIMULATIONS["hierarchy of 2"][1])
+    assert rejected(tuning.hierarchy(here, (3, 5), (1, 1)), SIMULATIONS["hierarchy of 2"][1])
     assert rejected(tuning.alternating(here, (1, 0), (4, 1)), SIMULATIONS["alternating of 2"][1])
     # Tokens of others that are always kept.
     sure = replace(here, kept=(((1.0,),) * 7,) * 6)
@@ -557,7 +556,7 @@ def run(*arguments: str | Path) -> Any:
 def test_tune_check_and_generate_with_what_it_found(tmp_path: Path) -> None:
     file = tmp_path / "tuned.json"
     result = run(
-        "tune", "def f(x):", *PAIR, "--max-new-tokens", "24", "--check", "--repeats", "1",
+        "tune", "def f(x):", *PAIR, "--max-new-tokens", "48", "--check", "--repeats", "1",
         "--threads", "1", "--output", file,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
