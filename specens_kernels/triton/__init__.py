@@ -19,7 +19,7 @@ _OPS = ("mix", "sample", "uniforms", "verify")
 
 def acceptance_rules() -> list[str]:
     """The acceptance rules that have a Triton kernel, on chains."""
-    return list(import_module(f"{__name__}.rules").KEPT)
+    return list(import_module(f"{__name__}.rules").RULES)
 
 
 def __getattr__(name: str) -> Any:

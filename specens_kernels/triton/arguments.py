@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specens_kernels.acceptance import AcceptanceRule
 from specens_kernels.law import LawTensors
 from specens_kernels.native import Unsupported
 from specens_kernels.reference import SUB_TILE, TILE
@@ -71,7 +72,11 @@ class Law(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """What the draft tokens were drawn from: members, separate logits, or points."""
+    """What the draft tokens were drawn from: members, separate logits, or points.
+
+    greedy: whether the rule collapses the target. at_zero: whether it asks for the draft's law at
+        temperature 0, too; a draft is a point there otherwise.
+    """
 
     tokens: Any
     tokens_batch: Any
@@ -86,6 +91,7 @@ class Proposal(NamedTuple):
     temperature_batch: Any
     nodes: Any
     greedy: Any
+    at_zero: Any
 
 
 class Workspace(NamedTuple):
@@ -207,9 +213,9 @@ def proposal_arguments(
     logits: Tensor | None,
     temperature: Tensor | None,
     law: LawTensors,
-    greedy: bool,
+    rule: AcceptanceRule,
 ) -> Proposal:
-    """What `verify` knows of the draft; `greedy` if the rule collapses the target."""
+    """What `verify` knows of the draft."""
     batch, nodes = tokens.shape
     if logits is not None:
         _check_dtype(logits)
@@ -228,7 +234,8 @@ def proposal_arguments(
         temperature=temperature,
         temperature_batch=_batch_stride(temperature),
         nodes=nodes,
-        greedy=tl.constexpr(greedy),
+        greedy=tl.constexpr(rule.greedy),
+        at_zero=tl.constexpr(rule.needs_draft),
     )
 
 

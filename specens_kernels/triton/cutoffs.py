@@ -30,7 +30,7 @@ BLOCK = tl.constexpr(2048)
 
 
 @triton.jit
-def _order(value):
+def order_of(value):
     """An integer that is ordered as the number is."""
     if value.dtype == tl.float64:
         bits = value.to(tl.int64, bitcast=True)
@@ -41,7 +41,7 @@ def _order(value):
 
 
 @triton.jit
-def _value(order):
+def value_of(order):
     if order.dtype == tl.int64:
         bits = order ^ ((order >> 63) & 0x7FFFFFFFFFFFFFFF)
         return bits.to(tl.float64, bitcast=True)
@@ -119,22 +119,28 @@ def _split(
 
 
 @triton.jit
+def halved(low, high, step):
+    """An edge in [low, high): by bits and by value in turn."""
+    first, last = order_of(low), order_of(high)
+    middle = (first >> 1) + (last >> 1) + (first & last & 1)
+    edge = tl.where((step & 1) == 0, value_of(middle), low * 0.5 + high * 0.5)
+    return tl.where((edge >= low) & (edge < high), edge, low)
+
+
+@triton.jit
 def _least(
     law, proposal, laws, b, t, proposer, floor, top, inverse, target,
     FIELD: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
     """The least value, not below the floor, that less than the target lies above of.
 
-    Halves the interval by bits and by value in turn, and shrinks it to the values inside.
+    Halves the interval, and shrinks it to the values inside.
     """
     low = floor
     high = top
     step = tl.full((), 0, tl.int32)
     while low < high:
-        first, last = _order(low), _order(high)
-        middle = (first >> 1) + (last >> 1) + (first & last & 1)
-        edge = tl.where((step & 1) == 0, _value(middle), low * 0.5 + high * 0.5)
-        edge = tl.where((edge >= low) & (edge < high), edge, low)
+        edge = halved(low, high, step)
         weight, above, below = _split(
             law, proposal, laws, b, t, proposer, edge, floor, top, inverse, FIELD, BY_MASS
         )
@@ -148,7 +154,7 @@ def _least(
 @triton.jit
 def _round_up(value):
     nearest = value.to(tl.float32)
-    return tl.where(nearest.to(tl.float64) < value, _value(_order(nearest) + 1), nearest)
+    return tl.where(nearest.to(tl.float64) < value, value_of(order_of(nearest) + 1), nearest)
 
 
 @triton.jit

@@ -66,12 +66,16 @@ def member_temperature(law, b, k, greedy):
 
 @triton.jit
 def proposal_temperature(law, proposal, b, proposer):
-    """Of a dense proposal, which no greedy row has."""
+    """Of a dense proposal; 1 in a greedy row, which has one only where the rule asks for it."""
+    greedy = no()
+    if proposal.at_zero:
+        greedy = is_greedy(law, b)
     if proposal.logits is not None:
         at = proposal.temperature + b * proposal.temperature_batch
-        return _or_one(tl.load(at).to(tl.float32), no())
+        temperature, hard = _or_one(tl.load(at).to(tl.float32), greedy)
+        return tl.where(greedy, 1.0, temperature), hard
     else:
-        return own_temperature(law, b, tl.maximum(proposer, 0), no())
+        return own_temperature(law, b, tl.maximum(proposer, 0), greedy)
 
 
 @triton.jit
@@ -96,7 +100,8 @@ def proposer_of(law, proposal, b, t, greedy):
     dense = t < proposal.nodes
     if proposal.greedy:
         dense = no()
-    dense = dense & (greedy == 0)
+    if not proposal.at_zero:
+        dense = dense & (greedy == 0)
     if proposal.logits is not None:
         return tl.where(dense, law.members, -1)
     elif proposal.proposers is None:
@@ -335,6 +340,8 @@ def member_laws(law, work, row, b, t, greedy):
         if law.by_member:
             cutoff = stored_cutoff(law, work, row, k)
         used = used & (mass > 0)
+        # Nothing reaches it, though the member is read where it proposes.
+        top = tl.where(used, top, float("inf"))
         share += tl.where(used, weight, 0.0)
         status |= _flags(law, work, row, k, weight != 0)
         tops = tops + (top,)

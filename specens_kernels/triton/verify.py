@@ -1,47 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verify` for chains, after the sweep: decide every row, find the residual, emit.
+"""`verify` for chains, after the sweep: decide or judge every row, find the residual, emit.
 
 `decide` has one program for each row: totals, then the draft token's coin against a few gathered
-logits. The first row whose child is not kept is where the sequence stops. `residual` weighs what a
-rejected dense draft leaves of that row alone, a program for each tile. `emit` draws, one program
-for each sequence.
+logits. For rules that look at more, `judge` of judge.py stands in its place. The first row whose
+child is not kept is where the sequence stops. `residual` weighs what a rejected dense draft leaves
+of that row alone, a program for each tile. `emit` draws, one program for each sequence.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from specens_kernels.acceptance import ACCEPTANCE_RULES
 from specens_kernels.law import LawTensors
 from specens_kernels.native import Unsupported
 
 from . import rules
 from .arguments import Law, Proposal, law_arguments, proposal_arguments, workspace
+from .chain import (
+    BEST,
+    DENSE,
+    EMPTY_RESIDUAL,
+    KEPT,
+    LEAST_RESIDUAL,
+    LEAST_SINGLE_RESIDUAL,
+    NOTHING,
+    PADDING,
+    POINT,
+    TARGET,
+    Verdict,
+    draft_token,
+    read_row,
+    refined_laws,
+)
+from .judge import judge, judgement
 from .laws import (
     SUB_TILE,
-    clean,
     is_greedy,
     load_laws,
-    load_raw,
     log_prob,
     look,
-    mass_of,
-    measure,
-    member_row,
     most_probable,
     pick,
     pick_sub_tile,
     proposer_of,
-    reciprocal,
-    store_laws,
     sub_tile_ids,
     sub_tile_masses,
     sub_tile_tokens,
     total,
-    weight_of,
     yes,
 )
 from .stats import NARROW_WARPS, tile_tokens
@@ -49,65 +59,9 @@ from .sweep import sweep
 
 # Chosen so that nothing spills, or little with eight members; benchmarks/gpu_report.py shows it.
 DECIDE_WARPS = 16
+JUDGE_WARPS = 8
 EMIT_WARPS = 4
 WARPS_OF_MANY = 8  # of both, for more than three members
-INVALID_DRAFT = tl.constexpr(8)
-EMPTY_RESIDUAL = tl.constexpr(16)
-PADDING = tl.constexpr(-1)
-
-# What happens at a row: its child is kept, or what is emitted instead.
-NOTHING = tl.constexpr(0)
-KEPT = tl.constexpr(1)
-BEST = tl.constexpr(2)
-TARGET = tl.constexpr(3)
-DENSE = tl.constexpr(4)
-POINT = tl.constexpr(5)
-
-# Below this total the rounding of single precision would show in a residual's masses.
-LEAST_SINGLE_RESIDUAL = tl.constexpr(1e-4)
-LEAST_RESIDUAL = tl.constexpr(2.0**-40)
-
-
-class Verdict(NamedTuple):
-    """Arguments of the walk, what it leaves for each row, and its results.
-
-    residuals: (B, sub-tiles) float64 mass that a rejected dense draft leaves.
-    """
-
-    numbers: Any
-    numbers_batch: Any
-    numbers_row: Any
-    numbers_word: Any
-    lenience: Any
-    outcomes: Any
-    best: Any
-    statuses: Any
-    draft_log_probs: Any
-    residuals: Any
-    tokens: Any
-    log_probs: Any
-    num_accepted: Any
-    path: Any
-    status: Any
-    bonus: Any
-    kept: Any
-    steps: Any
-
-
-@triton.jit
-def _draft_token(proposal, b, t):
-    at = proposal.tokens + b * proposal.tokens_batch + t * proposal.tokens_node
-    return tl.load(at, mask=t < proposal.nodes, other=PADDING).to(tl.int64)
-
-
-@triton.jit
-def _known_proposer(law, proposal, b, t):
-    if proposal.proposers is None:
-        return yes()
-    else:
-        at = proposal.proposers + b * proposal.proposers_batch + t * proposal.proposers_node
-        proposer = tl.load(at, mask=t < proposal.nodes, other=0)
-        return (proposer >= PADDING) & (proposer < law.members)
 
 
 @triton.jit
@@ -119,7 +73,7 @@ def _is_kept(law, proposal, verdict, laws, b, t, proposer, token):
     draft = tl.where(proposer >= 0, tl.max(drafts, 0), 1.0)
     at = verdict.numbers + b * verdict.numbers_batch + (t + 1) * verdict.numbers_row
     coin = tl.load(at).to(tl.float64)
-    return coin * draft < verdict.kept(target, draft, verdict.lenience)
+    return coin * draft < verdict.rule.kept(target, draft, verdict.parameters[0])
 
 
 @triton.jit
@@ -127,22 +81,12 @@ def decide(law, proposal, work, verdict):
     """Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     b, t = row // law.rows, row % law.rows
-    greedy = is_greedy(law, b)
-    proposer = proposer_of(law, proposal, b, t, greedy)
-    laws, empty, _lse, status, draft_status = measure(
-        law, proposal, work, row, b, t, proposer, greedy
+    greedy, proposer, laws, empty, status, token, valid, emits = read_row(
+        law, proposal, work, verdict, row, b, t
     )
-    store_laws(law, work, row, laws)
-    token = _draft_token(proposal, b, t)
-    child = (t < proposal.nodes) & (token != PADDING)
-    valid = child & (token >= 0) & (token < law.vocab_size)
-    valid = valid & _known_proposer(law, proposal, b, t)
     collapses = greedy
     if proposal.greedy:
         collapses = yes()
-    emits = child
-    if verdict.bonus:
-        emits = yes()
     best = tl.full((), 0, tl.int32)
     if collapses & emits & (empty == 0):
         best = most_probable(law, work, row, b, t, laws, greedy)
@@ -157,8 +101,6 @@ def decide(law, proposal, work, verdict):
     outcome = tl.where(emits, outcome, NOTHING)
     tl.store(verdict.outcomes + row, tl.where(kept, KEPT, outcome))
     tl.store(verdict.best + row, best)
-    status |= tl.where(child & (valid == 0), INVALID_DRAFT, 0)
-    status |= tl.where(valid & (proposer >= 0), draft_status, 0)
     tl.store(verdict.statuses + row, status)
 
 
@@ -172,8 +114,24 @@ def _stop(law, verdict, b):
 
 
 @triton.jit
-def _left(verdict, target, draft):
-    return tl.maximum(target - verdict.kept(target, draft, verdict.lenience), 0.0)
+def _scalars(verdict, row):
+    """Scale and bound of what is left at a row."""
+    if verdict.scalars is None:
+        return 1.0, 0.0
+    else:
+        return tl.load(verdict.scalars + row * 2), tl.load(verdict.scalars + row * 2 + 1)
+
+
+@triton.jit
+def _left(law, proposal, verdict, laws, b, t, proposer, token, row, offsets, mask):
+    """Masses that a rejected dense draft leaves; of a rule that compares, in double precision."""
+    scale, bound = _scalars(verdict, row)
+    if verdict.scalars is None:
+        p, q = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float32)
+        return verdict.rule.left(p, q, offsets == token, scale, bound)
+    else:
+        p, q = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
+        return verdict.rule.left(p, q, offsets == token, scale, bound)
 
 
 @triton.jit
@@ -187,8 +145,9 @@ def residual(law, proposal, work, verdict):
         proposer = proposer_of(law, proposal, b, stop, greedy)
         laws = load_laws(law, work, row)
         offsets, mask = tile_tokens(law, tile, law.narrow)
-        target, draft = look(law, proposal, laws, b, stop, proposer, offsets, mask, tl.float32)
-        masses = tl.sum(_left(verdict, target, draft), 1).to(tl.float64)
+        token = draft_token(proposal, b, stop)
+        left = _left(law, proposal, verdict, laws, b, stop, proposer, token, row, offsets, mask)
+        masses = tl.sum(left, 1).to(tl.float64)
         at = b * law.sub_tiles + tile * law.narrow + tl.arange(0, law.narrow)
         tl.store(verdict.residuals + at, masses)
 
@@ -197,77 +156,22 @@ def residual(law, proposal, work, verdict):
 
 
 @triton.jit
-def _rescaled(law, laws, source: tl.constexpr, factor):
-    """`laws` with the scale of one source multiplied."""
-    scales = ()
-    for k in tl.static_range(law.sources):
-        if k == source:
-            scales = scales + (laws[2][k] * factor,)
-        else:
-            scales = scales + (laws[2][k],)
-    return (laws[0], laws[1], scales, laws[3])
-
-
-@triton.jit
-def _loosened(law, laws):
-    """`laws` with a lower cutoff of the target, by what its values move when they are refined."""
-    cutoffs = ()
-    for k in tl.static_range(law.sources):
-        cutoff = laws[3][k]
-        if k == law.members + 1:
-            size = tl.abs(cutoff)
-            cutoff = tl.where(size < float("inf"), cutoff - (1e-6 + 2.5e-7 * size), cutoff)
-        cutoffs = cutoffs + (cutoff,)
-    return (laws[0], laws[1], laws[2], cutoffs)
-
-
-@triton.jit
-def _member_sum(law, laws, b, t, k: tl.constexpr):
-    """Mass of one member of a mixture, in double precision."""
-    mass = tl.full((), 0.0, tl.float64)
-    for sub_tile in range(0, law.sub_tiles):
-        offsets, mask = sub_tile_tokens(law, sub_tile)
-        values = clean(load_raw(member_row(law, b, t, k), offsets, mask & (laws[2][k] != 0)))
-        mass += tl.sum(mass_of(values, laws, k, tl.float64), 0)
-    return mass
-
-
-@triton.jit
-def _refined_members(law, laws, b, t):
-    share = tl.full((), 0.0, tl.float64)
-    for k in tl.static_range(law.members):
-        share += tl.where(laws[2][k] != 0, weight_of(law, b, t, k), 0.0)
-    for k in tl.static_range(law.members):
-        mass = _member_sum(law, laws, b, t, k)
-        factor = weight_of(law, b, t, k) * reciprocal(share) * reciprocal(mass)
-        laws = _rescaled(law, laws, k, factor)
-    return laws
-
-
-@triton.jit
-def _measure_again(law, proposal, work, verdict, row, b, t, proposer):
-    """Normalisers and residual of one row in double precision."""
-    laws = load_laws(law, work, row)
-    if law.kind != "product":
-        laws = _refined_members(law, laws, b, t)
-    if law.kind == "warped":
-        laws = _loosened(law, laws)
-    target_mass = tl.full((), 0.0, tl.float64)
-    draft_mass = tl.full((), 0.0, tl.float64)
+def _measure_again(law, proposal, work, verdict, row, b, t, proposer, token):
+    """Normalisers, scalars and residual of one row in double precision."""
+    laws = refined_laws(law, proposal, work, row, b, t, proposer)
+    scale, bound = _scalars(verdict, row)
+    if verdict.rule.judge is not None and not verdict.rule.walks:
+        greedy = is_greedy(law, b)
+        _q, _kept, scale, bound, _trusted = judgement(
+            law, proposal, work, verdict, laws, row, b, t, proposer, token, greedy, 0.0
+        )
+        tl.store(verdict.scalars + row * 2, scale)
+        tl.store(verdict.scalars + row * 2 + 1, bound)
     for sub_tile in range(0, law.sub_tiles):
         offsets, mask = sub_tile_tokens(law, sub_tile)
         target, draft = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
-        target_mass += tl.sum(target, 0)
-        draft_mass += tl.sum(draft, 0)
-    laws = _rescaled(law, laws, law.members, reciprocal(draft_mass))
-    if law.kind != "mixture":
-        laws = _rescaled(law, laws, law.members + 1, reciprocal(target_mass))
-    for sub_tile in range(0, law.sub_tiles):
-        offsets, mask = sub_tile_tokens(law, sub_tile)
-        target, draft = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
-        left = tl.sum(_left(verdict, target, draft), 0)
-        tl.store(verdict.residuals + b * law.sub_tiles + sub_tile, left)
-    store_laws(law, work, row, laws)
+        left = verdict.rule.left(target, draft, offsets == token, scale, bound)
+        tl.store(verdict.residuals + b * law.sub_tiles + sub_tile, tl.sum(left, 0))
 
 
 # --- the token after the accepted ones ------------------------------------------------------------
@@ -280,27 +184,29 @@ def _residual_masses(law, verdict, b):
 
 
 @triton.jit
-def _without_point(law, verdict, laws, b, t, token, masses):
+def _without_point(law, verdict, laws, row, b, t, token, masses):
     """Sub-tile masses of a target when a draft token that was a point mass is rejected."""
+    scale, bound = _scalars(verdict, row)
     ids, _exists = sub_tile_ids(law)
     sub_tile = token // SUB_TILE
     offsets, mask = sub_tile_tokens(law, sub_tile)
     target, _drafted = look(law, None, laws, b, t, -1, offsets, mask, tl.float64)
-    target = tl.where(offsets == token, _left(verdict, target, 1.0), target)
-    return tl.where(ids == sub_tile, tl.sum(target, 0), masses)
+    drafted = offsets == token
+    left = verdict.rule.left(target, tl.where(drafted, 1.0, 0.0), drafted, scale, bound)
+    return tl.where(ids == sub_tile, tl.sum(left, 0), scale * masses)
 
 
 @triton.jit
 def _drawn(law, proposal, work, verdict, row, b, t, proposer, greedy, outcome):
     """A token from the target or from what is left of it; and whether nothing was left."""
     laws = load_laws(law, work, row)
-    token = tl.maximum(_draft_token(proposal, b, t), 0).to(tl.int32)
+    token = tl.maximum(draft_token(proposal, b, t), 0).to(tl.int32)
     whole = sub_tile_masses(law, work, row, b, t, laws, greedy, True)
     masses = whole
     if outcome == DENSE:
         masses = _residual_masses(law, verdict, b)
-    if outcome == POINT:
-        masses = _without_point(law, verdict, laws, b, t, token, masses)
+    if verdict.rule.left is not None and outcome == POINT:
+        masses = _without_point(law, verdict, laws, row, b, t, token, masses)
     emptied = (outcome != TARGET) & (total(masses) <= LEAST_RESIDUAL)
     outcome = tl.where(emptied, TARGET, outcome)
     masses = tl.where(emptied, whole, masses)
@@ -308,9 +214,12 @@ def _drawn(law, proposal, work, verdict, row, b, t, proposer, greedy, outcome):
     sub_tile = pick_sub_tile(law, masses, numbers, verdict.numbers_word)
     offsets, mask = sub_tile_tokens(law, sub_tile)
     target, draft = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
-    draft = tl.where(outcome == POINT, 1.0, draft)
-    shrinks = (outcome == DENSE) | ((outcome == POINT) & (offsets == token))
-    target = tl.where(shrinks, _left(verdict, target, draft), target)
+    if verdict.rule.left is not None:
+        drafted = offsets == token
+        draft = tl.where(outcome == POINT, tl.where(drafted, 1.0, 0.0), draft)
+        scale, bound = _scalars(verdict, row)
+        left = verdict.rule.left(target, draft, drafted, scale, bound)
+        target = tl.where(outcome == TARGET, target, left)
     third = tl.load(numbers + 3 * verdict.numbers_word).to(tl.float64)
     return sub_tile * SUB_TILE + pick(target, third), emptied
 
@@ -341,7 +250,8 @@ def emit(law, proposal, work, verdict):
         proposer = proposer_of(law, proposal, b, stop, greedy)
         if outcome == DENSE:
             if total(_residual_masses(law, verdict, b)) < LEAST_SINGLE_RESIDUAL:
-                _measure_again(law, proposal, work, verdict, row, b, stop, proposer)
+                token = draft_token(proposal, b, stop)
+                _measure_again(law, proposal, work, verdict, row, b, stop, proposer, token)
                 tl.debug_barrier()
         if outcome == BEST:
             drawn = tl.load(verdict.best + row)
@@ -387,23 +297,26 @@ def verify(
     """See `reference.verify`."""
     if parents is not None:
         raise Unsupported("trees have no Triton kernel")
-    if acceptance not in rules.KEPT:
-        raise Unsupported(f"rule {acceptance!r} has no Triton kernel; add it to triton/rules.py")
+    if acceptance not in rules.RULES:
+        raise Unsupported(f"rule {acceptance!r} has no Triton kernel")
+    rule = rules.RULES[acceptance]
     batch, nodes = draft_tokens.shape
     made = law_arguments(logits, law)
-    greedy = acceptance == "greedy"
     proposal = proposal_arguments(
-        draft_tokens, proposers, draft_logits, draft_temperature, law, greedy
+        draft_tokens, proposers, draft_logits, draft_temperature, law, ACCEPTANCE_RULES[acceptance]
     )
     work = workspace(made, batch)
-    lenience = parameters[0] if parameters else 1.0
-    verdict = _verdict(made, numbers, batch, nodes, acceptance, lenience, bonus)
+    verdict = _verdict(made, numbers, batch, nodes, rule, parameters, memory, bonus)
     many = len(logits) > 3
     if batch > 0 and made.rows > 0:
         sweep(made, proposal, work, batch)
         warps = WARPS_OF_MANY if many else DECIDE_WARPS
-        decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=warps)
-        if _is_dense(proposal) and not greedy:
+        if rule.judge is None:
+            decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=warps)
+        else:
+            rows = 1 if rule.walks else made.rows
+            judge[(batch, rows)](made, proposal, work, verdict, num_warps=JUDGE_WARPS)
+        if _is_dense(proposal) and rule.left is not None and acceptance != "greedy":
             tiles = made.sub_tiles // made.narrow.value
             residual[(batch, tiles)](made, proposal, work, verdict, num_warps=NARROW_WARPS)
     if batch > 0:
@@ -416,13 +329,19 @@ def _is_dense(proposal: Proposal) -> bool:
     return proposal.logits is not None or proposal.proposers is not None
 
 
+def _constants(values: Any) -> tuple[Any, ...]:
+    """As compile-time constants; None stays."""
+    return tuple(None if value is None else tl.constexpr(value) for value in values)
+
+
 def _verdict(
     law: Law,
     numbers: Tensor,
     batch: int,
     nodes: int,
-    acceptance: str,
-    lenience: float,
+    rule: rules.Rule,
+    parameters: Sequence[float],
+    memory: Tensor | None,
     bonus: bool,
 ) -> Verdict:
     device = numbers.device
@@ -437,11 +356,14 @@ def _verdict(
         numbers_batch=batch_stride,
         numbers_row=row_stride,
         numbers_word=word_stride,
-        lenience=tl.constexpr(lenience),
+        parameters=_constants(parameters or (1.0,)),
+        memory=memory,
+        memory_batch=0 if memory is None else memory.stride(0),
         outcomes=empty(rows),
         best=empty(rows),
         statuses=empty(rows),
         draft_log_probs=empty(rows, dtype=torch.float32),
+        scalars=None if rule.judge is None else empty(rows, 2, dtype=torch.float64),
         residuals=empty(batch, law.sub_tiles, dtype=torch.float64),
         tokens=empty(batch, nodes + 1, dtype=torch.int64),
         log_probs=empty(batch, nodes + 1, dtype=torch.float32),
@@ -449,6 +371,6 @@ def _verdict(
         path=empty(batch, nodes),
         status=empty(batch),
         bonus=tl.constexpr(bonus),
-        kept=tl.constexpr(rules.KEPT[acceptance]),
+        rule=rules.Rule(*_constants(rule)),
         steps=tl.constexpr(triton.next_power_of_2(nodes + 1)),
     )
