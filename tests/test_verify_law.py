@@ -328,7 +328,8 @@ def test_every_rule_emits_what_its_definition_says(case: Case) -> None:
         assert laws.joint_distance(case, law) < 1e-9
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
+# Triton's interpreter would take minutes for each; test_conformance.py has its tokens.
+@pytest.mark.parametrize("backend", ["native", "cuda"], indirect=True)
 @pytest.mark.parametrize("case", [*map(mixed_draft, ONE_OF_EACH)], ids=str)
 def test_every_kernel_emits_what_the_rules_definition_says(backend: str, case: Case) -> None:
     if case.acceptance not in ops._MODULES[backend].acceptance_rules():
