@@ -39,12 +39,14 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specens_kernels import Law, backend, mix, sample, uniforms, verify
+from specens_kernels import Acceptance, Law, backend, mix, sample, uniforms, verify
 from specens_kernels import triton as kernels
 
 ROOT = Path(__file__).parents[1]
 BUDGET = Path(__file__).with_name("gpu_budget.json")
 VOCAB_SIZE, NODES = 128_256, 4
+# One rule of each kind that `judge` knows: what it is compiled to depends on the rule.
+JUDGED = ("cascade_v1", "js:top_k=50", "block", "entropy_veto")
 MOST = "M=8"  # as many members as a kernel takes; the CUDA kernels are the same for any number
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -142,13 +144,14 @@ def made(ensemble: str, members: int, **options: Any) -> tuple[list[torch.Tensor
     return logits, law.tensors("report", 1, NODES + 1, members, device, VOCAB_SIZE)
 
 
-def verifies(logits: list[torch.Tensor], law: Any) -> None:
+def verifies(logits: list[torch.Tensor], law: Any, rule: str = "rejection") -> None:
     """One `verify`, whose drafts are the last member's."""
+    acceptance = Acceptance.parse(rule)
     tokens = torch.empty(1, NODES, dtype=torch.int64, device="meta")
     numbers = torch.empty(1, NODES + 1, 4, device="meta")
     kernels.verify(
-        logits, tokens, numbers, None, torch.empty_like(tokens), None, None, law, "rejection", 1.0,
-        True,
+        logits, tokens, numbers, None, torch.empty_like(tokens), None, None, law,
+        acceptance.rule.name, acceptance.parameters, None, True,
     )  # fmt: skip
 
 
@@ -170,6 +173,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     filters = {"scope": "ensemble", "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
     yield "filtered M=2", partial(verifies, *made("mixture", 2, **filters))
     yield "M=2", the_other_ops
+    for rule in JUDGED:
+        yield f"{rule} M=2", partial(verifies, *made("mixture", 2), rule)
 
 
 def launches() -> Iterator[Launch]:
@@ -178,6 +183,8 @@ def launches() -> Iterator[Launch]:
         known = {}
         for kernel, arguments, warps in recorded(call):
             name = f"{kernel.fn.__name__} {case}"
+            if case.split()[0] in JUDGED and kernel.fn.__name__ != "judge":
+                continue
             known.setdefault(name, Launch(name, kernel, arguments, warps))
         yield from known.values()
 
@@ -255,9 +262,9 @@ def _output(*command: Any) -> str:
 
 
 def triton_rows() -> Iterator[Row]:
-    """Every launch on every target; those of the most members, which take long, on one."""
+    """Every launch on every target; those that take long, of the most members or a rule, on one."""
     for launch in launches():
-        if launch.name.endswith(MOST):
+        if launch.name.endswith(MOST) or launch.name.startswith("judge "):
             compiled = compile_launch(launch, GPUTarget("cuda", 90, 32))
             yield nvidia_row(launch.name, "sm_90", compiled, launch.warps)
             continue

@@ -43,6 +43,33 @@ def test_a_verification_reads_every_row_once(ensemble: str, members: int) -> Non
     assert traffic["residual"].loaded < members * row * 1.03
 
 
+@pytest.mark.parametrize(
+    ("rule", "sums", "launches"),
+    [
+        ("cactus", 0, 4),
+        ("cascade_chow", 0, 4),
+        ("js", 1, 3),
+        ("cascade_v1", 1, 4),
+        ("block", 0.5, 4),
+    ],
+)
+def test_a_judgement_reads_a_row_once_more_for_each_sum(
+    rule: str, sums: float, launches: int
+) -> None:
+    """In one launch; what replaces a draft under a gate is the target, which needs no sweep."""
+    vocab_size, nodes = 10_000, 2
+    logits = [(5 * torch.randn(1, nodes + 1, vocab_size)).bfloat16() for _ in range(2)]
+    tokens = logits[1][:, :nodes].float().argmax(-1)
+    options = {"proposers": torch.ones(1, nodes, dtype=torch.int64), "acceptance": rule}
+    with specens_kernels.backend("triton"), counted() as traffic:
+        verify(logits, tokens, torch.rand(1, nodes + 1, 4), Law((0.5, 0.5)), **options)
+    assert traffic["judge"].launches == 1
+    assert sum(kernel.launches for kernel in traffic.values()) == launches
+    rows = sums * nodes * len(logits) * 2 * vocab_size
+    assert rows <= traffic["judge"].loaded < rows + 30_000
+    assert traffic["judge"].stored < 1000
+
+
 def test_the_package_imports_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import specens_kernels.triton as backend; "
@@ -64,8 +91,10 @@ def test_what_has_no_kernel_is_refused() -> None:
     tokens = torch.zeros(1, 0, dtype=torch.int64)
     rest = (None, None, None, law_tensors(1))
     with pytest.raises(NotImplementedError, match="trees have no Triton kernel"):
-        kernels.verify([rows], tokens, numbers, torch.tensor([[-1]]), *rest, "greedy", 1.0, True)
-    with pytest.raises(NotImplementedError, match="rule 'typical' has no Triton kernel"):
-        kernels.verify([rows], tokens, numbers, None, *rest, "typical", 1.0, True)
+        kernels.verify(
+            [rows], tokens, numbers, torch.tensor([[-1]]), *rest, "greedy", (), None, True
+        )
+    with pytest.raises(NotImplementedError, match="rule 'mentored' has no Triton kernel"):
+        kernels.verify([rows], tokens, numbers, None, *rest, "mentored", (0.1,), None, True)
     with pytest.raises(NotImplementedError, match="ensemble 'median' has no Triton kernel"):
         kernels.mix([rows], law_tensors(1)._replace(ensemble="median"))

@@ -26,10 +26,10 @@ from .chain import (
 from .cutoffs import halved
 from .laws import is_greedy, log_prob, look, most_probable, no, yes
 
-BLOCK = tl.constexpr(2048)
+BLOCK = tl.constexpr(1024)
 
-# Where a block's reach is this near to a half, or what is left to nothing, single precision would
-# show.
+# Where p and q of a block's token are this near, or what is left is next to nothing, single
+# precision would show.
 NEARLY_EQUAL = tl.constexpr(1e-5)
 LEAST_SLACK = tl.constexpr(1e-3)
 
@@ -78,7 +78,10 @@ def _side(p, q, OF_DRAFT: tl.constexpr):
 
 @triton.jit
 def _least_of_top(law, proposal, laws, b, t, proposer, token, count, OF_DRAFT: tl.constexpr):
-    """Tokens are among the `count` most probable, or tie with them, iff not below this."""
+    """Tokens are among the `count` most probable, or tie with them, iff not below this.
+
+    Halves the interval, and shrinks it to the probabilities inside: some ten sweeps.
+    """
     low = tl.full((), 0.0, tl.float64)
     high = tl.full((), 1.0, tl.float64)
     step = tl.full((), 0, tl.int32)
@@ -89,11 +92,11 @@ def _least_of_top(law, proposal, laws, b, t, proposer, token, count, OF_DRAFT: t
         below = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, law.vocab_size, BLOCK):
             p, q = _look_at_block(law, proposal, laws, b, t, proposer, token, start)
-            law_of_side = _side(p, q, OF_DRAFT)
-            beyond = law_of_side > edge
+            found = _side(p, q, OF_DRAFT)
+            beyond = found > edge
             sums += tl.where(beyond, 1.0, 0.0)
-            above = tl.minimum(above, tl.where(beyond, law_of_side, 1.0))
-            below = tl.maximum(below, tl.where(beyond, 0.0, law_of_side))
+            above = tl.minimum(above, tl.where(beyond, found, 1.0))
+            below = tl.maximum(below, tl.where(beyond, 0.0, found))
         enough = tl.sum(sums, 0) < count
         high = tl.where(enough, tl.maximum(tl.max(below, 0), low), high)
         low = tl.where(enough, low, tl.minimum(tl.min(above, 0), high))
@@ -173,7 +176,10 @@ def _best_but(law, laws, b, t, token):
 
 @triton.jit
 def judgement(law, proposal, work, verdict, laws, row, b, t, proposer, token, greedy, memory):
-    """q of a drafted token, and what its rule says: kept, scale, bound, trusted."""
+    """q of a drafted token, and what its rule says: kept, scale, bound, trusted.
+
+    Of a rule that vetoes, the bound is 1 if x is vetoed.
+    """
     p, q = _look_at_token(law, proposal, laws, b, t, proposer, token)
     best = tl.full((), 0.0, tl.float64)
     if verdict.rule.finds_best:
@@ -276,12 +282,15 @@ def _mass_left(law, proposal, laws, b, t, proposer, token, reach):
 def _block_step(law, proposal, work, laws, row, b, t, proposer, token, reach):
     """The chance that a block ends no earlier than at a valid draft's row, and the reach after."""
     p, q = _look_at_token(law, proposal, laws, b, t, proposer, token)
-    left = _mass_left(law, proposal, laws, b, t, proposer, token, reach)
+    left = tl.full((), 1.0, tl.float64)
+    if t > 0:
+        left = _mass_left(law, proposal, laws, b, t, proposer, token, reach)
     near = (left < LEAST_SINGLE_RESIDUAL) | (left + 1.0 - reach < LEAST_SLACK)
     if near | (tl.abs(p - q) <= q * NEARLY_EQUAL):
         laws = refined_laws(law, proposal, work, row, b, t, proposer)
         p, q = _look_at_token(law, proposal, laws, b, t, proposer, token)
-        left = _mass_left(law, proposal, laws, b, t, proposer, token, reach)
+        if t > 0:
+            left = _mass_left(law, proposal, laws, b, t, proposer, token, reach)
     return rules.block_threshold(reach, left), rules.block_step(reach, p, q)
 
 

@@ -342,6 +342,8 @@ def member_laws(law, work, row, b, t, greedy):
         if law.by_member:
             cutoff = stored_cutoff(law, work, row, k)
         used = used & (mass > 0)
+        # Nothing reaches it, though the member is read where it proposes.
+        top = tl.where(used, top, float("inf"))
         share += tl.where(used, weight, 0.0)
         status |= _flags(law, work, row, k, weight != 0)
         tops = tops + (top,)
