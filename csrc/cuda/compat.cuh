@@ -15,6 +15,10 @@
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#if !defined(__CUDA_ARCH__)
+#define SPECENS_HOST_PASS
+#endif
+
 // The dynamic shared memory of the block, as one struct.
 #define SPECENS_SHARED(Type, name)                                 \
   extern __shared__ __align__(128) unsigned char specens_shared[]; \

@@ -25,6 +25,9 @@ struct JudgeShared {
   int64_t above;
 };
 
+// The compiler's host pass cannot deduce what functions of a device return, and needs none of them.
+#if !defined(SPECENS_HOST_PASS)
+
 __device__ __forceinline__ double block_max(double own, double (&totals)[kWarps]) {
   own = warp_max(own);
   if (lane_id() == 0) totals[warp_id()] = own;
@@ -327,11 +330,20 @@ class Judging {
   double memory_;
 };
 
-__global__ void __launch_bounds__(kThreads, 1) judge(Problem problem, VerifyParams params) {
-  SPECENS_SHARED(JudgeShared, shared);
+__device__ __forceinline__ void judge_sequence(const Problem& problem, const VerifyParams& params,
+                                               JudgeShared& shared) {
   release_next();
   const Decision decision = Judging(problem, params, shared).run();
   if (threadIdx.x == 0) store(problem.decisions + blockIdx.x, decision);
+}
+
+#else
+__device__ inline void judge_sequence(const Problem&, const VerifyParams&, JudgeShared&) {}
+#endif
+
+__global__ void __launch_bounds__(kThreads, 1) judge(Problem problem, VerifyParams params) {
+  SPECENS_SHARED(JudgeShared, shared);
+  judge_sequence(problem, params, shared);
 }
 
 }  // namespace
