@@ -84,6 +84,20 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "ensemble": (("generate", "x", "--ensemble", "sum"), "unknown name 'sum'"),
     "schedule": (("generate", "x", "--schedule", "fast"), "unknown name 'fast'"),
     "acceptance": (("generate", "x", "--acceptance", "typcal"), "unknown rule 'typcal'"),
+    "method": (("generate", "x", "--method", "fast"), "--method: unknown name 'fast'"),
+    "method and schedule": (
+        ("generate", "x", "--method", "fsd", "--schedule", "plain"),
+        "--schedule: expected none beside --method fsd",
+    ),
+    "head": (("generate", "x", "--method", "fsd", "--head", "h"), "--head: expected none for"),
+    "draft weight": (
+        ("generate", "x", "--method", "fsd", "--draft-weight", "0.5"),
+        "--draft-weight: expected none for method 'fsd'",
+    ),
+    "draft weight alone": (
+        ("generate", "x", "--draft-weight", "0.5"),
+        "--draft-weight: expected a --method that mixes",
+    ),
     "scope": (("generate", "x", "--scope", "all"), "unknown name 'all'"),
     "lenience": (
         ("generate", "x", "--acceptance", "lenient:lenience=0"),

@@ -96,6 +96,19 @@ def test_what_build_refuses(loaded) -> None:
         build(METHODS["static"], [code, code], [code], [tokenizer] * 3)
     with pytest.raises(ValueError, match=r"draft_weight: expected a number in \[0, 1\], got 2"):
         build(METHODS["static"], [code], [code], tokenizers, draft_weight=2)
+    with pytest.raises(ValueError, match="method: weights: expected draft_weight for 'static'"):
+        build(METHODS["static"], [code], [code], tokenizers, weights=[0.5, 0.5])
+    with pytest.raises(ValueError, match="method: ensemble: expected 'mixture', which the head"):
+        build(METHODS["diversed"], [code], [models["draft"]], tokenizers, ensemble="product")
+    with pytest.raises(ValueError, match=r"acceptance: expected a rule or a list of them, got \{"):
+        build(METHODS["fsd"], [code], [code], tokenizers, acceptance={"js": 0.7})
+    with pytest.raises(ValueError, match=r"stop: expected a DraftStop, got 0\.4"):
+        build(METHODS["fsd"], [code], [code], tokenizers, stop=0.4)
+    with pytest.raises(
+        ValueError, match=r"weights: expected a head for 128 \+ 192, got 192 \+ 128"
+    ):
+        head = WeightHead(torch.zeros(320), torch.tensor(0.0), "mixture", 192, 128)
+        build(METHODS["diversed"], [code], [models["draft"]], tokenizers, head=head)
     with pytest.raises(ValueError, match="--method: unknown name 'fast'; known names: adaedl"):
         method_named("fast")
 

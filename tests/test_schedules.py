@@ -605,3 +605,45 @@ def test_a_level_must_be_verified_against_the_level_below_it(models, monkeypatch
     assert min(p_values(text(), joint).values()) > HONEST
     monkeypatch.setattr(Run, "_proposals", wrong)
     assert min(p_values(text(), joint).values()) < WRONG
+
+
+def flat(law: list[float]) -> Any:
+    """A model that gives every next token this law, whatever the text."""
+    model = toy(1, len(law))
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding.copy_(embedding[1:2].expand_as(embedding))
+        seen: list[Tensor] = []
+        head = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1]))
+        model(torch.tensor([[1, 2]]))
+        hook.remove()
+        head.weight.copy_(torch.tensor(law).log()[:, None] * seen[0] / seen[0].dot(seen[0]))
+    return model
+
+
+@pytest.mark.slow
+def test_an_end_that_a_level_has_refused_ends_nothing():
+    """Whether a level goes on must not hang on numbers of tokens that come after a refused one."""
+    small, large = flat([0.5, 0.4, 0.1]), flat([0.5, 0.1, 0.4])
+    decoder = SpeculativeDecoder(
+        [large],
+        schedule="hierarchy",
+        draft=[small, small, large],
+        num_speculative_tokens=(3, 3, 4),
+    )
+    ids = torch.ones(8000, 1, dtype=torch.int64)
+    texts = decoder.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=6,
+        eos_token_id=0,
+        pad_token_id=0,
+        seed=0,
+    )
+    for first in (1, 2):
+        second = texts[texts[:, 1] == first][:, 2]
+        counts = torch.bincount(second, minlength=3)
+        assert chi_square(counts, torch.tensor([0.5, 0.1, 0.4])).p_value > HONEST

@@ -222,6 +222,8 @@ def generate(
         law, options = saved["law"], {}
     options |= law
     chosen = None if method is None else method_named(method)
+    if chosen is not None and ensemble == "mixture":
+        del options["ensemble"]  # a head knows its own
     _check_method(chosen, draft_weight, head, options)
     Law(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # checks, before loading
     arguments = sampling(
@@ -278,6 +280,10 @@ def _check_method(
             raise ValueError(f"generate: {option}: expected a --method that mixes, got none")
     if method is None:
         return
+    if head is not None and method.name != "diversed":
+        raise ValueError(f"generate: --head: expected none for method {method.name!r}")
+    if draft_weight is not None and (not method.joins or method.name == "diversed"):
+        raise ValueError(f"generate: --draft-weight: expected none for method {method.name!r}")
     if "schedule" in options:
         expected = f"none beside --method {method.name}"
         raise ValueError(f"generate: --schedule: expected {expected}, got {options['schedule']!r}")
@@ -314,6 +320,12 @@ def _read_config(
     try:
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         saved["best"] = Candidate(**saved["best"])
+        lists = [*saved["models"], *saved["drafts"]]
+        places = set(saved["best"].drafts)
+        if not isinstance(saved["law"], dict) or not all(isinstance(one, str) for one in lists):
+            raise TypeError("law, models or drafts are of other types")
+        if not places <= set(range(len(saved["drafts"]))):
+            raise ValueError("its best candidate has drafts that are not listed")
         return {name: saved[name] for name in ("models", "drafts", "threads", "law", "best")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -337,16 +349,24 @@ def _tune_shortly(
     law: dict[str, Any] = {
         name: arguments.get(name, 0.0) for name in ("temperature", "top_k", "top_p", "min_p")
     }
-    found = tune(
-        loaded[:size],
-        prompts[:_AUTO_PROMPTS],
-        drafts=loaded[size:],
-        tokenizers=tokenizers,
-        max_new_tokens=_AUTO_TOKENS,
-        limit_s=_AUTO_SECONDS,
-        **(law if arguments["do_sample"] else {"temperature": 0.0}),
-        **options,
-    )
+    try:
+        found = tune(
+            loaded[:size],
+            prompts[:_AUTO_PROMPTS],
+            drafts=loaded[size:],
+            tokenizers=tokenizers,
+            max_new_tokens=_AUTO_TOKENS,
+            limit_s=_AUTO_SECONDS,
+            **(law if arguments["do_sample"] else {"temperature": 0.0}),
+            **options,
+        )
+    except ValueError as error:
+        if "expected more text" not in str(error):
+            raise
+        raise ValueError(
+            "generate: --auto: expected texts long enough to measure by, got some that end at "
+            "once; choose a --schedule"
+        ) from error
     best = found.candidates[0]
     terminal.errors().print(
         f"auto: {best.name}, expected to be {found.speedup(best):.2f} times as fast as plain; "

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -404,6 +404,8 @@ class SpeculativeDecoder:
         ):
             if value is not None and name not in users:
                 raise _wrong(argument, f"None for schedule {name!r}", value)
+        if stop is not None and not callable(getattr(stop, "asks", None)):
+            raise _wrong("stop", "a DraftStop", repr(stop))
         if num_speculative_tokens is None:
             num_speculative_tokens = _DEFAULT_TOKENS.get(name, 1)
         gammas = _integers(num_speculative_tokens)
@@ -422,10 +424,10 @@ class SpeculativeDecoder:
         if name == "speculative":
             return Speculative(self._proposer(proposer), gammas[0], stop)
         if name == "companion":
-            token_cost = 0.1 if token_cost is None else float(token_cost)
-            if not 0 <= token_cost < math.inf:
-                raise _wrong("token_cost", "a number >= 0", token_cost)
-            return Companion(size, size + 1, gammas[0], token_cost)
+            cost: Any = 0.1 if token_cost is None else token_cost
+            if not isinstance(cost, Real) or not 0 <= float(cost) < math.inf:
+                raise _wrong("token_cost", "a number >= 0", repr(cost))
+            return Companion(size, size + 1, gammas[0], float(cost))
         if name == "lookahead":
             return self._look_ahead(self._proposer(proposer), ahead, gammas[0])
         if name == "hierarchy":
@@ -469,8 +471,10 @@ class SpeculativeDecoder:
     def _bind(self, head: WeightHead) -> None:
         """Have each member multiply its share of the head with its last hidden states."""
         sizes = [hidden_size(model) for model in self.models[:2]]
-        if sum(sizes) != head.delta.numel():
-            raise _wrong("weights", f"a head for {sizes[0]} + {sizes[1]}", head.delta.numel())
+        known = [head.draft_size, head.target_size]
+        if sum(sizes) != head.delta.numel() or (None not in known and sizes != known):
+            found = head.delta.numel() if None in known else f"{known[0]} + {known[1]}"
+            raise _wrong("weights", f"a head for {sizes[0]} + {sizes[1]}", found)
         shares = torch.split(head.delta, sizes)
         for one, share in zip(self.members, shares, strict=False):
             if isinstance(one, ReplayMember):
@@ -633,8 +637,10 @@ def _acceptances(given: Any, levels: int) -> list[Acceptance]:
     """One for each level; a single one is the last level's, the others' is "rejection"."""
     if isinstance(given, (str, Acceptance)):
         return [Acceptance()] * (levels - 1) + [Acceptance.of(given)]
+    if not isinstance(given, (list, tuple)):
+        raise _wrong("acceptance", "a rule or a list of them", repr(given))
     if len(given) != levels:
-        raise _wrong("acceptance", f"1 or {levels} rules", len(given))
+        raise _wrong("acceptance", f"one rule or a list of {levels}", len(given))
     found = [Acceptance.of(one) for one in given]
     if any(one.rule.remembers for one in found[:-1]):
         raise _wrong("acceptance", "a rule without a memory below the last level", found)

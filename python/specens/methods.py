@@ -143,7 +143,7 @@ _METHODS = (
         "block",
         "target",
         _PAIR,
-        "as speculative, longer drafts: never keeps fewer tokens",
+        "as speculative, longer drafts: keeps no fewer tokens on average",
         "Sun et al. 2024, arXiv:2403.10444",
         _speculative("block") | {"num_speculative_tokens": 6},
     ),
@@ -221,7 +221,7 @@ _METHODS = (
     Method(
         "hierarchy",
         "ensemble",
-        "two or more drafts and a target",
+        "two drafts and a target",
         "a mid-sized model between draft and target",
         "HSD, arXiv:2510.19705",
         _hierarchy(Acceptance(), Acceptance()),
@@ -349,8 +349,15 @@ def build(
             raise ValueError(
                 f"method: models: expected one target for {method.name!r}, got {len(models)}"
             )
+        if "weights" in overrides:
+            raise ValueError(f"method: weights: expected draft_weight for {method.name!r}")
         options["weights"] = weights = _weights(method, draft_weight, head)
         if isinstance(weights, WeightHead):
+            if overrides.get("ensemble", weights.ensemble) != weights.ensemble:
+                raise ValueError(
+                    f"method: ensemble: expected {weights.ensemble!r}, which the head is for, "
+                    f"got {overrides['ensemble']!r}"
+                )
             options["ensemble"] = weights.ensemble
         models, drafts = [*drafts, *models], []
         tokenizers = None if tokenizers is None else [tokenizers[-1], *tokenizers[:-1]]

@@ -354,7 +354,8 @@ class Run:
                 new = min(new, most - row.pending[:mine].count(member))
             row.pending[mine:] = [member] * new
             row.judged += 1
-            row.ended |= not self.stopper.eos.isdisjoint(tokens[:new])
+            # Of this level's tokens alone: a level that has refused the end goes on.
+            row.ended = not self.stopper.eos.isdisjoint(tokens[:new])
         self.statistics.drafted[member] += len(rows)
         for model, laws in zip(self.members, self._laws, strict=True):
             # What was said after the token just added is about another one.
