@@ -19,7 +19,7 @@ from calls import REAL, SMALL, TILES, Call, call, is_near_a_threshold
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import Law, Stream, cuda, ops, sample, uniforms, verify
+from specens_kernels import Law, Stream, ops, sample, uniforms, verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,10 +75,9 @@ def test_the_reference_s_tokens(backend: str, sizes: tuple[int, ...], first: int
 @pytest.mark.parametrize("sizes", [SMALL, TILES, REAL], ids=str)
 @pytest.mark.parametrize("first", range(0, 300, 20))
 def test_every_rule_s_tokens(backend: str, sizes: tuple[int, ...], first: int) -> None:
-    if backend != "cuda":
-        pytest.skip("triton: its rules are those of the test above")
+    rules = sorted(ops._MODULES[backend].acceptance_rules())
     for seed in range(first, first + 20):
-        one = call(seed, sizes, sorted(cuda.acceptance_rules()))
+        one = call(seed, sizes, rules)
         if not is_near_a_threshold(one):
             compare(one, backend)
 
