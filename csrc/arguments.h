@@ -147,6 +147,8 @@ inline VerifyParams read_verify(Reader& in) {
   params.uniforms = read_values<float>(in);
   params.draft_logits = read_logits(in);
   params.draft_temperature = read_values<float>(in);
+  params.ensemble.lse = read_values<float>(in);
+  params.draft_lse = read_values<float>(in);
   params.tokens = in.address<int64_t>();
   params.log_probs = in.address<float>();
   params.num_accepted = in.address<int32_t>();

@@ -74,6 +74,9 @@ struct Ensemble {
   Values<int32_t> top_k;
   Values<float> top_p;
   Values<float> min_p;
+  // Of each member's row over its temperature, (B, T, M); what is not finite is not known. Null
+  // data: nothing is.
+  Values<float> lse = {nullptr, 0, 0, 0};
 };
 
 struct UniformsParams {
@@ -119,6 +122,7 @@ struct VerifyParams {
   Values<float> uniforms;  // (B, N + 1, 4)
   Logits draft_logits;     // (B, N or N + 1, V); null data: none
   Values<float> draft_temperature;
+  Values<float> draft_lse = {nullptr, 0, 0, 0};  // (B, N or N + 1), as `Ensemble::lse`
   int64_t* tokens;        // (B, N + 1)
   float* log_probs;       // (B, N + 1)
   int32_t* num_accepted;  // (B,)

@@ -72,6 +72,8 @@ def verify(
     proposers: Tensor | None,
     draft_logits: Tensor | None,
     draft_temperature: Tensor | None,
+    lse: Tensor | None,
+    draft_lse: Tensor | None,
     law: LawTensors,
     acceptance: str,
     parameters: Sequence[float],
@@ -83,6 +85,8 @@ def verify(
         raise Unsupported("trees have no CUDA kernel")
     if acceptance not in native._RULES:
         raise Unsupported(f"rule {acceptance!r} has no CUDA kernel; add it to csrc/rules.h")
+    if lse is not None or draft_lse is not None:
+        raise Unsupported("known log-sum-exps have no CUDA kernel")
     _check(logits, law)
     if draft_temperature is not None:
         draft_temperature = draft_temperature.to(torch.float32)
@@ -95,6 +99,8 @@ def verify(
         proposers,
         draft_logits,
         draft_temperature,
+        lse,
+        draft_lse,
         law,
         acceptance,
         parameters,

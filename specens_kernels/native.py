@@ -90,6 +90,8 @@ def verify(
     proposers: Tensor | None,
     draft_logits: Tensor | None,
     draft_temperature: Tensor | None,
+    lse: Tensor | None,
+    draft_lse: Tensor | None,
     law: LawTensors,
     acceptance: str,
     parameters: Sequence[float],
@@ -108,6 +110,8 @@ def verify(
         proposers,
         draft_logits,
         draft_temperature,
+        lse,
+        draft_lse,
         law,
         acceptance,
         parameters,
@@ -173,6 +177,8 @@ def flatten_verify(
     proposers: Tensor | None,
     draft_logits: Tensor | None,
     draft_temperature: Tensor | None,
+    lse: Tensor | None,
+    draft_lse: Tensor | None,
     law: LawTensors,
     acceptance: str,
     parameters: Sequence[float],
@@ -208,6 +214,8 @@ def flatten_verify(
     flat += numbers.stride()
     flat += draft
     flat += _per_row(draft_temperature)
+    flat += _NO_VALUES if lse is None else (lse.data_ptr(), *lse.stride())
+    flat += _NO_VALUES if draft_lse is None else (draft_lse.data_ptr(), *draft_lse.stride(), 0)
     flat += tokens.data_ptr(), log_probs.data_ptr(), num_accepted.data_ptr(), path.data_ptr()
     flat.append(status.data_ptr())
     return flat, (tokens, log_probs, num_accepted, path, status)

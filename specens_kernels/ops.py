@@ -185,6 +185,8 @@ def verify(
     proposers: Tensor | None = None,
     draft_logits: Tensor | None = None,
     draft_temperature: Tensor | None = None,
+    lse: Tensor | None = None,
+    draft_lse: Tensor | None = None,
     acceptance: Acceptance | str = "rejection",
     memory: Tensor | None = None,
     bonus: bool = True,
@@ -212,6 +214,13 @@ def verify(
         draft_logits: (B, N, V_d) or (B, N+1, V_d). Bare logits of a separate draft; row i is the
             law that the children of node i were drawn from.
         draft_temperature: () or (B,) float. The draft's; None is the law's for the first member.
+        lse: (B, N+1, M) float32; (B, N, M) if not `bonus`. Log-sum-exp of each member's logits over
+            its temperature, as a fused LM head, or `sample` of the proposer, has found it; what is
+            not finite is not known. A row that is known is read only where a token is drawn, and
+            what is wrong with it is reported there only. For mixtures of scope "member" without
+            filters; nothing is taken from it where the temperature is 0.
+        draft_lse: (B, N) or (B, N+1) float32, as `draft_logits`. The same of the draft's. A larger
+            one makes the draft's law sum to less than 1: that of drafts which could be withdrawn.
         acceptance: a rule with its parameters, or the name of an entry of `ACCEPTANCE_RULES`, with
             its defaults. In rows of temperature 0 a draft is kept iff it is the ensemble's most
             probable token or the rule trusts it. "block" takes chains only.
@@ -253,6 +262,15 @@ def verify(
         _check_draft_logits(draft_logits, batch, nodes, parameters.vocab_size, device)
     if draft_temperature is not None:
         draft_temperature = _per_row("draft_temperature", draft_temperature, batch, device)
+    if lse is not None:
+        if law.ensemble != "mixture" or law.scope != "member":
+            expected = "None for a law other than a mixture of scope 'member'"
+            raise ValueError(f"verify: lse: expected {expected}, got a tensor")
+        _check_lse("lse", lse, (batch, rows, len(tensors)), parameters, device)
+    if draft_lse is not None:
+        if draft_logits is None:
+            raise ValueError("verify: draft_lse: expected None without draft_logits, got a tensor")
+        _check_lse("draft_lse", draft_lse, draft_logits.shape[:2], parameters, device)
     return Verdict(
         *_call_verify(
             tensors,
@@ -262,6 +280,8 @@ def verify(
             proposers,
             draft_logits,
             draft_temperature,
+            lse,
+            draft_lse,
             parameters,
             chosen.rule.name,
             chosen.parameters,
@@ -354,8 +374,8 @@ _lib.define(
 )
 _lib.define(
     "verify(Tensor[] logits, Tensor draft_tokens, Tensor uniforms, Tensor? parents, "
-    "Tensor? proposers, Tensor? draft_logits, Tensor? draft_temperature, "
-    f"{_LAW}, str acceptance, float[] parameters, Tensor? memory, bool bonus) "
+    "Tensor? proposers, Tensor? draft_logits, Tensor? draft_temperature, Tensor? lse, "
+    f"Tensor? draft_lse, {_LAW}, str acceptance, float[] parameters, Tensor? memory, bool bonus) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -441,7 +461,7 @@ def _unpacked(implementation: Callable[..., Any], law_at: int | None) -> Callabl
 _call_uniforms = _register("uniforms", reference.uniforms, _fake_uniforms, None)
 _call_mix = _register("mix", reference.mix, _fake_mix, 1)
 _call_sample = _register("sample", reference.sample, _fake_sample, 2)
-_call_verify = _register("verify", reference.verify, _fake_verify, 7)
+_call_verify = _register("verify", reference.verify, _fake_verify, 9)
 
 if not native.AVAILABLE:
     _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)
@@ -523,6 +543,19 @@ def _check_draft_logits(
         raise _wrong("verify", "draft_logits", expected, draft)
     if draft.stride(-1) != 1 and shape[2] > 1:
         raise _wrong("verify", "draft_logits", "contiguous rows", draft)
+
+
+def _check_lse(
+    argument: str,
+    lse: Tensor,
+    shape: Sequence[int],
+    law: LawTensors,
+    device: torch.device,
+) -> None:
+    if any(value is not None for value in (law.top_k, law.top_p, law.min_p)):
+        raise ValueError(f"verify: {argument}: expected None for a law with filters, got a tensor")
+    if lse.shape != tuple(shape) or lse.dtype != torch.float32 or lse.device != device:
+        raise _wrong("verify", argument, f"{tuple(shape)} float32 on {device}", lse)
 
 
 def _per_row(argument: str, value: Tensor, batch: int, device: torch.device) -> Tensor:

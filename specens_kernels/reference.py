@@ -95,12 +95,17 @@ class Normalised(NamedTuple):
 
 
 class TargetLaw(NamedTuple):
-    """The ensemble's law for (B, T) rows: log_probs (B, T, V), lse, status (B, T); greedy (B,)."""
+    """The ensemble's law for (B, T) rows: log_probs (B, T, V), lse, status (B, T); greedy (B,).
+
+    unread: (B, T) int32. Status bits of members whose log-sum-exp was given: nobody needs to read
+        their rows but where a token is drawn.
+    """
 
     log_probs: Tensor
     lse: Tensor
     status: Tensor
     greedy: Tensor
+    unread: Tensor
 
 
 def normalise(scores: Tensor) -> Normalised:
@@ -112,6 +117,28 @@ def normalise(scores: Tensor) -> Normalised:
     lse = shifted.exp().sum(-1, keepdim=True).log()
     log_probs = torch.where(empty, shifted, shifted - lse)
     return Normalised(log_probs, (top + lse).squeeze(-1), empty.squeeze(-1))
+
+
+def given(lse: Tensor | None, scores: Tensor, temperature: Tensor, greedy: Tensor) -> Tensor:
+    """(B, T) float64: the log-sum-exps that count, NaN where the row's own does.
+
+    A given one counts if it is finite, where there is a temperature.
+    """
+    if lse is None:
+        return torch.full_like(scores[..., 0], torch.nan)
+    known = torch.isfinite(lse) & ((temperature > 0) & ~greedy)[:, None]
+    return lse.double().masked_fill(~known, torch.nan)
+
+
+def normalise_by(scores: Tensor, lse: Tensor) -> Normalised:
+    """`normalise`, but by the log-sum-exps (...,) that are not NaN; such a row is never empty."""
+    own = normalise(scores)
+    known = ~torch.isnan(lse)
+    return Normalised(
+        torch.where(known[..., None], scores - lse[..., None], own.log_probs),
+        torch.where(known, lse, own.lse),
+        own.empty & ~known,
+    )
 
 
 def clean(logits: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -201,29 +228,39 @@ def _filters(law: LawTensors, greedy: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _fold(values: Sequence[Tensor], weights: Tensor, ensemble: str) -> Tensor:
+def _fold(values: Sequence[Tensor], weights: Tensor, ensemble: str, lse: Tensor) -> Tensor:
     """Scores of the folded members: log of the mixture, or the weighted sum of logits.
 
-    A member of weight 0 is skipped. In a product, a token that any other member gives -inf has no
-    mass, whatever the sign of that member's weight.
+    A member of weight 0 is skipped. In a mixture, the weight of a member without mass goes to the
+    others. In a product, a token that any other member gives -inf has no mass, whatever the sign of
+    that member's weight.
+
+    Args:
+        lse: (B, T, M). Of members of a mixture, where it was given; else NaN.
     """
     entry = ENSEMBLES[ensemble]
     folded = torch.zeros_like(values[0])
     vetoed = torch.zeros_like(folded, dtype=torch.bool)
+    share = torch.zeros_like(weights[..., :1])
     for member, value in enumerate(values):
         weight = weights[..., member, None]
         used = weight != 0
         if entry.space == "probs":
-            value = normalise(value).log_probs.exp()
+            alone = normalise_by(value, lse[..., member])
+            value = alone.log_probs.exp()
+            share = torch.where(alone.empty[..., None], share, share + weight)
         else:
             vetoed |= used & torch.isneginf(value)
         folded = torch.where(used, entry.fold(folded, value, weight), folded)
     if entry.space == "probs":
-        return normalise(folded.log()).log_probs
+        # Normalisers that were given are what is meant, though the sum be a little off 1.
+        known = ~torch.isnan(lse).all(-1)
+        total = torch.where(share > 0, share, 1.0).log().squeeze(-1)
+        return normalise_by(folded.log(), total.masked_fill(~known, torch.nan)).log_probs
     return folded.masked_fill(vetoed | torch.isnan(folded), -torch.inf)
 
 
-def target_law(logits: Sequence[Tensor], law: LawTensors) -> TargetLaw:
+def target_law(logits: Sequence[Tensor], law: LawTensors, lse: Tensor | None = None) -> TargetLaw:
     """The ensemble's law, not yet collapsed where it is greedy.
 
     Scope "member": each member is warped by its own temperature and by the filters, then folded.
@@ -231,6 +268,9 @@ def target_law(logits: Sequence[Tensor], law: LawTensors) -> TargetLaw:
     A row is greedy iff all its temperatures are 0; its law is then the ensemble's at temperature 1
     without filters, and its token the law's argmax. Where only some members have temperature 0,
     those members' laws are uniform over their largest logits.
+
+    Args:
+        lse: (B, T, M) float. The members' log-sum-exps, where they are known; see `ops.verify`.
     """
     batch, rows = logits[0].shape[:2]
     weights = expand_weights(law.weights, batch, rows)
@@ -239,22 +279,30 @@ def target_law(logits: Sequence[Tensor], law: LawTensors) -> TargetLaw:
     temperatures = law.temperature.double().expand(batch, len(logits))
     temperatures = temperatures.masked_fill(greedy[:, None], 1.0)
     by_member = [temperature[:, None, None] for temperature in temperatures.unbind(-1)]
-    values = []
+    values, known = [], []
     status = torch.zeros(batch, rows, dtype=torch.int32, device=logits[0].device)
+    unread = torch.zeros_like(status)
     for member, tensor in enumerate(logits):
         value, bits = clean(tensor, law.vocab_size)
-        status |= torch.where(weights[..., member] != 0, bits, 0)
+        one = None if lse is None else lse[..., member]
+        known.append(given(one, value, temperatures[:, member], greedy))
+        bits = torch.where(weights[..., member] != 0, bits, 0)
+        status |= torch.where(torch.isnan(known[-1]), bits, 0)
+        unread |= torch.where(torch.isnan(known[-1]), 0, bits)
         values.append(value)
     implausible = _implausible(values[0], by_member[0], law)
     if law.scope == "member":
         warped = [warp(v, t, *filters) for v, t in zip(values, by_member, strict=True)]
-        scores = _fold(warped, weights, law.ensemble).masked_fill(implausible, -torch.inf)
+        folded = _fold(warped, weights, law.ensemble, torch.stack(known, -1))
+        scores = folded.masked_fill(implausible, -torch.inf)
     else:
-        folded = _fold(values, weights, law.ensemble).masked_fill(implausible, -torch.inf)
-        scores = warp(folded, by_member[0], *filters)
-    log_probs, lse, empty = normalise(scores)
-    status |= empty.int() * EMPTY_LAW
-    return TargetLaw(log_probs, lse, status, greedy)
+        folded = _fold(values, weights, law.ensemble, torch.stack(known, -1))
+        scores = warp(folded.masked_fill(implausible, -torch.inf), by_member[0], *filters)
+    any_known = ~torch.isnan(torch.stack(known)).all(0)
+    zero = torch.zeros_like(any_known, dtype=torch.float64)
+    log_probs, normaliser, _ = normalise_by(scores, zero.masked_fill(~any_known, torch.nan))
+    status |= torch.isneginf(scores).all(-1).int() * EMPTY_LAW
+    return TargetLaw(log_probs, normaliser, status, greedy, unread)
 
 
 def _implausible(expert: Tensor, temperature: Tensor, law: LawTensors) -> Tensor:
@@ -267,18 +315,24 @@ def _implausible(expert: Tensor, temperature: Tensor, law: LawTensors) -> Tensor
 
 
 def proposal_law(
-    logits: Tensor, temperature: Tensor, law: LawTensors, greedy: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    law: LawTensors,
+    greedy: Tensor,
+    lse: Tensor | None = None,
 ) -> tuple[Normalised, Tensor]:
     """The law of one member or draft alone, warped like the target, and the status bits.
 
     Args:
         logits: (B, T, V) float. temperature: (B,) float64.
         greedy: (B,) bool. Rows whose law ignores the temperature and the filters.
+        lse: (B, T) float. Where it is known; the law then sums to what it sums to.
     """
     value, status = clean(logits, law.vocab_size)
+    known = given(lse, value, temperature, greedy)
     temperature = temperature.masked_fill(greedy, 1.0)[:, None, None]
     scores = warp(value, temperature, *_filters(law, greedy))
-    return normalise(scores), status
+    return normalise_by(scores, known), torch.where(torch.isnan(known), status, 0)
 
 
 def collapse(log_probs: Tensor) -> Tensor:
@@ -358,7 +412,11 @@ def sample(
         temperature = law.temperature.double().expand(batch, len(logits))[:, member]
         alone, status = proposal_law(logits[member], temperature, law, greedy)
         target = TargetLaw(
-            alone.log_probs, alone.lse, status | alone.empty.int() * EMPTY_LAW, greedy
+            alone.log_probs,
+            alone.lse,
+            status | alone.empty.int() * EMPTY_LAW,
+            greedy,
+            torch.zeros_like(status),
         )
     else:
         target = target_law(logits, law)
@@ -384,6 +442,7 @@ class _Target(NamedTuple):
 
     log_probs: Tensor  # (V,) float64, not collapsed
     status: int
+    unread: int  # what is reported where a token is drawn only
     bare: bool  # the row's temperature is 0: the law is the one at temperature 1, unfiltered
     greedy: bool  # its most probable token is what is emitted
 
@@ -398,14 +457,19 @@ class _Sequence(NamedTuple):
     coins: Tensor  # (N + 1,) float64
     draft_logits: Tensor | None
     draft_temperature: Tensor
+    lse: Tensor | None
+    draft_lse: Tensor | None
     law: LawTensors
     rule: AcceptanceRule
     parameters: Sequence[float]
 
     def target(self, row: int) -> _Target:
-        law = target_law([t[:, row : row + 1] for t in self.logits], _at_row(self.law, row))
+        here = slice(row, row + 1)
+        lse = None if self.lse is None else self.lse[:, here]
+        law = target_law([t[:, here] for t in self.logits], _at_row(self.law, row), lse)
         bare = bool(law.greedy)
-        return _Target(law.log_probs[0, 0], int(law.status), bare, bare or self.rule.greedy)
+        greedy = bare or self.rule.greedy
+        return _Target(law.log_probs[0, 0], int(law.status), int(law.unread), bare, greedy)
 
     def children(self, row: int) -> list[int]:
         return [
@@ -437,7 +501,7 @@ class _Sequence(NamedTuple):
                 mass = left
         if target.greedy:
             mass = collapse(mass.log()).exp()
-        return _Step(None, mass, log_probs, status)
+        return _Step(None, mass, log_probs, status | target.unread)
 
     def judge(self, at: Situation) -> Judgement:
         return self.rule.judge(at, *self.parameters)
@@ -473,13 +537,23 @@ class _Sequence(NamedTuple):
             point = torch.zeros(self.law.vocab_size, dtype=torch.float64, device=self.coins.device)
             point[token] = 1.0
             return point, 0
+        lse = None
         if self.draft_logits is not None:
             logits, temperature = self.draft_logits, self.draft_temperature
+            lse = self.draft_lse
         else:
             logits = self.logits[proposer]
             temperature = self.law.temperature.double().expand(1, len(self.logits))[:, proposer]
+            lse = None if self.lse is None else self.lse[..., proposer]
+        here = slice(row, row + 1)
         bare = torch.full((1,), target.bare, device=logits.device)
-        alone, status = proposal_law(logits[:, row : row + 1], temperature.double(), self.law, bare)
+        alone, status = proposal_law(
+            logits[:, here],
+            temperature.double(),
+            self.law,
+            bare,
+            None if lse is None else lse[:, here],
+        )
         return alone.log_probs[0, 0].exp(), int(status)
 
     def block(self, bonus: bool) -> tuple[int, _Step | None, list[Tensor], int]:
@@ -490,6 +564,7 @@ class _Sequence(NamedTuple):
         """
         status = 0
         targets: list[Tensor] = []
+        unread: list[int] = []
         drafts: list[Tensor] = []
         for row in range(len(self.tokens)):
             if self.tokens[row] == PADDING:
@@ -498,6 +573,7 @@ class _Sequence(NamedTuple):
             draft, bits = self.proposal(row + 1, row, target)
             status |= bits | target.status
             targets.append(target.log_probs)
+            unread.append(target.unread)
             if draft is None:
                 break
             drafts.append(draft)
@@ -506,6 +582,7 @@ class _Sequence(NamedTuple):
             target = self.target(count)
             status |= target.status
             targets.append(target.log_probs)
+            unread.append(target.unread)
         for i, draft in enumerate(drafts):
             token = self.tokens[i]
             ratio = targets[i][token].exp() / draft[token] if draft[token] > 0 else 0.0
@@ -525,6 +602,7 @@ class _Sequence(NamedTuple):
                 mass = residual / residual.sum()
             elif mass.sum() > 0:
                 status |= EMPTY_RESIDUAL
+        status |= unread[kept]
         return kept, _Step(None, mass, targets[kept], status), targets, status
 
 
@@ -582,6 +660,8 @@ def verify(
     proposers: Tensor | None,
     draft_logits: Tensor | None,
     draft_temperature: Tensor | None,
+    lse: Tensor | None,
+    draft_lse: Tensor | None,
     law: LawTensors,
     acceptance: str,
     parameters: Sequence[float],
@@ -612,6 +692,8 @@ def verify(
             coins=numbers[b, :, 0].double(),
             draft_logits=None if draft_logits is None else draft_logits[b : b + 1],
             draft_temperature=draft_temperature.expand(batch)[b : b + 1],
+            lse=None if lse is None else lse[b : b + 1],
+            draft_lse=None if draft_lse is None else draft_lse[b : b + 1],
             law=_at_batch(law, b),
             rule=ACCEPTANCE_RULES[acceptance],
             parameters=parameters,

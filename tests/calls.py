@@ -100,6 +100,14 @@ class Dice(random.Random):
             options["plausibility"] = self.choice([0.01, 0.1, 1.0])
         return Law(weights, ensemble, scope=scope, vocab_size=vocab_size, **options)
 
+    def known(self, logits: Tensor, temperature: Tensor, vocab_size: int) -> Tensor:
+        """(B, T) float32 log-sum-exps at a temperature of (B or 1,); some are not told."""
+        wide = logits[..., :vocab_size].double().nan_to_num(-math.inf, math.inf, -math.inf)
+        lse = (wide / temperature.double().reshape(-1, 1, 1)).logsumexp(-1).float()
+        untold = self.choice([math.nan, math.inf, -math.inf])
+        coarse = lse.abs() > 1e4  # no float32 is near enough
+        return lse.masked_fill(coarse | (self.uniform_tensor(*lse.shape) < 0.2), untold)
+
     def numbers(self, *shape: int) -> Tensor:
         numbers = torch.randint(2**24, shape, generator=self.generator) * 2.0**-24
         if self.happens(0.2):
@@ -186,9 +194,27 @@ def call(seed: int, sizes: tuple[int, ...], rules: Sequence[str] = ()) -> Call:
         sources = options["draft_logits"][:, :nodes]
         temperatures = [None, torch.tensor(0.8), dice.uniform_tensor(batch)]
         options["draft_temperature"] = dice.choice(temperatures)
+    if dice.happens(0.5) and not is_filtered(law):
+        temperature = torch.as_tensor(law.temperature).expand(batch, members)
+        if law.ensemble == "mixture" and law.scope == "member":
+            rows_lse = [
+                dice.known(one, temperature[:, m], vocab_size) for m, one in enumerate(logits)
+            ]
+            options["lse"] = torch.stack(rows_lse, -1)
+        if proposal == "logits":
+            own = options["draft_temperature"]
+            own = temperature[:, 0] if own is None else own
+            lost = dice.choice([0.0, 0.0, 0.3])  # of the draft's mass
+            options["draft_lse"] = lost + dice.known(options["draft_logits"], own, vocab_size)
     tokens = dice.drafts(sources, vocab_size)
     arguments = (logits, tokens, dice.numbers(batch, nodes + 1, 4), law)
     return Call(op, arguments, options, name)
+
+
+def is_filtered(law: Law) -> bool:
+    """Whether the law has top-k, top-p or min-p."""
+    off = ((law.top_k, 0), (law.top_p, 1.0), (law.min_p, 0.0))
+    return any(isinstance(value, Tensor) or value != none for value, none in off)
 
 
 def check(backend: str, one: Call) -> None:

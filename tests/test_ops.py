@@ -79,6 +79,9 @@ def op_calls() -> list[Any]:
     lenient = ("lenient", [0.9], None, True)
     parents = torch.tensor([[-1, 0, 0]], dtype=torch.int32)
     proposers = torch.tensor([[0, -1]], dtype=torch.int32)
+    apart = (logits[0], torch.ones(2))
+    plain = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None, "mixture", "member", 0.0, 9)
+    known = (torch.stack([one.logsumexp(-1) for one in logits], -1), logits[0].logsumexp(-1))
     half = [member[:, :2] for member in logits]
     specens = torch.ops.specens
     return [
@@ -89,18 +92,23 @@ def op_calls() -> list[Any]:
         pytest.param(specens.sample.default, (logits, numbers, *bare, 1), id="sample member"),
         pytest.param(
             specens.verify.default,
-            (logits, draft, numbers, None, None, None, None, *bare, "rejection", [], None, True),
+            (logits, draft, numbers, *(None,) * 6, *bare, "rejection", [], None, True),
             id="verify points",
         ),
         pytest.param(
             specens.verify.default,
-            (half, draft, numbers, None, proposers, None, None, *law, "greedy", [], None, False),
+            (half, draft, numbers, None, proposers, *(None,) * 4, *law, "greedy", [], None, False),
             id="verify chain",
         ),
         pytest.param(
             specens.verify.default,
-            (logits, draft, numbers, parents, None, logits[0], torch.ones(2), *law, *lenient),
+            (logits, draft, numbers, parents, None, *apart, None, None, *law, *lenient),
             id="verify tree",
+        ),
+        pytest.param(
+            specens.verify.default,
+            (logits, draft, numbers, None, None, *apart, *known, *plain, *lenient),
+            id="verify known",
         ),
     ]
 

@@ -783,7 +783,7 @@ def test_every_backend_emits_what_the_reference_emits(
             draft_logits=draft_logits,
             acceptance=acceptance,
         )
-        proposal = (parents, proposers, draft_logits, None)
+        proposal = (parents, proposers, draft_logits, None, None, None)
         expected = Verdict(
             *reference.verify(
                 logits,
@@ -811,3 +811,161 @@ def test_a_weight_for_each_position_is_used_at_it(backend: str) -> None:
         law = laws.ensemble_law([member[0, row] for member in logits], row_weights)
         log_prob = law.log()[verdict.tokens[0, row]].float()
         torch.testing.assert_close(verdict.log_probs[0, row], log_prob, atol=1e-5, rtol=1e-5)
+
+
+# --- known log-sum-exps ---------------------------------------------------------------------------
+
+
+def known_lse(logits: list[Tensor], temperature: float = 1.0) -> Tensor:
+    return torch.stack([(one.double() / temperature).logsumexp(-1) for one in logits], -1).float()
+
+
+@pytest.mark.parametrize("vocab_size", [30, 2500])
+@pytest.mark.parametrize("coin", [0.0, 0.4, TOP])
+def test_log_sum_exps_that_are_known_change_nothing(
+    backend: str, vocab_size: int, coin: float
+) -> None:
+    shared = 2 * torch.randn(6, 4, vocab_size)
+    logits = [shared + torch.randn_like(shared) for _ in range(3)]
+    apart = shared + torch.randn_like(shared)
+    numbers = coins(6, 3, coin)
+    law = Law((0.5, 0.3, 0.2), temperature=0.8)
+    lse = known_lse(logits, 0.8)
+    half = lse.masked_fill(torch.rand(lse.shape) < 0.5, NAN)
+    for drafts in (
+        {},
+        {"proposers": ints(1, 1, 1)},
+        {"draft_logits": apart},
+    ):
+        source = drafts.get("draft_logits", logits[1])
+        tokens = source[:, :3].argmax(-1)
+        expected = verify(logits, tokens, numbers, law, **drafts)
+        tellings: list[dict[str, Tensor]] = [{"lse": lse}, {"lse": half}]
+        if "draft_logits" in drafts:
+            own = known_lse([apart], 0.8)[..., 0]
+            tellings += [{"draft_lse": own}, {"lse": half, "draft_lse": own}]
+        for told in tellings:
+            found = verify(logits, tokens, numbers, law, **drafts, **told)
+            torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-5, rtol=1e-5)
+            assert_same(found._replace(log_probs=expected.log_probs), expected)
+
+
+def test_a_row_that_is_known_is_read_where_a_token_is_drawn_only(backend: str) -> None:
+    shared = 2 * torch.randn(4, 4, 2500)
+    logits = [shared + torch.randn_like(shared) for _ in range(2)]
+    apart = shared + torch.randn_like(shared)
+    tokens = apart[:, :3].argmax(-1)
+    numbers = coins(4, 3, 0.0)
+    numbers[::2, 3, 0] = TOP  # the last draft of every other sequence is at risk
+    told = {"lse": known_lse(logits), "draft_lse": known_lse([apart])[..., 0]}
+    expected = verify(logits, tokens, numbers, Law(HALVES), draft_logits=apart, **told)
+    assert set(expected.num_accepted.tolist()) == {2, 3}
+    for b, stop in enumerate(expected.num_accepted.tolist()):
+        for row in range(stop):
+            for one in (*logits, apart):
+                kept = one[b, row, tokens[b, row]].clone()
+                one[b, row] = NAN
+                one[b, row, tokens[b, row]] = kept
+        logits[0][b, stop, 7] = NAN  # of no weight, but reported
+    found = verify(logits, tokens, numbers, Law(HALVES), draft_logits=apart, **told)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert found.status.tolist() == [Status.NAN_LOGITS] * 4
+
+
+def test_what_is_not_finite_is_not_known(backend: str) -> None:
+    logits = [torch.randn(1, 2, 9)]
+    numbers, token = coins(1, 1, 0.3), torch.tensor([[4]])
+    expected = verify(logits, token, numbers, Law())
+    for nothing in (NAN, INF, -INF):
+        lse = torch.full((1, 2, 1), nothing)
+        assert_same(verify(logits, token, numbers, Law(), lse=lse), expected)
+    logits[0][0, 0, 2] = INF
+    found = verify(logits, token, numbers, Law(), lse=known_lse(logits))
+    assert found.tokens[0, 0] == 2
+    assert found.status == Status.INFINITE_LOGITS
+
+
+def test_where_the_temperature_is_0_nothing_is_taken_from_them(backend: str) -> None:
+    logits = [torch.randn(2, 2, 9) for _ in range(2)]
+    numbers, token = coins(2, 1, 0.3), torch.tensor([[4], [5]])
+    wrong = torch.full((2, 2, 2), 50.0)
+    for temperature in (0.0, (0.0, 1.0)):
+        law = Law(HALVES, temperature=temperature)
+        lse = wrong if temperature == 0.0 else torch.where(ints(1, 0) > 0, wrong, known_lse(logits))
+        expected = verify(logits, token, numbers, law, proposers=ints(0))
+        found = verify(logits, token, numbers, law, proposers=ints(0), lse=lse)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.num_accepted, expected.num_accepted)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_draft_that_may_be_withdrawn_is_exact_if_its_law_says_so(
+    backend: str, corrected: bool
+) -> None:
+    # A draft x of q is withdrawn where keeps(x) is false. Then q'(x) = q(x) keeps(x) is what it was
+    # drawn from: less than 1 in all, and a withdrawn token has no mass in it, so it is rejected.
+    vocab_size, grid = 5, 128
+    target, draft = torch.randn(vocab_size), torch.randn(vocab_size)
+    keeps = torch.tensor([True, False, True, False, True])
+    q, law = draft.double().softmax(-1), torch.zeros(vocab_size).double()
+    masked = draft.masked_fill(~keeps, -INF) if corrected else draft
+    points = (torch.arange(grid) + 0.5) / grid
+    numbers = torch.zeros(2 * grid, 2, 4)
+    numbers[:grid, 1, 0] = points  # which coins keep the draft
+    numbers[grid:, 1, 0] = TOP  # what is drawn if it is not kept
+    numbers[grid:, 0, 3] = points
+    for token in range(vocab_size):
+        offered = token if corrected or keeps[token] else -1
+        verdict = verify(
+            [target.expand(2 * grid, 2, -1).contiguous()],
+            torch.full((2 * grid, 1), offered),
+            numbers,
+            Law(),
+            draft_logits=masked.expand(2 * grid, 1, -1).contiguous(),
+            draft_lse=draft.logsumexp(-1).expand(2 * grid, 1).contiguous(),
+        )
+        kept = verdict.num_accepted[:grid].double().mean()
+        assert keeps[token] or kept == 0
+        drawn = verdict.tokens[grid:, 0].bincount(minlength=vocab_size) / grid
+        law[token] += q[token] * kept
+        law += q[token] * (1 - kept) * drawn
+    distance = (law - target.double().softmax(-1)).abs().sum() / 2
+    assert (distance < 2 / grid) == corrected
+
+
+@pytest.mark.parametrize(
+    ("law", "given", "message"),
+    [
+        (Law(HALVES), {"lse": torch.zeros(2, 4, 2)}, r"lse: expected \(2, 3, 2\) float32"),
+        (Law(HALVES), {"lse": torch.zeros(2, 3, 2).double()}, "lse: expected .* float32"),
+        (Law(HALVES, top_k=3), {"lse": torch.zeros(2, 3, 2)}, "None for a law with filters"),
+        (
+            Law(HALVES, scope="ensemble"),
+            {"lse": torch.zeros(2, 3, 2)},
+            "None for a law other than a mixture of scope 'member'",
+        ),
+        (
+            Law((1.0, 1.0), "product"),
+            {"lse": torch.zeros(2, 3, 2)},
+            "None for a law other than a mixture of scope 'member'",
+        ),
+        (Law(HALVES), {"draft_lse": torch.zeros(2, 2)}, "None without draft_logits"),
+        (
+            Law(HALVES),
+            {"draft_lse": torch.zeros(2, 3), "draft_logits": torch.zeros(2, 2, 5)},
+            r"draft_lse: expected \(2, 2\) float32",
+        ),
+        (
+            Law(HALVES, min_p=0.1),
+            {"draft_lse": torch.zeros(2, 2), "draft_logits": torch.zeros(2, 2, 5)},
+            "None for a law with filters",
+        ),
+    ],
+    ids=str,
+)
+def test_log_sum_exps_that_do_not_fit_are_refused(
+    law: Law, given: dict[str, Tensor], message: str
+) -> None:
+    logits = [torch.zeros(2, 3, 5)] * 2
+    with pytest.raises(ValueError, match=f"verify: .*{message}"):
+        verify(logits, torch.zeros(2, 2, dtype=torch.int32), coins(2, 2, 0.0), law, **given)

@@ -159,6 +159,8 @@ def in_float64(
             call.proposers,
             call.draft_logits,
             None if temperature is None else torch.tensor([temperature]),
+            None,
+            None,
             law.tensors("verify", batch, rows, case.members, device, case.vocab_size),
             chosen.rule.name,
             chosen.parameters,

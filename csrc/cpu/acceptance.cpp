@@ -101,12 +101,14 @@ class At {
   const bool bare;
 
   double highest(Side side) const {
+    laws_.complete_draft();
     if (side == Side::kTarget) return laws_.target().highest();
     return drafted_.dense ? laws_.draft().highest() : 1.0;
   }
 
   double least_of_top(Side side, int64_t n) const {
     if (side == Side::kDraft && !drafted_.dense) return n == 1 ? 1.0 : 0.0;
+    laws_.complete_draft();
     const Law& law = side == Side::kTarget ? laws_.target() : laws_.draft();
     if (law.empty()) return 0.0;
     Best best(n);
@@ -122,6 +124,7 @@ class At {
 
   template <typename Measure>
   Sums sums(const Measure& measure) const {
+    laws_.complete_draft();
     const Law& target = laws_.target();
     std::unique_ptr<Sums[]> parts(new Sums[target.sub_tiles()]);
     laws_.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
@@ -204,6 +207,7 @@ void Leftover::measure_dense(bool exactly) {
 }
 
 bool Leftover::measure(bool exactly) {
+  laws_.complete_draft();
   const Law& target = laws_.target();
   const bool scaled = judgement_.left == Left::kScaled;
   if (scaled && judgement_.scale == 0.0) return false;

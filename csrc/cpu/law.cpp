@@ -75,7 +75,17 @@ void Law::set_logits(double temperature, const Filter& filter) {
   repaired_ = false;
   infinite_ = false;
   status_ = 0;
+  lse_ = std::nan("");
   warp(temperature, filter);
+}
+
+void Law::set_lse(double lse) {
+  lse_ = lse;
+  empty_ = false;
+  // Likely tokens are near it, where single precision is at its best; and it is a float, as logits
+  // are, which single precision does not round.
+  top_ = static_cast<double>(static_cast<float>(lse * temperature_));
+  log_sum_ = lse - top_ * inverse_temperature_;
 }
 
 Source& Law::add_source(const void* row, DType dtype, double weight) {
@@ -90,6 +100,7 @@ void Law::set_nan(Source& source) {
 }
 
 void Law::set_mixture() {
+  lse_ = std::nan("");
   is_mixture_ = true;
   warped_ = false;
   num_parts_ = 0;
@@ -106,17 +117,23 @@ void Law::add_part(const Law& part, double weight) {
   shares_[num_parts_++] = weight;
 }
 
-void Law::finish() {
+void Law::finish_shares() {
   double total = 0.0;
   for (int k = 0; k < num_parts_; ++k) total += shares_[k];
   empty_ = !(total > 0.0);
   if (empty_) num_parts_ = 0;
   for (int k = 0; k < num_parts_; ++k) shares_[k] /= total;
+}
+
+void Law::finish() {
+  finish_shares();
+  double total = 0.0;
   for (int s = 0; s < sub_tiles_; ++s) {
     double mass = 0.0;
     for (int k = 0; k < num_parts_; ++k) mass += shares_[k] * parts_[k]->masses_[s];
-    masses_[s] = mass;
+    total += masses_[s] = mass;
   }
+  empty_ = total == 0.0;  // a part whose normaliser was given is never empty, but may have no mass
 }
 
 void Law::finish_warped(double temperature, const Filter& filter, const Team& team) {
@@ -292,10 +309,12 @@ void Law::find_cutoff(const Team& team) {
 }
 
 void Law::normalise() {
+  const bool given = !std::isnan(lse_);
   find_top();
   empty_ = top_ == -kInfinity;
   if (empty_) {
     std::fill_n(masses_, sub_tiles_, 0.0);
+    if (given) set_lse(lse_);
     return;
   }
   for (int s = 0; s < padded(sub_tiles_); ++s) {
@@ -304,14 +323,16 @@ void Law::normalise() {
   kernels().score_masses(masses_, sub_tiles_, -kInfinity, {top_, inverse_temperature_, 0.0});
   double sum = 0.0;
   for (int s = 0; s < sub_tiles_; ++s) sum += masses_[s] *= peaks_[s].sum;
+  log_sum_ = given ? lse_ - top_ * inverse_temperature_ : logarithm(sum);
+  if (given) sum = exponential(log_sum_);
   for (int s = 0; s < sub_tiles_; ++s) masses_[s] /= sum;
-  log_sum_ = logarithm(sum);
 }
 
 void Law::refine(const Team& team) {
   if (empty_) return;
   if (is_mixture_ && !warped_) return;
-  log_sum_ = 0.0;
+  const bool given = !std::isnan(lse_);
+  if (!given) log_sum_ = 0.0;
   team.for_each(sub_tiles_, kSubTilesPerPiece, [&](int, int64_t index) {
     const int s = static_cast<int>(index);
     double masses[kSubTile];
@@ -320,6 +341,7 @@ void Law::refine(const Team& team) {
     masses_[s] = 0.0;
     for (int i = 0; i < count(s); ++i) masses_[s] += masses[i];
   });
+  if (given) return;
   double sum = 0.0;
   for (int s = 0; s < sub_tiles_; ++s) sum += masses_[s];
   for (int s = 0; s < sub_tiles_; ++s) masses_[s] /= sum;
@@ -666,15 +688,20 @@ void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposa
   const Warp warp = warp_of(batch);
   Law* pending[kMaxMembers + 2];
   int count = 0;
-  draft_ = nullptr;
+  batch_ = batch;
+  row_ = row;
+  num_late_ = 0;
+  draft_ = late_draft_ = nullptr;
   if (proposal.dense()) {
     Law& draft = laws_[ensemble_.num_members + 1];
     draft_ = &draft;
     const int member = proposal.member;
     if (member == kPadding) {
-      draft.set_logits(warp.greedy ? 1.0 : proposal.temperature, warp.filter);
+      const double temperature = warp.greedy ? 1.0 : proposal.temperature;
+      draft.set_logits(temperature, warp.filter);
       draft.add_source(proposal.row, proposal.dtype, 1.0);
-      pending[count++] = &draft;
+      if (!warp.greedy && set_known(draft, proposal.lse, temperature)) late_draft_ = &draft;
+      if (late_draft_ == nullptr) pending[count++] = &draft;
     } else {
       const double temperature = warp.temperature(ensemble_, batch, member);
       // A member of a mixture is measured there, unless the mixture is what is warped.
@@ -684,7 +711,10 @@ void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposa
         draft_ = &laws_[member];
       } else {
         set_member(draft, batch, row, member, temperature, warp.filter);
-        pending[count++] = &draft;
+        if (!warp.greedy && set_known(draft, lse_at(batch, row, member), temperature)) {
+          late_draft_ = &draft;
+        }
+        if (late_draft_ == nullptr) pending[count++] = &draft;
       }
     }
   }
@@ -693,9 +723,35 @@ void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposa
   } else {
     measure_product(batch, row, warp, pending, count);
   }
+  // A member that is not swept yet has no status bits.
+  draft_status_ = draft_ == nullptr || late_draft_ != nullptr ? 0 : draft_->status();
+}
+
+void RowLaws::complete() {
+  if (num_late_ == 0) return;
+  measure(late_, num_late_, team_);
+  num_late_ = 0;
+  finish_mixture(batch_, row_, warp_of(batch_));
+}
+
+void RowLaws::complete_draft() {
+  complete();
+  if (late_draft_ != nullptr) measure(&late_draft_, 1, team_);
+  late_draft_ = nullptr;
+}
+
+double RowLaws::lse_at(int64_t batch, int64_t row, int member) const {
+  return ensemble_.lse.data == nullptr ? kInfinity : ensemble_.lse.at(batch, row, member);
+}
+
+bool RowLaws::set_known(Law& law, double lse, double temperature) {
+  if (!std::isfinite(lse) || !(temperature > 0.0)) return false;
+  law.set_lse(lse);
+  return true;
 }
 
 void RowLaws::refine() {
+  complete_draft();
   const int last = ensemble_.num_members + 1;
   // The values of a warped mixture, and so its cutoff, come from its parts as they are.
   for (int k = 0; k <= last; ++k) {
@@ -706,6 +762,7 @@ void RowLaws::refine() {
 }
 
 int64_t RowLaws::argmax() {
+  complete();
   const Argmax found = target_->argmax(kNearTie);
   if (!found.tied) return found.token;
   refine();
@@ -715,27 +772,36 @@ int64_t RowLaws::argmax() {
 void RowLaws::measure_mixture(int64_t batch, int64_t row, const Warp& warp, Law** pending,
                               int count) {
   const bool by_member = ensemble_.warp_members;
-  Law& mixture = laws_[ensemble_.num_members];
   for (int k = 0; k < ensemble_.num_members; ++k) {
     if (ensemble_.weights.at(batch, row, k) == 0.0f) continue;
-    set_member(laws_[k], batch, row, k, by_member ? warp.temperature(ensemble_, batch, k) : 1.0,
-               by_member ? warp.filter : Filter{});
-    pending[count++] = &laws_[k];
+    const double temperature = by_member ? warp.temperature(ensemble_, batch, k) : 1.0;
+    set_member(laws_[k], batch, row, k, temperature, by_member ? warp.filter : Filter{});
+    const bool known = !warp.greedy && set_known(laws_[k], lse_at(batch, row, k), temperature);
+    (known ? late_[num_late_++] : pending[count++]) = &laws_[k];
   }
   measure(pending, count, team_);
+  finish_mixture(batch, row, warp);
+  status_ = target_->status();
+}
+
+// From its parts, as far as they are measured.
+void RowLaws::finish_mixture(int64_t batch, int64_t row, const Warp& warp) {
+  const bool by_member = ensemble_.warp_members;
+  Law& mixture = laws_[ensemble_.num_members];
   mixture.set_mixture();
   for (int k = 0; k < ensemble_.num_members; ++k) {
     const double weight = ensemble_.weights.at(batch, row, k);
     if (weight != 0.0) mixture.add_part(laws_[k], weight);
   }
   const double temperature = warp.temperature(ensemble_, batch, 0);
-  if (by_member || (temperature == 1.0 && !warp.filter.active())) {
+  if (num_late_ > 0) {
+    mixture.finish_shares();
+  } else if (by_member || (temperature == 1.0 && !warp.filter.active())) {
     mixture.finish();
   } else {
     mixture.finish_warped(temperature, warp.filter, team_);
   }
   target_ = &mixture;
-  status_ = mixture.status();
 }
 
 // The member whose law the product is, if it is one's: weights 1 and 0, and no mask.

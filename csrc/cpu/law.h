@@ -64,10 +64,16 @@ class Law {
   // What was found of a source when it was looked at alone: a cutoff would pass over its NaNs.
   void set_nan(Source& source);
 
+  // The log-sum-exp of one member's row at its temperature, which is then the normaliser: single
+  // tokens can be asked for at once, all else after `measure`.
+  void set_lse(double lse);
+
   // A mixture: its parts follow, measured, then `finish` or `finish_warped`.
   void set_mixture();
   void add_part(const Law& part, double weight);
   void finish();
+  // The same for single tokens alone: the parts need not be measured.
+  void finish_shares();
   void finish_warped(double temperature, const Filter& filter, const Team& team);
 
   // Computes the normaliser again in double precision.
@@ -165,6 +171,7 @@ class Law {
   double temperature_;
   double inverse_temperature_;
   Filter filter_;
+  double lse_;  // as it was given, else NaN
   bool hard_;  // temperature 0: the largest values share the mass
   bool infinite_wins_;
   bool repaired_;  // what `repair` found is taken care of
@@ -193,6 +200,7 @@ struct Proposal {
   const void* row = nullptr;  // of separate draft logits
   DType dtype = DType::kFloat32;
   double temperature = 1.0;
+  double lse = kInfinity;  // not known
 
   bool dense() const { return member != kPadding || row != nullptr; }
 };
@@ -202,8 +210,12 @@ class RowLaws {
   // `team` outlives this.
   RowLaws(const Ensemble& ensemble, const Team& team);
 
-  // Makes the ensemble's law at this row, and the proposal's if it is dense.
+  // Makes the ensemble's law at this row, and the proposal's if it is dense. Rows whose log-sum-exp
+  // is known are not swept: single tokens can be asked for, all else of the target after
+  // `complete`, of the draft after `complete_draft`, which completes both.
   void measure_target(int64_t batch, int64_t row, const Proposal& proposal);
+  void complete();
+  void complete_draft();
   // Makes the law of one member alone.
   void measure_member(int64_t batch, int64_t row, int member);
 
@@ -216,9 +228,9 @@ class RowLaws {
   const Law& target() const { return *target_; }
   const Law& draft() const { return *draft_; }
   bool draft_is_empty() const { return draft_ == nullptr || draft_->empty(); }
-  // Of the target; of the draft.
+  // Of the rows of the target that were not known; of the draft's, if it was not.
   int32_t status() const { return status_; }
-  int32_t draft_status() const { return draft_ == nullptr ? 0 : draft_->status(); }
+  int32_t draft_status() const { return draft_status_; }
   const Team& team() const { return team_; }
 
  private:
@@ -232,6 +244,9 @@ class RowLaws {
   Warp warp_of(int64_t batch) const;
   void set_member(Law& law, int64_t batch, int64_t row, int member, double temperature,
                   const Filter& filter) const;
+  double lse_at(int64_t batch, int64_t row, int member) const;
+  static bool set_known(Law& law, double lse, double temperature);
+  void finish_mixture(int64_t batch, int64_t row, const Warp& warp);
   void measure_mixture(int64_t batch, int64_t row, const Warp& warp, Law** pending, int count);
   void measure_product(int64_t batch, int64_t row, const Warp& warp, Law** pending, int count);
   int only_member(int64_t batch, int64_t row) const;
@@ -244,7 +259,13 @@ class RowLaws {
   std::unique_ptr<double[]> masses_;
   const Law* target_ = nullptr;
   const Law* draft_ = nullptr;
+  // Not swept yet:
+  Law* late_[kMaxMembers];
+  int num_late_ = 0;
+  Law* late_draft_ = nullptr;
+  int64_t batch_ = 0, row_ = 0;  // of the target
   int32_t status_ = 0;
+  int32_t draft_status_ = 0;
 };
 
 bool greedy_row(const Ensemble& ensemble, int64_t batch);

@@ -36,6 +36,7 @@ class Walk {
   bool has_child(int64_t row) const;
   bool read_proposal(int64_t row, Proposal* proposal) const;
   bool measure(int64_t row, Drafted* drafted);
+  void complete();
   double mass_left(const Drafted& drafted, double reach);
   double block_reach(const Drafted& drafted, double reach);
   bool accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const;
@@ -73,6 +74,7 @@ bool Walk::read_proposal(int64_t row, Proposal* proposal) const {
     proposal->row = row_of(params_.draft_logits, batch_, row);
     proposal->dtype = params_.draft_logits.dtype;
     proposal->temperature = params_.draft_temperature.at(batch_);
+    if (params_.draft_lse.data != nullptr) proposal->lse = params_.draft_lse.at(batch_, row);
   }
   return true;
 }
@@ -89,6 +91,12 @@ bool Walk::measure(int64_t row, Drafted* drafted) {
     *drafted = {params_.draft_tokens.at(batch_, row), proposal.dense(), bare_, memory_};
   }
   return valid;
+}
+
+// Where a token is drawn, every row of the target is looked at.
+void Walk::complete() {
+  laws_.complete();
+  status_ |= laws_.target().status() | (laws_.target().empty() ? kEmptyLaw : 0);
 }
 
 bool Walk::accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const {
@@ -147,11 +155,13 @@ bool Walk::step(int64_t row) {
   const bool valid = measure(row, &drafted);
   if (greedy_) best_ = laws_.argmax();
   if (!valid) {
+    complete();
     emit(row, greedy_ ? best_ : drawn(row));
     return false;
   }
   const Judgement judgement = asks_ ? judge(params_, laws_, drafted) : Judgement{};
   if (!accepts(row, drafted, judgement)) {
+    complete();
     emit(row, replacement(row, drafted, judgement));
     return false;
   }
@@ -208,7 +218,10 @@ int64_t Walk::run_block() {
       kept_reach = reach;
     }
     if (!valid) {
-      if (!ends && kept == row) emit(row, drawn(row));
+      if (!ends && kept == row) {
+        complete();
+        emit(row, drawn(row));
+      }
       break;
     }
     keep(row, drafted.token);
@@ -218,6 +231,7 @@ int64_t Walk::run_block() {
   clear_from(kept);
   Drafted drafted;
   measure(kept, &drafted);
+  complete();
   emit(kept, replacement(kept, drafted, scaled(kept_reach)));
   return kept;
 }

@@ -288,6 +288,8 @@ def verify(
     proposers: Tensor | None,
     draft_logits: Tensor | None,
     draft_temperature: Tensor | None,
+    lse: Tensor | None,
+    draft_lse: Tensor | None,
     law: LawTensors,
     acceptance: str,
     parameters: Sequence[float],
@@ -299,6 +301,8 @@ def verify(
         raise Unsupported("trees have no Triton kernel")
     if acceptance not in rules.RULES:
         raise Unsupported(f"rule {acceptance!r} has no Triton kernel")
+    if lse is not None or draft_lse is not None:
+        raise Unsupported("known log-sum-exps have no Triton kernel")
     rule = rules.RULES[acceptance]
     batch, nodes = draft_tokens.shape
     made = law_arguments(logits, law)
