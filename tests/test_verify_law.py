@@ -202,7 +202,7 @@ BUGS = {
     ),
     "the bonus token comes from the draft": (
         "weights for each position",
-        "        return _Step(None, mass, log_probs, status)",
+        "        return _Step(None, mass, log_probs, status | target.unread)",
         "        at = self.law.temperature[0].double(), self.law, torch.tensor([False])\n"
         "        draft = proposal_law(self.logits[0][:, row : row + 1], *at)[0].log_probs[0, 0]\n"
         "        return _Step(None, mass if children else draft.exp(), log_probs, status)",
