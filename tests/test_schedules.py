@@ -175,6 +175,8 @@ CASES = [
     Case("mixture", 1, "companion", {"num_speculative_tokens": 3, "token_cost": 0.4}, drafts=2),
     Case("warped", 2, "companion", {"num_speculative_tokens": 2, "token_cost": 0.7}, drafts=2),
     Case("product", 2, "companion", {"token_cost": 0.4, "acceptance": "block"}, drafts=2),
+    Case("mixture", 1, "companion", {"token_cost": 0.4, "cut": "token"}, drafts=2),
+    Case("contrastive", 2, "companion", {"token_cost": 0.7, "cut": "token"}, drafts=2),
     Case("warped", 2, "speculative", {"stop": EntropyStop(0.5, 0.3)}),
     Case("mixture", 1, "speculative", {"stop": LearnedStop((1.0, 1.0, 0.0, -1.0))}, drafts=1),
 ]
@@ -340,9 +342,10 @@ def test_a_companion_says_how_much_is_verified(models):
         assert set(seen[1:-3]) == {fed}
 
 
-def test_a_companions_rows_do_not_depend_on_each_other(models):
+@pytest.mark.parametrize("cut", ["law", "token"])
+def test_a_companions_rows_do_not_depend_on_each_other(cut, models):
     settings = {"schedule": "companion", "draft": [models[1], models[2]], "token_cost": 0.4}
-    decoder = SpeculativeDecoder(models[:1], **settings)
+    decoder = SpeculativeDecoder(models[:1], cut=cut, **settings)
     together = write(decoder, (3, 6, 1), max_new_tokens=30)
     assert 0 < sum(decoder.statistics.tested) < sum(decoder.statistics.drafted)
     inputs = prompts((3, 6, 1), VOCAB_SIZE)["input_ids"]
@@ -353,12 +356,13 @@ def test_a_companions_rows_do_not_depend_on_each_other(models):
         assert torch.equal(together[row, 6:], alone[0, length:])
 
 
+@pytest.mark.parametrize("cut", ["law", "token"])
 @pytest.mark.parametrize("cost", [0.05, 0.4, 0.9])
-def test_a_companion_writes_the_plain_greedy_text(cost, models):
+def test_a_companion_writes_the_plain_greedy_text(cost, cut, models):
     options = {"do_sample": False, "max_new_tokens": 20}
     plain = write(SpeculativeDecoder(models[:2], schedule="plain"), (3, 5), **options)
     settings = {"schedule": "companion", "draft": [models[-1], models[-2]], "token_cost": cost}
-    decoder = SpeculativeDecoder(models[:2], **settings)
+    decoder = SpeculativeDecoder(models[:2], cut=cut, **settings)
     assert torch.equal(write(decoder, (3, 5), **options), plain)
     assert sum(decoder.statistics.accepted) > 0
 
@@ -373,6 +377,15 @@ def test_a_companion_writes_the_plain_greedy_text(cost, models):
         ({"num_speculative_tokens": [2]}, r"num_speculative_tokens: expected one integer, got"),
         ({"schedule": "plain", "draft": None}, r"token_cost: expected None for schedule 'plain'"),
         ({"schedule": "speculative"}, r"draft: expected one model for schedule 'speculative'"),
+        ({"cut": "words"}, r"cut: unknown name 'words'; known names: law, token"),
+        (
+            {"cut": "token", "acceptance": "block"},
+            r"acceptance: expected 'rejection' for cut 'token', got block",
+        ),
+        (
+            {"schedule": "plain", "draft": None, "token_cost": None, "cut": "law"},
+            r"cut: expected None for schedule 'plain', got law",
+        ),
     ],
 )
 def test_a_companion_needs_what_it_needs(options, message, models):
@@ -380,6 +393,14 @@ def test_a_companion_needs_what_it_needs(options, message, models):
     settings["draft"] = settings["draft"] and [models[i] for i in settings["draft"]]
     with pytest.raises(ValueError, match=f"^decoder: {message}"):
         SpeculativeDecoder(models[:1], **settings)
+
+
+def test_a_cut_by_the_token_takes_no_filters(models):
+    decoder = SpeculativeDecoder(
+        models[:1], schedule="companion", draft=[models[1], models[2]], cut="token"
+    )
+    with pytest.raises(ValueError, match="^generate: top_k: expected none for cut 'token'"):
+        write(decoder, top_k=5)
 
 
 def test_survival_starts_with_the_companion_and_follows_outcomes():
@@ -536,6 +557,17 @@ def test_a_cut_must_not_look_at_the_token_it_takes_back(models, monkeypatch):
     monkeypatch.setattr(Survival, "cut", wrong)
     found = p_values(case.texts(models), joint)
     assert found[0, 1] < WRONG, found
+
+
+def test_a_token_taken_back_for_what_it_is_leaves_a_smaller_law(models, monkeypatch):
+    models = [models[0], noisy(models[0], 0.5), models[1]]
+    options = {"num_speculative_tokens": 2, "token_cost": 0.4, "cut": "token"}
+    case = Case("mixture", 1, "companion", options, drafts=2)
+    joint = case.joint(models)
+    assert min(p_values(case.texts(models, 6000), joint).values()) > HONEST
+    monkeypatch.setattr(Run, "withdraw", lambda self, rows, needed: None)
+    found = p_values(case.texts(models, 6000), joint)
+    assert min(found.values()) < WRONG, found
 
 
 def test_a_token_taken_back_must_count_as_less_likely():

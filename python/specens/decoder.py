@@ -30,6 +30,7 @@ from .members import ReplayMember, member, unwrapped
 from .processors import Stopper, Warp, per_row, split
 from .run import Run
 from .schedules import (
+    CUTS,
     SCHEDULES,
     Alternating,
     Companion,
@@ -123,6 +124,7 @@ class SpeculativeDecoder:
         stop: DraftStop | None = None,
         ahead: int | None = None,
         token_cost: float | None = None,
+        cut: str | None = None,
         acceptance: Acceptance | str | Sequence[Acceptance | str] = "rejection",
         bonus: str = "ensemble",
         scope: str = "member",
@@ -157,6 +159,9 @@ class SpeculativeDecoder:
                 None goes by the members' sizes; members of one size then take 0.
             token_cost: "companion": >= 0. Time that a draft token adds to its verification, as a
                 part of what a verification without any takes; None is 0.1.
+            cut: "companion": what decides whether a token is worth its verification. "law": the law
+                that it was drawn from. "token": the token itself, too, which says more; for the
+                rule "rejection", and without filters. None is "law".
             acceptance: a rule with its parameters, `specens_kernels.Acceptance`, or the name of an
                 entry of `ACCEPTANCE_RULES`; for "hierarchy" also one per draft: who verifies the
                 first draft, and so on; the ensemble is the last.
@@ -226,7 +231,7 @@ class SpeculativeDecoder:
             pair = tokenizers[0], tokenizers[i]
             self.members[i] = Translated(self.members[i], *pair, self.vocab_size)
         self.schedule = self._schedule(
-            schedule, num_speculative_tokens, proposer, order, stop, ahead, token_cost
+            schedule, num_speculative_tokens, proposer, order, stop, ahead, token_cost, cut
         )
         if self.head is not None:
             self._bind(self.head)
@@ -348,6 +353,11 @@ class SpeculativeDecoder:
         if isinstance(self.schedule, (Component, LookAhead)) and warp.temperature == 0:
             name = type(self.schedule).__name__.lower()
             raise ValueError(f"generate: do_sample: expected True for schedule {name!r}, got False")
+        if isinstance(self.schedule, Companion) and self.schedule.cut == "token" and warp.filters:
+            raise ValueError(
+                f"generate: {warp.filters[0]}: expected none for cut 'token', whose drafts' laws "
+                "are not to be filtered again"
+            )
         # What is looked up has no model; it is counted last.
         looked_up = ["lookup"] if isinstance(self.schedule, Lookup) else []
         statistics = Statistics([*(m.name for m in self.members), *looked_up])
@@ -393,6 +403,7 @@ class SpeculativeDecoder:
         stop: DraftStop | None,
         ahead: int | None,
         token_cost: float | None,
+        cut: str | None,
     ) -> Schedule:
         for argument, value, users in (
             ("num_speculative_tokens", num_speculative_tokens, _DEFAULT_TOKENS),
@@ -401,6 +412,7 @@ class SpeculativeDecoder:
             ("stop", stop, ("speculative",)),
             ("ahead", ahead, ("lookahead",)),
             ("token_cost", token_cost, ("companion",)),
+            ("cut", cut, ("companion",)),
         ):
             if value is not None and name not in users:
                 raise _wrong(argument, f"None for schedule {name!r}", value)
@@ -427,7 +439,11 @@ class SpeculativeDecoder:
             cost: Any = 0.1 if token_cost is None else token_cost
             if not isinstance(cost, Real) or not 0 <= float(cost) < math.inf:
                 raise _wrong("token_cost", "a number >= 0", repr(cost))
-            return Companion(size, size + 1, gammas[0], float(cost))
+            if cut is not None:
+                _check_name("cut", cut, CUTS)
+            if cut == "token" and self.acceptance.rule.name != "rejection":
+                raise _wrong("acceptance", "'rejection' for cut 'token'", self.acceptance.rule.name)
+            return Companion(size, size + 1, gammas[0], float(cost), cut or "law")
         if name == "lookahead":
             return self._look_ahead(self._proposer(proposer), ahead, gammas[0])
         if name == "hierarchy":

@@ -54,6 +54,12 @@ class Warp:
     top_p: float = 1.0
     min_p: float = 0.0
 
+    @property
+    def filters(self) -> list[str]:
+        """The names of those that are on."""
+        on = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+        return [name for name, is_on in on.items() if is_on]
+
 
 def split(processors: Iterable[Any], *, do_sample: bool) -> tuple[Warp, list[Any]]:
     """Part transformers' processors into fused warpers and those that run per position.

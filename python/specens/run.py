@@ -40,7 +40,7 @@ from specens_kernels.acceptance import remember
 
 from .members import Member
 from .processors import Stopper
-from .schedules import DraftStop, Schedule, Survival, Verification
+from .schedules import BINS, DraftStop, Schedule, Survival, Verification
 from .statistics import Statistics
 from .weights import WeightHead
 
@@ -221,6 +221,7 @@ class Run:
         self.finished: list[Row] = []
         self._laws = [_Laws() for _ in self.members]
         self._scores = [_Laws() for _ in self.members]
+        self._staying: dict[Row, Tensor] = {}
         self._proposer_tensors: dict[tuple[tuple[int, ...], ...], Tensor] = {}
         self._start_random(seeds)
         self._prefill(input_ids)
@@ -381,6 +382,7 @@ class Run:
         mine, theirs = (
             mix([self._laws[m].take(rows, begins, max(counts))], law)[0] for m in (member, other)
         )
+        self._compared = mine, theirs
         tokens = self._tokens(rows, begins, max(counts))[..., None]
         shared = torch.minimum(mine, theirs).exp().sum(-1)
         ratios = (theirs.gather(-1, tokens) - mine.gather(-1, tokens)).clamp_(max=0).exp()[..., 0]
@@ -401,6 +403,34 @@ class Run:
         that every such turn adds.
         """
         del row.pending[kept:]
+
+    def withdraw(self, rows: Sequence[Row], needed: Sequence[Sequence[Sequence[float]]]) -> None:
+        """After `compare` and `drop`: what the rows' tokens are then drawn from.
+
+        A token that stays only where its ratio is high enough was drawn from q' = q where it is,
+        and 0 elsewhere, which sums to less than 1. One taken back has no mass in it: verified, it
+        is refused, and what replaces it is drawn from max(p - q', 0). So the text is exact.
+
+        Args:
+            needed: per row, for its pending tokens and the one taken back after them, the ratio
+                above which a token stays, for each of `BINS` cells of ratios.
+        """
+        if self.law.temperature == 0:
+            return  # then the text is the ensemble's, whatever was proposed
+        mine, theirs = self._compared
+        ratios = (theirs - mine).clamp_(max=0).exp_().nan_to_num_()
+        width = ratios.shape[1]
+        padded = [[*one, *[[-1.0] * BINS] * (width - len(one))] for one in needed]
+        cells = (ratios * BINS).long().clamp_(max=BINS - 1)
+        least = torch.tensor(padded, dtype=torch.float64, device=self.device)
+        stays = ratios > least.gather(-1, cells)
+        begins = [row.length for row in rows]
+        drawn = self._tokens(rows, begins, width)[..., None]
+        kept = torch.tensor([len(row.pending) for row in rows], device=self.device)
+        # Of the tokens themselves it has been decided, on the host.
+        staying = torch.arange(width, device=self.device) < kept[:, None]
+        stays.scatter_(-1, drawn, staying[..., None])
+        self._staying = dict(zip(rows, mine.masked_fill(~stays, -torch.inf), strict=True))
 
     def feed(self, member: int, rows: Sequence[Row]) -> None:
         """One forward over all that the member's cache lacks of the rows' tokens."""
@@ -476,6 +506,8 @@ class Run:
     def _verify(self, verification: Verification) -> Verdict:
         """One call of the verify op over what the members have said."""
         rows, counts = verification.rows, verification.num_drafts
+        if verification.withdrawn is not None and self._staying:
+            counts = [n + taken for n, taken in zip(counts, verification.withdrawn, strict=True)]
         begins = [row.length for row in rows]
         width = max(counts) + verification.bonus
         which = self.ensemble if verification.members is None else verification.members
@@ -528,6 +560,8 @@ class Run:
 
         A member `among` those whose logits are verified is named; another's are handed over.
         """
+        if self._staying:
+            return self._staying_proposals(rows, max(counts))
         owners = [row.pending[s : s + n] for row, s, n in zip(rows, skip, counts, strict=True)]
         proposers = {owner for mine in owners for owner in mine}
         if proposers <= {POINT_MASS}:
@@ -536,6 +570,20 @@ class Run:
             return {"proposers": self._proposers(owners, max(counts))}
         (proposer,) = proposers
         return {"draft_logits": self._laws[proposer].take(rows, begins, max(counts))}
+
+    def _staying_proposals(self, rows: Sequence[Row], width: int) -> dict[str, Any]:
+        """What was drawn and could stay, as log-probabilities that need no normaliser."""
+        one = next(iter(self._staying.values()))
+        laws = one.new_zeros(len(rows), width, one.shape[-1])
+        for k, row in enumerate(rows):
+            if row in self._staying:
+                laws[k] = self._staying[row][:width]
+        self._staying = {}
+        return {
+            "draft_logits": laws,
+            "draft_temperature": laws.new_ones(len(rows)),
+            "draft_lse": laws.new_zeros(len(rows), width),
+        }
 
     def _component_law(self, verification: Verification, width: int) -> Law:
         """The law in which each position has the weights of one member."""

@@ -7,6 +7,7 @@ score, through `run.propose`, `run.feed`, `run.draw`, `run.check`, `run.compare`
 a class here and its name to `SCHEDULES`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -28,6 +29,8 @@ class Verification:
     members: who the verifying law is made of; None is the whole ensemble.
     components: per row, the one member that each of its num_drafts + 1 tokens is drawn from; None
         is the whole ensemble at each.
+    withdrawn: per row, whether the token proposed after its num_drafts was taken back for what it
+        is (`run.withdraw`); None is nowhere.
     """
 
     rows: "Sequence[Row]"
@@ -35,6 +38,7 @@ class Verification:
     bonus: bool
     members: Sequence[int] | None = None
     components: Sequence[list[int]] | None = None
+    withdrawn: Sequence[bool] | None = None
 
 
 class DraftStop(Protocol):
@@ -349,7 +353,7 @@ class Survival:
 
     def chance(self, shared: float, ratio: float | None = None) -> float:
         """That a token is kept once those before it are; without `ratio`, whatever token it is."""
-        columns = range(_BINS) if ratio is None else [_bin(ratio)]
+        columns = range(BINS) if ratio is None else [_bin(ratio)]
         tested, kept = _PRIOR, _PRIOR * (shared if ratio is None else ratio)
         for column in columns:
             more_tested, more_kept = self.outcomes.get((_bin(shared), column), (0, 0))
@@ -374,13 +378,39 @@ class Survival:
             reached *= self.chance(shared, ratio)
         return len(said)
 
+    def withdraw(
+        self, said: Sequence[tuple[float, float]], token_cost: float
+    ) -> tuple[int, list[list[float]]]:
+        """The same, where each token itself has a say, and what any other would have needed.
+
+        Returns:
+            How many tokens to verify; and of each of these, and of the one after them that is taken
+            back, the ratio above which a token stays: one for each cell of ratios.
+        """
+        reached = expected = 1.0
+        needed: list[list[float]] = []
+        for at, (shared, ratio) in enumerate(said):
+            worth = reached * (1 + token_cost * at)
+            least = token_cost * expected / worth if worth > 0 else math.inf
+            cells = [self.outcomes.get((_bin(shared), column), (0, 0)) for column in range(BINS)]
+            # `chance` rises with the ratio inside of a cell.
+            needed.append([(least * (_PRIOR + n) - kept) / _PRIOR for n, kept in cells])
+            if at == 0:
+                needed = [[-1.0] * BINS]
+            if ratio <= needed[at][_bin(ratio)]:
+                return at, needed
+            reached *= self.chance(shared, ratio)
+            expected += reached
+        return len(said), needed
+
 
 # Cells of a `Survival`, along each side, and how many outcomes its first estimates weigh.
-_BINS, _PRIOR = 4, 4.0
+BINS, _PRIOR = 4, 4.0
+CUTS = ("law", "token")
 
 
 def _bin(share: float) -> int:
-    return min(int(share * _BINS), _BINS - 1)
+    return min(int(share * BINS), BINS - 1)
 
 
 @dataclass(frozen=True)
@@ -390,14 +420,19 @@ class Companion:
     draft: who proposes. companion: who scores the proposal, in one forward.
     num_speculative_tokens: proposed at most.
     token_cost: time that a token adds to a verification, relative to one without any.
+    cut: what decides whether a token is worth it. "law": the law that it was drawn from. "token":
+        the token itself, too, as published; it then counts as drawn from the part of the law that
+        would have stayed, which keeps the text exact.
 
-    Source: Speculative Verification, arXiv:2509.24328, with a cut that no token decides itself.
+    Source: Speculative Verification, arXiv:2509.24328, whose own cut draws what follows it as if
+    nothing had been proposed.
     """
 
     draft: int
     companion: int
     num_speculative_tokens: int
     token_cost: float
+    cut: str = "law"
 
     @property
     def lookahead(self) -> int:
@@ -411,16 +446,28 @@ class Companion:
         counts = [min(self.num_speculative_tokens, run.room(row) - 1) for row in run.rows]
         run.propose(self.draft, run.rows, counts)
         rows = [row for row in run.rows if row.pending]
+        withdrawn: set[Row] = set()
         if rows:
             run.feed(self.companion, rows)
             compared = run.compare(self.draft, self.companion, rows)
+            needed: list[list[list[float]]] = []
             for row, said in zip(rows, compared, strict=True):
-                kept = row.survival.cut(said, self.token_cost)
+                if self.cut == "law":
+                    kept = row.survival.cut(said, self.token_cost)
+                else:
+                    kept, ratios = row.survival.withdraw(said, self.token_cost)
+                    needed.append(ratios)
+                    if kept < len(said):
+                        withdrawn.add(row)
                 row.survival.ask(said[:kept], row.length)
                 run.drop(row, kept)
+            if self.cut == "token":
+                run.withdraw(rows, needed)
         for member in run.ensemble:
             run.feed(member, run.rows)
-        return [Verification(run.rows, [len(row.pending) for row in run.rows], bonus=True)]
+        counts = [len(row.pending) for row in run.rows]
+        taken_back = [row in withdrawn for row in run.rows]
+        return [Verification(run.rows, counts, bonus=True, withdrawn=taken_back)]
 
 
 @dataclass(frozen=True)
