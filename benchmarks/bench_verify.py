@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`verify` against the same maths in torch, and against the cheapest sweep of the same bytes.
 
-Contestants: `ours`, the op; `eager`, the straightforward batched torch program; `compiled`, the
+Contestants: `ours`, the op; `told draft`, the op with the log-sum-exps that `sample` gives when it
+drafts, which spare it the draft's rows; `told all`, with those of every row, as a fused LM head has
+them; `eager`, the straightforward batched torch program; `compiled`, the
 same under torch.compile(fullgraph=True); `floor`, one max and sum-exp sweep, by the native code, of
 as many rows as a verification must read. Situations: `accepted`, all drafts are kept, every row is
 read and a bonus token drawn; `rejected`, a draft is refused at a typical place (the third of five
@@ -40,6 +42,10 @@ HEADLINE_VOCAB_SIZE = 128256
 # Drafts kept per sequence; over eight sequences the mean is that of an acceptance of 0.7 a draft.
 TYPICAL = (2, 0, 4, 1, 5, 3, 0, 1)
 TARGETS = {"eager_over_ours": 10.0, "compiled_over_ours": 4.0, "ours_over_floor": 1.5}
+OURS = ("ours", "told draft", "told all")
+TOLD = ("ours_over_told_draft", "ours_over_told_all")
+RATIOS = [(over, "ours") for over in ("eager", "compiled")]
+RATIOS += [("ours", under) for under in ("floor", "told draft", "told all")]
 
 
 @dataclass(frozen=True)
@@ -170,9 +176,23 @@ def _pick(mass: Tensor, number: Tensor) -> Tensor:
     return (cumulative <= number[:, None] * cumulative[:, -1:]).sum(-1)
 
 
-def ours(inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+def known(inputs: Inputs, told: str) -> dict[str, Tensor]:
+    """The log-sum-exps that the op is told: "nothing", those of the "draft", or "all"."""
+    if told == "nothing":
+        return {}
+    lse = torch.stack([one.float().logsumexp(-1) for one in inputs.logits], -1)
+    if inputs.draft_logits is not None:
+        draft = {"draft_lse": inputs.draft_logits.float().logsumexp(-1)}
+        return draft if told == "draft" else {"lse": lse} | draft
+    if told == "draft":  # the first member has drafted, and has not seen its own last draft
+        lse[..., 1:] = lse[:, NUM_DRAFTS:] = torch.nan
+    return {"lse": lse}
+
+
+def ours(inputs: Inputs, told: str = "nothing") -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """The op, in the form of `straightforward`'s answer."""
     law = Law([1 / len(inputs.logits)] * len(inputs.logits))
+    given = known(inputs, told)
     proposers = None
     if inputs.draft_logits is None:
         proposers = torch.zeros(1, NUM_DRAFTS, dtype=torch.int32, device=inputs.tokens.device)
@@ -185,6 +205,7 @@ def ours(inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
             law,
             proposers=proposers,
             draft_logits=inputs.draft_logits,
+            **given,
         )
 
     return run
@@ -256,6 +277,8 @@ def contestants(case: Case, inputs: Inputs, compiled: bool) -> dict[str, Callabl
     )  # fmt: skip
     found: dict[str, Callable[[], Any]] = {
         "ours": ours(inputs),
+        "told draft": ours(inputs, "draft"),
+        "told all": ours(inputs, "all"),
         "eager": lambda: straightforward(*packed),
     }
     if compiled:
@@ -318,10 +341,10 @@ def measure(
     times: dict[str, Any] = {name: Spread.of(values) for name, values in samples.items()}
     times |= dict.fromkeys(wrong, WRONG)
     row = {**asdict(case), "threads": threads, "bytes": case.bytes_read, "seconds": times}
-    for over, under in (("eager", "ours"), ("compiled", "ours"), ("ours", "floor")):
+    for over, under in RATIOS:
         if over in samples and under in samples:
             paired = harness.ratios(samples[over], samples[under])
-            row[f"{over}_over_{under}"] = Spread.of(paired)
+            row[f"{over}_over_{under}".replace(" ", "_")] = Spread.of(paired)
     return row
 
 
@@ -348,8 +371,12 @@ def measure_on_device(
     with backend("reference"):
         expected = ours(inputs)()
     peers = contestants(case, inputs.cuda(), compiled)
-    mine = peers.pop("ours")
-    found = {name: on_backend(name, mine) for name in names} | peers
+    mine = {kind: peers.pop(kind) for kind in OURS}
+    found = {
+        name if kind == "ours" else f"{name} {kind}": on_backend(name, function)
+        for name in names
+        for kind, function in mine.items()
+    } | peers
     programs = {name: device.captured(function) for name, function in found.items()}
     agrees = gate(expected)
     right = {name: program for name, program in programs.items() if agrees(name, program.run())}
@@ -412,7 +439,7 @@ def is_compiled(case: Case, threads: int, options: argparse.Namespace) -> bool:
 
 COLUMNS = (
     *("vocabulary", "members", "batch", "dtype", "drafts", "threads"),
-    *("ours µs", "eager µs", "compiled µs", "floor µs"),
+    *("ours µs", "told draft µs", "told all µs", "eager µs", "compiled µs", "floor µs"),
     *("eager/ours", "compiled/ours", "ours/floor", "GB/s"),
 )
 
@@ -433,7 +460,7 @@ def shown(row: dict[str, Any]) -> list[str]:
     speed = "-" if mine == WRONG else f"{row['bytes'] / mine.median / 1e9:.1f}"
     return [
         *(str(row[k]) for k in ("vocab_size", "members", "batch", "dtype", "situation", "threads")),
-        *(time_of(row, name) for name in ("ours", "eager", "compiled", "floor")),
+        *(time_of(row, name) for name in (*OURS, "eager", "compiled", "floor")),
         *map(ratio_of, TARGETS),
         speed,
     ]
@@ -455,10 +482,11 @@ def readme_tables(rows: Sequence[dict[str, Any]], calls: dict[str, Any]) -> dict
                 row["members"],
                 row["situation"],
                 mine if mine == WRONG else f"{mine.median * 1e6:.0f}",
-                *(f"{row[k].median:.1f}" if k in row else "-" for k in TARGETS),
+                *(f"{row[k].median:.1f}" if k in row else "-" for k in (*TARGETS, *TOLD)),
             ]
         )
     columns = ["vocabulary", "members", "drafts", "µs", "eager/ours", "compiled/ours", "ours/floor"]
+    columns += ["ours/told draft", "ours/told all"]
     caption = f"`verify`, 5 drafts, 1 sequence, bfloat16, threads: {most}"
     return {"verify": {"caption": caption, "columns": columns, "rows": lines}}
 
@@ -471,7 +499,7 @@ def headline(rows: Sequence[dict[str, Any]], calls: dict[str, dict[str, Spread]]
         shape = (row["members"], row["batch"], row["dtype"], row["threads"])
         if shape != (2, 1, "bfloat16", most) or row["vocab_size"] != HEADLINE_VOCAB_SIZE:
             continue
-        for name in TARGETS:
+        for name in (*TARGETS, *TOLD):
             if name in row:
                 found[f"{name}_{row['situation']}"] = round(row[name].median, 2)
     for name, spread in calls[str(most)].items():
@@ -483,9 +511,13 @@ def headline(rows: Sequence[dict[str, Any]], calls: dict[str, dict[str, Spread]]
 PEERS = ("eager", "compiled", "flashinfer")
 
 
+def _kinds(names: Sequence[str]) -> list[str]:
+    return [name if kind == "ours" else f"{name} {kind}" for name in names for kind in OURS]
+
+
 def device_table(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     """What is printed for backends of a CUDA device; %: of the copy's bandwidth."""
-    columns = [*COLUMNS[:5], "L2", *(f"{name} µs" for name in (*names, *PEERS))]
+    columns = [*COLUMNS[:5], "L2", *(f"{name} µs" for name in (*_kinds(names), *PEERS))]
     columns += [*(f"{name} %" for name in names), "copy GB/s", "no graph"]
     lines = []
     for row in rows:
@@ -494,7 +526,7 @@ def device_table(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             [
                 *(row[key] for key in keys),
-                *(time_of(row, name, 1) for name in (*names, *PEERS)),
+                *(time_of(row, name, 1) for name in (*_kinds(names), *PEERS)),
                 *("-" if share is None else f"{share:.0%}" for share in shares),
                 f"{row['bandwidth'] / 1e9:.0f}",
                 " ".join(name for name, how in row["how"].items() if how != "graph") or "-",
@@ -514,6 +546,7 @@ def device_headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             continue
         for name, value in row["seconds"].items():
             time = value if value == WRONG else round(value.median * 1e6, 1)
+            name = name.replace(" ", "_")
             found[f"{name}_{row['situation']}_{row['cache']}_us"] = time
     return {**found, "wrong_rows": sum(WRONG in row["seconds"].values() for row in rows)}
 
