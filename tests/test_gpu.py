@@ -152,6 +152,18 @@ def test_the_current_stream_is_used(backend: str) -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_the_tensors_device_need_not_be_the_current_one(backend: str) -> None:
+    one = call(7, SMALL)
+    expected = one.run("reference")
+    with torch.cuda.device(1):
+        arguments, options = on_card(one.arguments), on_card(one.options)
+    assert torch.cuda.current_device() == 0
+    found = Call(one.op, arguments, options, one.name).run(backend)
+    assert found[0].device.index == 1
+    assert torch.equal(found[0].cpu(), expected[0])
+
+
 @pytest.mark.parametrize("rule", ["rejection", "js", "block"])
 def test_no_op_waits_for_the_device(backend: str, rule: str) -> None:
     turn = Turn(rule=rule)

@@ -6,9 +6,13 @@ are device functions of the same names in `rules.py`. To add an op: its file her
 and the function that launches them; what two ops share is in `laws.py` and `stats.py`.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from specens_kernels.native import Unsupported
 
@@ -31,5 +35,21 @@ def __getattr__(name: str) -> Any:
     except ImportError as error:
         raise Unsupported(f"Triton cannot be imported ({error})") from error
     # Importing a file has put it here under its name, which is the op's.
-    globals().update({each: getattr(file, each) for each, file in zip(_OPS, files, strict=True)})
+    ops = {each: getattr(file, each) for each, file in zip(_OPS, files, strict=True)}
+    globals().update({each: _on_its_device(op) for each, op in ops.items()})
     return globals()[name]
+
+
+def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @wraps(op)
+    def run(*arguments: Any) -> Any:
+        first = arguments[0]
+        device = (first if isinstance(first, torch.Tensor) else first[0]).device
+        if device.type != "cuda":
+            return op(*arguments)
+        with torch.cuda.device(device):
+            return op(*arguments)
+
+    return run
