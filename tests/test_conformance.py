@@ -19,7 +19,7 @@ from calls import COUNTED, DTYPES, REAL, SMALL, TILES, Call, call, check, check_
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, native, ops, sample
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, ops, sample
 
 EVERY = pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
 
@@ -62,12 +62,6 @@ def test_calls_that_some_backend_once_got_wrong(backend: str) -> None:
 
 # Few of the calls may be too near a threshold to tell: of 10,000, 4 are.
 RULE_COUNTS = {"native": 2400, "cuda": 100, "triton": 30}
-# What others refuse, their own tests say.
-REFUSED = {"native": {"mentored"}, "triton": {"mentored"}}
-
-
-def rules_of(backend: str) -> list[str]:
-    return list(ops._MODULES[backend].acceptance_rules())
 
 
 def random_rule_calls() -> Iterator[Any]:
@@ -81,7 +75,7 @@ def random_rule_calls() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("backend", "seeds"), list(random_rule_calls()), indirect=["backend"])
 def test_random_calls_under_every_rule(backend: str, seeds: range) -> None:
-    names, near = sorted(rules_of(backend)), 0
+    names, near = sorted(ACCEPTANCE_RULES), 0
     for seed in seeds:
         sizes = TILES if seed % 4 == 0 else SMALL
         near += not check_but_near(backend, call(40_000 + seed, sizes, names))
@@ -92,8 +86,6 @@ def test_random_calls_under_every_rule(backend: str, seeds: range) -> None:
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize("rule", sorted(ACCEPTANCE_RULES))
 def test_every_rule_at_real_vocabularies(backend: str, rule: str) -> None:
-    if rule not in rules_of(backend):
-        pytest.skip(f"{rule} has no kernel")
     for seed in range(3):
         check_but_near(backend, call(50_000 + seed, REAL, [rule]))
 
@@ -130,19 +122,46 @@ def test_the_random_calls_see_a_wrong_parameter(backend: str) -> None:
         moved_call = one._replace(options={**one.options, **options})
         return not torch.equal(one.run(backend)[2], moved_call.run(backend)[2])
 
-    for rule in rules_of(backend):
+    for rule in ACCEPTANCE_RULES:
         for place in range(len(ACCEPTANCE_RULES[rule].parameters)):
             assert any(shows(seed, rule, place) for seed in range(40_000, 40_400)), (rule, place)
 
 
 @EVERY
-def test_a_rule_without_a_kernel_is_refused(backend: str) -> None:
-    refused = set(ACCEPTANCE_RULES) - set(rules_of(backend))
-    assert refused == REFUSED.get(backend, refused)
-    logits = [torch.randn(1, 2, 8)]
-    for rule in refused:
-        with pytest.raises(native.Unsupported, match=f"rule '{rule}' has no"):
-            verify_call(logits, torch.tensor([[1]]), Law(), acceptance=rule).run(backend)
+def test_every_rule_has_a_kernel(backend: str) -> None:
+    assert set(ops._MODULES[backend].acceptance_rules()) == set(ACCEPTANCE_RULES)
+
+
+# So strict that a draft that the target likes less than its proposer is rejected.
+STRICT: dict[str, dict[str, float]] = {
+    **{rule: {"threshold": 0.01} for rule in rules.DIVERGENCES},
+    **{f"cascade_{name}": {"alpha": 0.05} for name in ("chow", "opt", "v1", "v2", "v3")},
+    "cascade_diff": {"alpha": 0.0},
+    "mentored": {"divergence": 0.05},
+    "cactus": {"divergence": 0.001},
+    "lenient": {"lenience": 0.9},
+    "typical": {"epsilon": 0.9, "delta": 0.9},
+    "top_k": {"k": 1},
+    "likelihood": {"threshold": 0.5},
+    "entropy_veto": {"target_entropy": 1, "draft_entropy": 1, "overlap": 0.25, "top_n": 4},
+}
+
+
+@EVERY
+@pytest.mark.parametrize("rule", sorted(ACCEPTANCE_RULES))
+def test_what_is_left_of_a_rejected_draft_under_every_rule(backend: str, rule: str) -> None:
+    dice = torch.Generator().manual_seed(11)
+    target, noise = torch.randn(2, 8, 2, 1500, generator=dice).mul(2.5).unbind()
+    draft = target / 2 + noise / 4  # flatter than the target, so that it is deferred to
+    tokens = (draft.softmax(-1) - 4 * target.softmax(-1))[:, :1].argmax(-1)
+    chosen = Acceptance(rule, **STRICT.get(rule, {}))
+    proposers = torch.tensor([1])
+    one = verify_call(
+        [target, draft], tokens, Law((1.0, 0.0)), proposers=proposers, acceptance=chosen
+    )
+    one.arguments[2][:, 1, 0] = 1 - 2.0**-24
+    assert one.run("reference")[2].sum() <= 1
+    check(backend, one)
 
 
 def hard_rows(name: str) -> tuple[Tensor, Tensor]:
@@ -181,7 +200,7 @@ HARD_CALLS = list(product(HARD_ROWS, DRAFTED, TEMPERATURES))
 
 def hard_rules(backend: str, place: int) -> list[Acceptance]:
     """All of them with all their parameters; where a call takes a second, each at one place."""
-    names = sorted(rules_of(backend))
+    names = sorted(ACCEPTANCE_RULES)
     every = [Acceptance(name, **one) for name in names for one in rules.PARAMETERS.get(name, [{}])]
     return every[place :: len(HARD_CALLS)] if backend == "triton" else every
 
