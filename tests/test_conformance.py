@@ -9,6 +9,7 @@ Triton's interpreter under our guard, "cuda" the emulator. To add a hard call, a
 import math
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -19,7 +20,7 @@ from calls import COUNTED, DTYPES, REAL, SMALL, TILES, Call, call, check, check_
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, ops, sample
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, native, ops, sample
 
 EVERY = pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
 
@@ -132,6 +133,15 @@ def test_every_rule_has_a_kernel(backend: str) -> None:
     assert set(ops._MODULES[backend].acceptance_rules()) == set(ACCEPTANCE_RULES)
 
 
+@EVERY
+def test_a_rule_without_a_kernel_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("specens_kernels.triton.rules") if backend == "triton" else native
+    monkeypatch.delitem(module.RULES if backend == "triton" else module._RULES, "tv")
+    one = verify_call([torch.randn(1, 2, 8)], torch.tensor([[1]]), Law(), acceptance="tv")
+    with pytest.raises(native.Unsupported, match="rule 'tv' has no"):
+        one.run(backend)
+
+
 # So strict that a draft that the target likes less than its proposer is rejected.
 STRICT: dict[str, dict[str, float]] = {
     **{rule: {"threshold": 0.01} for rule in rules.DIVERGENCES},
@@ -195,6 +205,7 @@ def hard_rows(name: str) -> tuple[Tensor, Tensor]:
 
 HARD_ROWS = ["q(x) is 0", "p(x) is 0", "p is one token", "q is one token", "p is empty"]
 HARD_ROWS += ["q is empty", "NaN", "infinite", "p is q", "uniform"]
+BOUNDLESS = list(product(("cactus", "mentored"), (0.0, math.inf)))
 DRAFTED, TEMPERATURES = ("by a member", "as a point"), (1.0, 0.0)
 HARD_CALLS = list(product(HARD_ROWS, DRAFTED, TEMPERATURES))
 
@@ -203,6 +214,7 @@ def hard_rules(backend: str, place: int) -> list[Acceptance]:
     """All of them with all their parameters; where a call takes a second, each at one place."""
     names = sorted(ACCEPTANCE_RULES)
     every = [Acceptance(name, **one) for name in names for one in rules.PARAMETERS.get(name, [{}])]
+    every += [Acceptance(name, divergence=at) for name, at in BOUNDLESS]
     return every[place :: len(HARD_CALLS)] if backend == "triton" else every
 
 
