@@ -40,7 +40,7 @@ SPECENS_HOST_DEVICE double minimum(double a, double b) { return a < b ? a : b; }
 // --- acceptance rules ---
 
 constexpr int kMaxParameters = 4;
-constexpr int kMaxSums = 3;
+constexpr int kMaxSums = 4;
 
 // Probabilities closer than this, relatively, are tied; the reference's TIE.
 constexpr double kTieGap = 0x1p-40;
@@ -182,6 +182,24 @@ struct Deferred {
   }
 };
 
+// Of h = median(p / b, q, p / a): p's mass where q is too large, and where it is too small; of the
+// rest q's mass, and p's nats.
+struct Clipped {
+  static constexpr int kSums = 4;
+  static constexpr bool kReadsDraft = true;
+  double a, b;
+
+  template <typename T, typename Log>
+  SPECENS_HOST_DEVICE void add(T p, T q, const Log& log, T (&sums)[kSums]) const {
+    const bool below = p<static_cast<T>(a) * q, above = p> static_cast<T>(b) * q;
+    const bool inside = !(below | above);
+    sums[0] += below ? p : T(0);
+    sums[1] += above ? p : T(0);
+    sums[2] += inside ? q : T(0);
+    sums[3] += kl_term(inside ? p : T(0), inside ? q : T(0), log);
+  }
+};
+
 // The target's entropy in nats.
 struct TargetEntropy {
   static constexpr int kSums = 1;
@@ -277,12 +295,119 @@ struct Cactus : Rule {
   template <typename At>
   static SPECENS_JUDGE Judgement judge(const At& at) {
     const double others = 1.0 - at.p;
-    const double variance = 2.0 * at.parameters[0] * at.p * others;
-    const double raised = minimum(at.p + ::sqrt(variance > 0.0 ? variance : 0.0), 1.0);
+    const double spread = at.p * others;
+    const double variance = spread > 0.0 ? 2.0 * at.parameters[0] * spread : 0.0;
+    const double raised = minimum(at.p + ::sqrt(variance), 1.0);
     Judgement judgement;
     judgement.kept = minimum(raised, at.q);
     judgement.scale = others > 0.0 ? (1.0 - raised) / others : 0.0;
     judgement.without_token = true;
+    return judgement;
+  }
+};
+
+// --- rules: the law nearest to the draft's ---
+
+// The search for the a and b of `mentored`, each step of it after a sweep. h sums to less, and is
+// further from p, the larger a or b is, and the solution has the smaller a, and the larger b, the
+// more is allowed. So where h sums to too much and is too far, a is too small and b too large;
+// where too little and too near, the reverse; else neither is known. Newton's step of both decides
+// most of it; where it leaves what is known, a is halved, or b found for this a alone, which ends.
+struct MentorSearch {
+  static constexpr int kMostSweeps = 64;
+  static constexpr double kMostLogB =
+      29.0;  // what h has more than q is then less than any residual
+  static constexpr double kLeastLogA = -700.0;
+  static constexpr double kFine = 1e-10;      // Newton's next step is of its square
+  static constexpr double kRounding = 1e-14;  // of a sum
+
+  double divergence;
+  double log_b = 2.0 * minimum(1.0, ::sqrt(2.0 * divergence));
+  double log_a = -log_b;
+  double a_low = kLeastLogA, a_high = 0.0, b_low = 0.0, b_high = kMostLogB;
+  int undecided = 0;
+  bool found = false;
+
+  SPECENS_HOST_DEVICE Clipped clipped() const { return {::exp(log_a), ::exp(log_b)}; }
+
+  // Newton's b for this a, which from below does not pass it.
+  SPECENS_HOST_DEVICE double b_alone(double above, double excess) const {
+    if (!(above > 0.0)) return excess > 0.0 ? kMostLogB : log_b / 2.0;
+    const double inverse = ::exp(-log_b) - excess / above;
+    if (inverse <= ::exp(-kMostLogB)) return kMostLogB;
+    return inverse < 1.0 ? -::log(inverse) : 0.0;
+  }
+
+  SPECENS_HOST_DEVICE void move(double to_a, double to_b) {
+    log_a = minimum(to_a, 0.0);
+    log_b = to_b > 0.0 ? to_b : 0.0;
+  }
+
+  SPECENS_HOST_DEVICE void step(const Sums& sums) {
+    const double below = sums.value[0], above = sums.value[1];
+    const double inverse_a = ::exp(-log_a), inverse_b = ::exp(-log_b);
+    const double excess = below * inverse_a + above * inverse_b + sums.value[2] - 1.0;
+    const double nats = below * log_a + above * log_b + sums.value[3] - divergence;
+    const double alone = b_alone(above, excess);
+    const bool sums_to_1 = ::fabs(alone - log_b) < kFine;
+    // No token is that much too probable to the draft: a is as good as 0.
+    found = below == 0.0 && sums_to_1 && nats <= 0.0;
+    if (found) return move(log_a, alone);
+
+    const bool far = nats >= -kRounding, near = nats <= kRounding;
+    const bool more = excess >= -kRounding, less = excess <= kRounding && below > 0.0;
+    const bool raise = (more && (far || log_b >= b_high)) || (sums_to_1 && far);
+    const bool lower = !raise && ((less && (near || log_b <= b_low)) || sums_to_1);
+    if (raise) a_low = log_a;
+    if (lower) a_high = log_a;
+    if (raise && far) b_high = minimum(b_high, log_b);
+    if (lower && near) b_low = -minimum(-b_low, -log_b);
+    undecided = raise || lower ? 0 : undecided + 1;
+    found = a_high - a_low < kFine;
+    if (found) return;
+
+    const double slope = inverse_a - inverse_b;
+    const double by_a = (excess + nats * inverse_b) / (below * slope);
+    const double by_b = -(excess + nats * inverse_a) / (above * slope);
+    const bool regular = below > 0.0 && above > 0.0 && slope > 0.0;
+    found = regular && ::fabs(by_a) < kFine && ::fabs(by_b) < kFine;
+    const double to_a = log_a + by_a, to_b = log_b + by_b;
+    const double least_a = a_low < 3.0 * log_a - 1.0 ? 3.0 * log_a - 1.0 : a_low;
+    const bool inside = to_a > least_a - kFine && to_a < a_high + kFine && to_b > b_low - kFine &&
+                        to_b < b_high + kFine;
+    if (found || (regular && inside && undecided < 2)) return move(to_a, to_b);
+    if (raise || lower) {
+      const double middle = (a_low + a_high) / 2.0;
+      const double known = b_low > log_b ? b_low : log_b;
+      move(middle < 2.0 * log_a ? 2.0 * log_a : middle,
+           b_high < kMostLogB ? (b_low + b_high) / 2.0 : known);
+    } else {
+      const double least_b = below > 0.0 ? b_low : 0.0;
+      move(log_a, minimum(alone > least_b ? alone : least_b, b_high));
+    }
+  }
+};
+
+struct Mentored : Rule {
+  static constexpr bool kSweeps = true;
+
+  template <typename At>
+  static SPECENS_JUDGE Judgement judge(const At& at) {
+    const double divergence = at.parameters[0];
+    Judgement judgement = Rejection::judge(at);
+    if (divergence == 0.0) return judgement;
+    if (at.sums(Whole<KlTerm>{}).value[0] <= divergence) {
+      judgement.kept = at.q;
+      judgement.scale = 0.0;
+      return judgement;
+    }
+    MentorSearch search{divergence};
+    for (int sweep = 0; sweep < MentorSearch::kMostSweeps && !search.found; ++sweep) {
+      search.step(at.sums(search.clipped()));
+    }
+    // Where q is between p / b and p / a, nothing is left, and all is kept.
+    judgement.kept = minimum(at.p * ::exp(-search.log_a), at.q);
+    judgement.scale = ::exp(-search.log_b);
     return judgement;
   }
 };
@@ -493,6 +618,7 @@ enum class RuleId : int {
   kLenient,
   kGreedy,
   kBlock,
+  kMentored,
   kCactus,
   kCascadeChow,
   kCascadeDiff,
@@ -522,6 +648,7 @@ constexpr RuleEntry kRules[] = {
     {"lenient", RuleId::kLenient},
     {"greedy", RuleId::kGreedy},
     {"block", RuleId::kBlock},
+    {"mentored", RuleId::kMentored},
     {"cactus", RuleId::kCactus},
     {"cascade_chow", RuleId::kCascadeChow},
     {"cascade_diff", RuleId::kCascadeDiff},
@@ -548,6 +675,8 @@ SPECENS_HOST_DEVICE auto with_rule(RuleId id, Function&& function) {
       return function(Lenient{});
     case RuleId::kGreedy:
       return function(Greedy{});
+    case RuleId::kMentored:
+      return function(Mentored{});
     case RuleId::kCactus:
       return function(Cactus{});
     case RuleId::kCascadeChow:

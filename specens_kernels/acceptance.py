@@ -143,12 +143,17 @@ def _cascade_v3(at: Situation, alpha: float) -> Judgement:
     return _token_cascade(at, at.target < (1 - alpha) * at.target.amax(-1, keepdim=True))
 
 
+_MOST_B = 2.0**42
+
+
 def mentored_law(target: Tensor, draft: Tensor, divergence: float) -> Tensor:
     """(V,): the law h nearest to q with KL(p || h) <= divergence, as Mentored decoding has it.
 
     h = median(p / b, q, p / a) with a <= 1 <= b: b makes it sum to 1, and a is as small as the
-    divergence allows. Where KL(p || q) <= divergence, h = q.
+    divergence allows. Where KL(p || q) <= divergence, h = q; where the divergence is 0, h = p.
     """
+    if divergence == 0:
+        return target
     if _total(_kl(target, draft)) <= divergence:
         return draft
     ratio = torch.where(target > 0, target / draft, 0.0)  # +inf where q alone is 0
@@ -158,7 +163,7 @@ def mentored_law(target: Tensor, draft: Tensor, divergence: float) -> Tensor:
         return torch.nn.functional.pad(values[order].cumsum(0), (1, 0))
 
     p, q = upto(target), upto(draft)
-    nats = upto(torch.where(draft > 0, _kl(target, draft), 0.0))
+    nats = upto(torch.where(target / draft < torch.inf, _kl(target, draft), 0.0))
 
     def bounds(a: Tensor) -> tuple[Tensor, Tensor]:
         """b, and KL(p || h), for this a."""
@@ -166,9 +171,13 @@ def mentored_law(target: Tensor, draft: Tensor, divergence: float) -> Tensor:
         room = 1 - p[i] / a + q[i]
         # Were b the ratio at j or above: how much the law would sum to.
         sums = q[i:-1] + (p[-1] - p[i:-1]) / ratio[i:]
+        sums = sums.where(ratio[i:] < torch.inf, 0.0)
         j = i + int((sums > room).sum())
         rest = p[-1] - p[j]
-        b = rest / (room - q[j]) if rest > 0 else torch.ones_like(a)
+        # What a larger b puts above q is less than any residual.
+        b = torch.full_like(a, _MOST_B)
+        if rest > 0:
+            b = (rest / (room - q[j]).clamp(min=0)).clamp(1, _MOST_B)
         return b, p[i] * a.log() + nats[j] - nats[i] + rest * b.log()
 
     low, high = ratio[ratio > 0][0].log().clamp(max=0), torch.zeros_like(p[0])  # of a
@@ -190,7 +199,9 @@ def _mentored(at: Situation, divergence: float) -> Judgement:
 def _cactus(at: Situation, divergence: float) -> Judgement:
     """Raises x's own probability, to the same KL to first order, and lowers the others'."""
     p = at.of_token(at.target)
-    raised = (p + (2 * divergence * p * (1 - p)).clamp(min=0).sqrt()).clamp(max=1)
+    spread = (p * (1 - p)).clamp(min=0)
+    variance = torch.where(spread > 0, 2 * divergence * spread, 0.0)
+    raised = (p + variance.sqrt()).clamp(max=1)
     others = at.target * ((1 - raised) / (1 - p).clamp(min=torch.finfo(p.dtype).tiny))
     kept = torch.minimum(raised, at.draft)
     return Judgement(kept, at.without_token((others - at.draft).clamp(min=0)))

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from specens_kernels import ACCEPTANCE_RULES, Acceptance, AcceptanceRule
-from specens_kernels.acceptance import DIVERGENCES, Situation, block_step, block_threshold
+from specens_kernels.acceptance import (
+    DIVERGENCES,
+    Situation,
+    block_step,
+    block_threshold,
+    mentored_law,
+)
 
 NAMES = sorted(set(ACCEPTANCE_RULES) - {"block", "greedy", "k_seq"})
 CASES = [(name, parameters) for name in NAMES for parameters in rules.PARAMETERS.get(name, [{}])]
@@ -108,6 +114,51 @@ def test_what_lossy_rules_promise_is_kept() -> None:
     assert torch.allclose(everything, draft)
     cautious = output_law(Acceptance("cactus", divergence=0), target, draft)
     assert torch.allclose(cautious, target)
+
+
+def test_what_a_bounded_rule_keeps_where_its_bound_is_0_or_infinite() -> None:
+    for target, draft in (distributions(17), distributions(17, zeros=0.4)):
+        strict = output_law(Acceptance("mentored", divergence=0), target, draft)
+        assert torch.allclose(strict, target, atol=1e-14)
+        loose = output_law(Acceptance("mentored", divergence=math.inf), target, draft)
+        assert torch.allclose(loose, draft, atol=1e-14)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, 0.25])
+def test_cactus_without_a_bound_keeps_what_the_target_has_at_all(p: float) -> None:
+    law = torch.tensor([p, 1 - p, 0.0], dtype=torch.float64)
+    draft = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    at = Situation(law, draft, torch.tensor(0), torch.tensor(0.0))
+    kept, left, *_ = Acceptance("cactus", divergence=math.inf).rule.judge(at, math.inf)
+    assert kept[0] == (0.5 if p > 0 else 0)
+    assert left.tolist() == pytest.approx([0, 0.8, 0] if p == 0 else [0, 0, 0])
+
+
+def law_of(log_ratios: list[float], masses: list[float]) -> tuple[Tensor, Tensor]:
+    """A target and a draft with these ratios, by the target's masses."""
+    target = torch.tensor(masses, dtype=torch.float64)
+    draft = target / torch.tensor(log_ratios, dtype=torch.float64).exp()
+    return target / target.sum(), draft / draft.sum()
+
+
+EXTREME = {
+    "as a point": (torch.tensor([0.6, 0.4, 0.0]), torch.tensor([0.0, 1.0, 0.0])),
+    "where the target has nothing": (torch.tensor([0.6, 0.4, 0.0]), torch.tensor([0.1, 0.1, 0.8])),
+    "apart": (torch.tensor([0.6, 0.4, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.5, 0.5])),
+    "nowhere": (torch.tensor([0.6, 0.4]), torch.zeros(2)),
+    "by hundreds of nats": law_of([-300.0, 2.0, 40.0, 0.0], [0.3, 0.3, 1e-20, 0.4]),
+    "but for next to nothing": law_of([0.0, 0.1, 35.0, -0.2], [0.3, 0.3, 1e-13, 0.4]),
+}
+
+
+@pytest.mark.parametrize("divergence", [1e-4, 0.05, 2.0])
+@pytest.mark.parametrize("name", EXTREME)
+def test_mentored_finds_a_law_where_the_draft_is_far(name: str, divergence: float) -> None:
+    target, draft = (law.double() / law.double().sum().clamp(min=0.1) for law in EXTREME[name])
+    law = mentored_law(target, draft, divergence)
+    nats = torch.where(target > 0, target * (target / law).log(), 0.0).sum()
+    assert law.sum().item() == pytest.approx(1, abs=1e-9)
+    assert nats <= divergence + 1e-9
 
 
 def test_rejection_keeps_the_most_that_is_lossless() -> None:

@@ -9,6 +9,7 @@ Triton's interpreter under our guard, "cuda" the emulator. To add a hard call, a
 import math
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -62,12 +63,6 @@ def test_calls_that_some_backend_once_got_wrong(backend: str) -> None:
 
 # Few of the calls may be too near a threshold to tell: of 10,000, 4 are.
 RULE_COUNTS = {"native": 2400, "cuda": 100, "triton": 30}
-# What others refuse, their own tests say.
-REFUSED = {"native": {"mentored"}, "triton": {"mentored"}}
-
-
-def rules_of(backend: str) -> list[str]:
-    return list(ops._MODULES[backend].acceptance_rules())
 
 
 def random_rule_calls() -> Iterator[Any]:
@@ -81,7 +76,7 @@ def random_rule_calls() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("backend", "seeds"), list(random_rule_calls()), indirect=["backend"])
 def test_random_calls_under_every_rule(backend: str, seeds: range) -> None:
-    names, near = sorted(rules_of(backend)), 0
+    names, near = sorted(ACCEPTANCE_RULES), 0
     for seed in seeds:
         sizes = TILES if seed % 4 == 0 else SMALL
         near += not check_but_near(backend, call(40_000 + seed, sizes, names))
@@ -92,8 +87,6 @@ def test_random_calls_under_every_rule(backend: str, seeds: range) -> None:
 @pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.mark.parametrize("rule", sorted(ACCEPTANCE_RULES))
 def test_every_rule_at_real_vocabularies(backend: str, rule: str) -> None:
-    if rule not in rules_of(backend):
-        pytest.skip(f"{rule} has no kernel")
     for seed in range(3):
         check_but_near(backend, call(50_000 + seed, REAL, [rule]))
 
@@ -130,19 +123,56 @@ def test_the_random_calls_see_a_wrong_parameter(backend: str) -> None:
         moved_call = one._replace(options={**one.options, **options})
         return not torch.equal(one.run(backend)[2], moved_call.run(backend)[2])
 
-    for rule in rules_of(backend):
+    for rule in ACCEPTANCE_RULES:
         for place in range(len(ACCEPTANCE_RULES[rule].parameters)):
             assert any(shows(seed, rule, place) for seed in range(40_000, 40_400)), (rule, place)
 
 
 @EVERY
-def test_a_rule_without_a_kernel_is_refused(backend: str) -> None:
-    refused = set(ACCEPTANCE_RULES) - set(rules_of(backend))
-    assert refused == REFUSED.get(backend, refused)
-    logits = [torch.randn(1, 2, 8)]
-    for rule in refused:
-        with pytest.raises(native.Unsupported, match=f"rule '{rule}' has no"):
-            verify_call(logits, torch.tensor([[1]]), Law(), acceptance=rule).run(backend)
+def test_every_rule_has_a_kernel(backend: str) -> None:
+    assert set(ops._MODULES[backend].acceptance_rules()) == set(ACCEPTANCE_RULES)
+
+
+@EVERY
+def test_a_rule_without_a_kernel_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("specens_kernels.triton.rules") if backend == "triton" else native
+    monkeypatch.delitem(module.RULES if backend == "triton" else module._RULES, "tv")
+    one = verify_call([torch.randn(1, 2, 8)], torch.tensor([[1]]), Law(), acceptance="tv")
+    with pytest.raises(native.Unsupported, match="rule 'tv' has no"):
+        one.run(backend)
+
+
+# So strict that a draft that the target likes less than its proposer is rejected.
+STRICT: dict[str, dict[str, float]] = {
+    **{rule: {"threshold": 0.01} for rule in rules.DIVERGENCES},
+    **{f"cascade_{name}": {"alpha": 0.05} for name in ("chow", "opt", "v1", "v2", "v3")},
+    "cascade_diff": {"alpha": 0.0},
+    "mentored": {"divergence": 0.05},
+    "cactus": {"divergence": 0.1},
+    "lenient": {"lenience": 0.9},
+    "typical": {"epsilon": 0.9, "delta": 0.9},
+    "top_k": {"k": 1},
+    "likelihood": {"threshold": 0.5},
+    "entropy_veto": {"target_entropy": 1, "draft_entropy": 1, "overlap": 0.25, "top_n": 4},
+}
+
+
+@EVERY
+@pytest.mark.parametrize("rule", sorted(ACCEPTANCE_RULES))
+def test_what_is_left_of_a_rejected_draft_under_every_rule(backend: str, rule: str) -> None:
+    dice = torch.Generator().manual_seed(11)
+    target, noise = torch.randn(2, 10, 1, 1500, generator=dice).mul(2.5).unbind()
+    draft = target / 2 + noise / 4  # flatter than the target, so that it is deferred to
+    target[..., 1203], draft[..., 1203] = 10.4, 8.0
+    tokens = (draft.softmax(-1) - 4 * target.softmax(-1)).argmax(-1)
+    # A token with much of both laws, so that what is left of the others is scaled.
+    target[..., 7], draft[..., 7], tokens[2:] = 9.0, 8.0, 7
+    chosen = Acceptance(rule, **STRICT.get(rule, {}))
+    options = {"proposers": torch.tensor([1]), "acceptance": chosen, "bonus": False}
+    one = verify_call([target, draft], tokens, Law((1.0, 0.0)), **options)
+    one.arguments[2][:, 1, 0] = 1 - 2.0**-24
+    assert one.run("reference")[2].sum() <= (8 if rule == "typical" else 2)
+    check(backend, one)
 
 
 def hard_rows(name: str) -> tuple[Tensor, Tensor]:
@@ -175,14 +205,16 @@ def hard_rows(name: str) -> tuple[Tensor, Tensor]:
 
 HARD_ROWS = ["q(x) is 0", "p(x) is 0", "p is one token", "q is one token", "p is empty"]
 HARD_ROWS += ["q is empty", "NaN", "infinite", "p is q", "uniform"]
+BOUNDLESS = list(product(("cactus", "mentored"), (0.0, math.inf)))
 DRAFTED, TEMPERATURES = ("by a member", "as a point"), (1.0, 0.0)
 HARD_CALLS = list(product(HARD_ROWS, DRAFTED, TEMPERATURES))
 
 
 def hard_rules(backend: str, place: int) -> list[Acceptance]:
     """All of them with all their parameters; where a call takes a second, each at one place."""
-    names = sorted(rules_of(backend))
+    names = sorted(ACCEPTANCE_RULES)
     every = [Acceptance(name, **one) for name in names for one in rules.PARAMETERS.get(name, [{}])]
+    every += [Acceptance(name, divergence=at) for name, at in BOUNDLESS]
     return every[place :: len(HARD_CALLS)] if backend == "triton" else every
 
 

@@ -96,11 +96,6 @@ REFUSED = {
         ([ROWS], torch.zeros(1, 1, dtype=torch.int64), NUMBERS, Law()),
         {"parents": torch.tensor([-1, 0])},
     ),
-    "rule 'mentored'": (
-        verify,
-        ([ROWS], torch.zeros(1, 1, dtype=torch.int64), NUMBERS, Law()),
-        {"acceptance": "mentored"},
-    ),
     "float64": (sample, ([ROWS.double()], NUMBERS, Law()), {}),
     "9 members": (mix, ([ROWS] * 9, Law([1 / 9] * 9)), {}),
     "70000 rows": (mix, ([torch.zeros(2, 35_000, 2)], Law()), {}),

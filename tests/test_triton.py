@@ -94,7 +94,5 @@ def test_what_has_no_kernel_is_refused() -> None:
         kernels.verify(
             [rows], tokens, numbers, torch.tensor([[-1]]), *rest, "greedy", (), None, True
         )
-    with pytest.raises(NotImplementedError, match="rule 'mentored' has no Triton kernel"):
-        kernels.verify([rows], tokens, numbers, None, *rest, "mentored", (0.1,), None, True)
     with pytest.raises(NotImplementedError, match="ensemble 'median' has no Triton kernel"):
         kernels.mix([rows], law_tensors(1)._replace(ensemble="median"))

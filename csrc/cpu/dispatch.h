@@ -73,10 +73,11 @@ enum class Cleaning {
 };
 
 // What rules measure in a row. A measure that is not listed has no kernel.
-using Measures = std::tuple<Whole<JsFsdTerm>, Whole<JsTerm>, Whole<KlTerm>, Whole<ReverseKlTerm>,
-                            Whole<TvTerm>, Inside<JsFsdTerm>, Inside<JsTerm>, Inside<KlTerm>,
-                            Inside<ReverseKlTerm>, Inside<TvTerm>, Deferred<Side::kTarget>,
-                            Deferred<Side::kDraft>, TargetEntropy, Entropies, Above, Common>;
+using Measures =
+    std::tuple<Whole<JsFsdTerm>, Whole<JsTerm>, Whole<KlTerm>, Whole<ReverseKlTerm>, Whole<TvTerm>,
+               Inside<JsFsdTerm>, Inside<JsTerm>, Inside<KlTerm>, Inside<ReverseKlTerm>,
+               Inside<TvTerm>, Deferred<Side::kTarget>, Deferred<Side::kDraft>, TargetEntropy,
+               Entropies, Above, Common, Clipped>;
 using Measuring = Sums (*)(const void* measure, const double* target, const double* draft,
                            int count);
 

@@ -131,10 +131,11 @@ struct Situation {
   }
 
   void set_rule(uint64_t seed) {
-    constexpr RuleId kFamilies[] = {
-        RuleId::kBlock,       RuleId::kJs,      RuleId::kCascadeV1,  RuleId::kCactus,
-        RuleId::kEntropyVeto, RuleId::kTypical, RuleId::kLikelihood, RuleId::kCascadeOpt,
-        RuleId::kTopK,        RuleId::kKl,      RuleId::kCascadeV3,  RuleId::kCascadeChow};
+    constexpr RuleId kFamilies[] = {RuleId::kBlock,      RuleId::kJs,          RuleId::kCascadeV1,
+                                    RuleId::kCactus,     RuleId::kEntropyVeto, RuleId::kTypical,
+                                    RuleId::kLikelihood, RuleId::kCascadeOpt,  RuleId::kTopK,
+                                    RuleId::kKl,         RuleId::kCascadeV3,   RuleId::kCascadeChow,
+                                    RuleId::kMentored};
     rule = has_judged_rule(seed) ? kFamilies[seed / 2 % std::size(kFamilies)]
                                  : static_cast<RuleId>(dice.below(3));
     const auto top = static_cast<double>(dice.below(3) * 4);
