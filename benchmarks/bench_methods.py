@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--qualifier", default="family:code", help="between draft and target")
     parser.add_argument("--draft", default="family:draft")
     parser.add_argument("--members", default="family:code,family:prose", help="of an ensemble")
+    parser.add_argument("--name", help="of other models: results are bench_methods_NAME")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="written for each prompt")
     options = parser.parse_args()
@@ -47,19 +48,22 @@ def main() -> int:
     if options.quick:
         options.rounds, options.tokens = 1, 16
     names = [options.target, options.qualifier, options.draft, *options.members.split(",")]
+    if options.save and options.name is None and not all(map(is_shipped, names)):
+        parser.error("--save: expected --name beside other models than the family, got none")
+    suffix = "" if options.name is None else f"_{options.name}"
     models, tokenizers = terminal.load("bench_methods", names)
     cast = Cast(models, tokenizers)
     prompts = [terminal.encode("bench_methods", tokenizers[0], one) for one in family.PROMPTS]
     rows = method_rows(cast, prompts, options)
     mixtures = mixture_rows(cast, prompts, options)
     tables = {
-        "methods": {
+        f"methods{suffix}": {
             "caption": f"every method, sampled, {options.tokens} tokens for each of "
             f"{len(prompts)} prompts, {options.threads[0]} thread",
             "columns": ("method", "law of the text", "needs", "use it for", *COLUMNS[3:]),
             "rows": [described(row) for row in rows if row["method"] in METHODS],
         },
-        "mixtures": {
+        f"mixtures{suffix}": {
             "caption": "schedules that sample one mixture, the same prompts",
             "columns": MIXTURE_COLUMNS,
             "rows": [mixture_cells(row) for row in mixtures],
@@ -68,7 +72,7 @@ def main() -> int:
     print(harness.table(COLUMNS, [cells(row) for row in rows]), end="\n\n")
     print(harness.table(MIXTURE_COLUMNS, [mixture_cells(row) for row in mixtures]))
     if options.save:
-        draw(rows, harness.RESULTS / "bench_methods.png")
+        draw(rows, harness.RESULTS / f"bench_methods{suffix}.png")
     exact = [row for row in rows if row["lossless"]]
     relaxed = [row for row in rows if not row["lossless"]]
     headline = {
@@ -76,7 +80,18 @@ def main() -> int:
         "fastest_exact": max(exact, key=lambda row: row["ratio"])["method"],
         "fastest_relaxed": max(relaxed, key=lambda row: row["ratio"])["method"],
     }
-    return harness.finish("bench_methods", options, [*rows, *mixtures], tables, headline)
+    for part in ("target", "qualifier", "draft", "members"):
+        asked = getattr(options, part).split(",")
+        setattr(
+            options, part, ",".join(one if is_shipped(one) else Path(one).name for one in asked)
+        )
+    name = f"bench_methods{suffix}"
+    return harness.finish(name, options, [*rows, *mixtures], tables, headline)
+
+
+def is_shipped(model: str) -> bool:
+    """Whether it is one of the family."""
+    return model.startswith(terminal.FAMILY_PREFIX)
 
 
 class Cast:
