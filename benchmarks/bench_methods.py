@@ -31,6 +31,8 @@ from specens_kernels.acceptance import Situation
 # Tokens of the draft's law that are looked at; the rest of its mass is treated as they are.
 _CANDIDATES = 128
 _TARGET_ALONE = "target alone"
+# Methods with something that is trained for the family alone: a head.
+_FAMILY_ONLY = {"diversed"}
 
 
 def main() -> int:
@@ -48,8 +50,8 @@ def main() -> int:
     if options.quick:
         options.rounds, options.tokens = 1, 16
     names = [options.target, options.qualifier, options.draft, *options.members.split(",")]
-    if options.save and options.name is None and not all(map(is_shipped, names)):
-        parser.error("--save: expected --name beside other models than the family, got none")
+    if options.name is None and not all(map(is_shipped, names)):
+        parser.error("--name: expected one beside other models than the family's, got none")
     suffix = "" if options.name is None else f"_{options.name}"
     models, tokenizers = terminal.load("bench_methods", names)
     cast = Cast(models, tokenizers)
@@ -139,9 +141,10 @@ def method_rows(
 ) -> list[dict[str, Any]]:
     """One row a method, each next to its baseline."""
     arguments = sampling(options.tokens)
-    several = {name for name, method in METHODS.items() if len(method.models) > 1}
+    names = set(METHODS) if options.name is None else METHODS.keys() - _FAMILY_ONLY
+    several = {name for name in names if len(METHODS[name].models) > 1}
     rows = []
-    for group in (set(METHODS) - several, several):
+    for group in (names - several, several):
         first = "plain" if "plain" in group else _TARGET_ALONE
         decoders = {first: cast.alone() if first == _TARGET_ALONE else cast.decoder(METHODS[first])}
         decoders |= {name: cast.decoder(METHODS[name]) for name in METHODS if name in group}
