@@ -23,7 +23,7 @@ import torch
 from toys import noisy, prompts, toy
 from typer.testing import CliRunner
 
-from specens import SpeculativeDecoder, terminal, tuning
+from specens import SpeculativeDecoder, family, terminal, tuning
 from specens.benchmark import sampling
 from specens.cli import app
 from specens.measuring import (
@@ -446,6 +446,20 @@ def texts() -> list[torch.Tensor]:
     return [prompts((length,), 23, seed=length)["input_ids"] for length in LENGTHS]
 
 
+def seconds_per_token(decoder: SpeculativeDecoder, temperature: float, rounds: int) -> float:
+    """What the loop takes, by the clock."""
+    seconds = tokens = 0.0
+    options = sampling(120, temperature=temperature)
+    for number in range(rounds):
+        for seed, text in enumerate(texts()):
+            decoder.generate(text, seed=10 * (number + 1) + seed, **options)
+            assert decoder.statistics is not None
+            seconds += decoder.statistics.decode_seconds
+            tokens += decoder.statistics.num_tokens
+    return seconds / tokens
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_what_is_predicted_is_what_the_loop_takes(
     models: list[Any], clock: Clock, temperature: float
@@ -456,25 +470,20 @@ def test_what_is_predicted_is_what_the_loop_takes(
         texts(),
         drafts=models[2:],
         temperature=temperature,
-        max_new_tokens=120,
+        max_new_tokens=300 if temperature > 0 else 120,
         weights=(0.6, 0.4),
     )
     for times, (start, each) in zip(found.profile.forwards, COSTS.values(), strict=True):
         assert times == tuple((n, start + each * n) for n in (1, 2, 4, 8))
     assert found.profile.draw == 0
     assert set(dict(found.profile.verify).values()) == {0.0}
-    options = {"do_sample": temperature > 0, "top_k": 0, "max_new_tokens": 120}
     for one in found.candidates:
         decoder = decoder_of(one, models[:2], drafts=models[2:], weights=(0.6, 0.4))
-        seconds = tokens = 0.0
-        for seed, text in enumerate(texts()):
-            decoder.generate(text, seed=10 + seed, **options)
-            assert decoder.statistics is not None
-            seconds += decoder.statistics.decode_seconds
-            tokens += decoder.statistics.num_tokens
-        # 360 positions were read; when sampled, it is another text that is written now.
-        tolerance = 1e-9 if one.name == "plain" else 0.1
-        assert one.seconds == pytest.approx(seconds / tokens, rel=tolerance), one.name
+        # When sampled, another text is written now: of 360 tokens the time varies by up to 7 %.
+        expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
+        # Greedily each text repeats itself in its own way, which one curve for all does not tell.
+        tolerance = 1e-9 if one.name == "plain" else 0.06 if temperature > 0 else 0.1
+        assert one.seconds == pytest.approx(expected, rel=tolerance), one.name
 
 
 def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
@@ -523,8 +532,48 @@ def test_the_text_that_is_measured_by_is_the_ensembles(models: list[Any]) -> Non
 
 
 def test_too_little_text_is_an_error(models: list[Any]) -> None:
-    with pytest.raises(ValueError, match="tune: prompts: expected more text"):
+    with pytest.raises(ValueError, match="tune: max_new_tokens: expected enough to time every mod"):
         tune(models[:2], texts()[:1], max_new_tokens=2)
+
+
+def ending(models: list[Any], monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
+    monkeypatch.setattr(models[0].generation_config, "eos_token_id", list(tokens))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_texts_that_end_at_once_are_measured_by(
+    models: list[Any], clock: Clock, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    options: dict[str, Any] = {"drafts": models[2:], "temperature": temperature}
+    whole = tune(models[:2], texts(), max_new_tokens=40, **options)
+    ending(models, monkeypatch, range(23))  # every token does
+    found = tune(models[:2], texts(), max_new_tokens=40, **options)
+    assert found.num_tokens == 120
+    assert found == replace(whole, seconds=found.seconds)
+    assert models[0].generation_config.eos_token_id == list(range(23))
+
+
+def test_acceptance_is_of_the_texts_up_to_their_ends(
+    models: list[Any], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending(models, monkeypatch, [20])
+    plain = SpeculativeDecoder(models[:2], schedule="plain")
+    options = sampling(200, temperature=0.0)
+    sizes = [plain.generate(text, **options).shape[1] - text.shape[1] for text in texts()]
+    assert 16 <= sum(sizes) < 600  # some do end
+    found = tune(models[:2], texts(), max_new_tokens=200, temperature=0.0)
+    assert found.num_tokens == sum(sizes)
+    # What is written beyond the ends is timed all the same.
+    assert [n for n, _ in found.profile.forwards[0]] == [1, 2, 4, 8]
+
+
+def test_few_turns_are_enough(models: list[Any], clock: Clock) -> None:
+    """Each model is timed in two sizes at least: a block costs more than its first token."""
+    for count in (6, 8, 12):
+        found = tune(models[:2], texts()[:1], drafts=models[2:], max_new_tokens=count)
+        for times, (start, each) in zip(found.profile.forwards, COSTS.values(), strict=True):
+            assert len(times) > 1
+            assert all(seconds == start + each * n for n, seconds in times)
 
 
 def test_a_product_has_no_components(models: list[Any]) -> None:
@@ -572,6 +621,20 @@ def test_tune_check_and_generate_with_what_it_found(tmp_path: Path) -> None:
     statistics = json.loads(result.stdout)["statistics"]
     drafts = ["draft"] if saved["best"]["drafts"] else []
     assert statistics["members"] == ["code", "prose", *drafts]
+
+
+def test_auto_tunes_where_every_text_ends_at_once(tmp_path: Path) -> None:
+    for file in family.path("code").iterdir():
+        if file.name != "generation_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    vocab_size = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    ends = json.dumps({"eos_token_id": list(range(vocab_size)), "pad_token_id": 1})
+    (tmp_path / "generation_config.json").write_text(ends)
+    pair = ("--model", tmp_path, "--draft", "family:draft", "--threads", "1")
+    for temperature in ("0", "1"):
+        result = run("generate", "x = [", *pair, "--auto", "--temperature", temperature, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["statistics"]["num_tokens"] == 1
 
 
 def test_auto_says_what_it_took() -> None:

@@ -361,11 +361,11 @@ def _tune_shortly(
             **options,
         )
     except ValueError as error:
-        if "expected more text" not in str(error):
+        if not str(error).startswith("tune: max_new_tokens"):
             raise
         raise ValueError(
-            "generate: --auto: expected texts long enough to measure by, got some that end at "
-            "once; choose a --schedule"
+            f"generate: --auto: expected models that take a few turns in {_AUTO_SECONDS:g} s, got "
+            "fewer; choose a --schedule, or run `specens tune`"
         ) from error
     best = found.candidates[0]
     terminal.errors().print(

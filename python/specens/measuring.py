@@ -2,9 +2,10 @@
 """What `tuning.py` predicts from: forward times and acceptance, measured on the user's models.
 
 The models write a text as the decoder would, with each as the proposer in turn and blocks of every
-size, so that all times are taken in the loop and take turns. Then they read that text again, and
-each law is compared with the ensemble's at every position. To measure one thing more, add it to
-`Profile`.
+size, so that all times are taken in the loop and take turns. Where a text ends they write on: how
+long a forward takes does not depend on what is read. Then they read the texts again up to their
+ends, and each law is compared with the ensemble's at every position. To measure one thing more, add
+it to `Profile`.
 """
 
 import math
@@ -34,6 +35,8 @@ _DRAWS = 4
 _RIDGE = 1e-2
 # A size is timed as often before its median counts; near a text's end, others occur, too.
 _ENOUGH = 3
+# Where all texts end within fewer tokens than this, what is written beyond their ends counts, too.
+_LEAST_READ = 16
 # Candidates that are run to be checked, and tokens of a proposal that a learned stop ends.
 _CHECKED, _STOPPED = 7, 8
 
@@ -46,7 +49,7 @@ class Tuning:
 
     candidates: the best of each kind, the fastest first.
     stops: per model, when it had better stop where it drafts.
-    num_tokens: written for it. seconds: that it took.
+    num_tokens: that acceptance was measured on. seconds: that it took.
     """
 
     profile: Profile
@@ -136,7 +139,7 @@ def tune(
         temperature, top_k, top_p, min_p: of the law, as in `sampling`.
         arguments: for `SpeculativeDecoder`: weights, ensemble, scope, plausibility.
     Raises:
-        ValueError: an argument is out of range, or too little was written to measure anything.
+        ValueError: an argument is out of range, or there was no room to time every model.
     """
     began = time.perf_counter()
     decoder = SpeculativeDecoder(
@@ -163,7 +166,9 @@ def tune(
             break
     if not sweep.complete:
         written = sum(text.shape[1] - begin for text, begin in texts)
-        raise ValueError(f"tune: prompts: expected more text to measure by, got {written} tokens")
+        expected = "enough to time every model alone and in blocks"
+        raise ValueError(f"tune: max_new_tokens: expected {expected}, got {written} tokens in all")
+    texts = _up_to_ends(texts, sweep.ends)
     agreement = _Agreement(len(decoder.members), most)
     for text, begin in texts:
         _read(decoder, sweep, agreement, text, begin)
@@ -254,11 +259,28 @@ def _names(members: Sequence[Any]) -> tuple[str, ...]:
     return tuple(f"{name}:{i}" if names.count(name) > 1 else name for i, name in enumerate(names))
 
 
+def _up_to_ends(
+    texts: Sequence[tuple[Tensor, int]], ends: frozenset[int]
+) -> list[tuple[Tensor, int]]:
+    """(text, begin) without what was written beyond a text's end, if enough is left to read."""
+    cut = []
+    for text, begin in texts:
+        written = text[0, begin:].tolist()
+        size = next((at for at, token in enumerate(written, 1) if token in ends), len(written))
+        cut.append((text[:, : begin + size], begin))
+    left = sum(text.shape[1] - begin for text, begin in cut)
+    return cut if left >= _LEAST_READ else list(texts)
+
+
 def _medians(times: dict[int, list[float]]) -> Times:
-    """Of the sizes that were timed as often as was meant; more tokens never take less time."""
+    """Of the sizes that were timed as often as was meant; more tokens never take less time.
+
+    Where time was short, two sizes that were timed less often tell more than one.
+    """
     found: list[tuple[int, float]] = []
+    enough = min(_ENOUGH, *sorted(map(len, times.values()))[-2:])
     for count in sorted(times):
-        if len(times[count]) >= _ENOUGH:
+        if len(times[count]) >= enough:
             least = found[-1][1] if found else 0.0
             found.append((count, max(statistics.median(times[count]), least)))
     return tuple(found)
@@ -271,13 +293,16 @@ def _medians(times: dict[int, list[float]]) -> Times:
 class _Sweep:
     """A schedule that writes the ensemble's text and times what it does, one row at a time.
 
-    Each model is the proposer in turn, with each of `SIZES` less the token that verifies.
+    Each model is the proposer in turn, with each of `SIZES` less the token that verifies. No text
+    ends before its last token.
 
+    ends: tokens that would have ended it.
     forwards: model -> tokens -> seconds. draws: seconds.
     rest: drafts -> seconds of a turn without forwards and draws.
     """
 
     lookahead: int = max(SIZES)
+    ends: frozenset[int] = frozenset()
     forwards: dict[int, dict[int, list[float]]] = field(default_factory=dict)
     draws: list[float] = field(default_factory=list)
     rest: dict[int, list[float]] = field(default_factory=dict)
@@ -289,11 +314,9 @@ class _Sweep:
 
     @property
     def complete(self) -> bool:
-        """Whether there is a time for each model and for the loop."""
-        tables = [self.rest, *self.forwards.values()]
-        return bool(self.draws) and all(
-            any(len(times) >= _ENOUGH for times in one.values()) for one in tables
-        )
+        """Whether there are times of each model, of several sizes, and of the loop."""
+        blocks = all(len(times) > 1 for times in self.forwards.values())
+        return bool(self.draws) and bool(self.rest) and blocks
 
     def turn(self, run: Run) -> list[Verification]:
         """Propose with the next proposer, score with all models."""
@@ -302,9 +325,13 @@ class _Sweep:
             self.rest.setdefault(drafts, []).append(time.perf_counter() - began - known)
         began = time.perf_counter()
         self.law, self.member_laws = run.law, run.member_laws
+        self.ends |= run.stopper.eos
+        run.stopper.eos = frozenset()
         row, models = run.rows[0], range(len(run.members))
-        wanted = SIZES[self._turns % len(SIZES)] - 1
-        proposer = models[self._turns // len(SIZES) % len(models)]
+        # Every pair in turn, and soon several sizes of each model.
+        again, at = divmod(self._turns, len(SIZES))
+        wanted = SIZES[at] - 1
+        proposer = models[(again + at) % len(models)]
         drafts = min(wanted, run.room(row) - 1)
         known = 0.0
         for _ in range(drafts):
