@@ -23,13 +23,17 @@ import torch
 from toys import noisy, prompts, toy
 from typer.testing import CliRunner
 
-from specens import SpeculativeDecoder, family, terminal, tuning
+from specens import SpeculativeDecoder, family, measuring, terminal, tuning
 from specens.benchmark import sampling
 from specens.cli import app
 from specens.measuring import (
+    STOPS,
     _Agreement,
     _curve,
+    _drafts,
+    _LookUps,
     _read,
+    _replayed,
     _starts,
     _Sweep,
     decoder_of,
@@ -37,14 +41,18 @@ from specens.measuring import (
     tune,
 )
 from specens.members import Member
-from specens.schedules import LearnedStop
-from specens.tuning import Profile, candidates, survival
+from specens.schedules import EntropyStop, stop_features
+from specens.tuning import Candidate, Profile, Stopped, candidates, survival
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Three members and three drafts. No two numbers are alike, and blocks grow stickier in some curves.
 MEMBERS, DRAFTS = 3, 3
 CURVES = ((0.8,), (0.7, 0.55, 0.45), (0.9, 0.8), (0.6, 0.3), (0.75, 0.6, 0.5), (0.5,), (0.85,))
+# Of one draft: that its proposer goes on, that it is kept, that both are so: the sure are kept.
+GOES, KEPT, BOTH = 0.6, 0.7, 0.55
+# Drafts that a look-up finds, how often, and how many are kept.
+FOUND = ((0, 0.3, 0.0), (1, 0.1, 0.4), (2, 0.6, 1.2))
 
 
 def profile() -> Profile:
@@ -60,6 +68,18 @@ def profile() -> Profile:
         verify=((0, 0.05), (1, 0.07), (3, 0.1), (7, 0.2)),
         kept=tuple(
             tuple(CURVES[(3 * m + v) % len(CURVES)] for v in range(size + 1)) for m in range(size)
+        ),
+        found=(((0, 0.5, 0.0), (1, 0.5, 0.7)), FOUND),
+        look_up=0.03,
+        stopped=tuple(
+            Stopped(
+                model,
+                {"kind": "confidence", "least": 0.4},
+                tuple(GOES**n for n in range(1, 5)),
+                tuple(KEPT * BOTH**n for n in range(4)),
+                asking=0.04,
+            )
+            for model in (1, 4)
         ),
     )
 
@@ -143,6 +163,29 @@ def speculative_turn(dice: Dice, proposer: int, gamma: int) -> Turn:
     return seconds, dice.kept(proposer, -1, gamma) + 1
 
 
+def stopping_turn(dice: Dice, proposer: int, gamma: int) -> Turn:
+    drafts, kept, refused, going = 0, 0, False, True
+    seconds = 0.0
+    while going and drafts < gamma:
+        drafts += 1
+        seconds += dice.propose(proposer, 1) + (0.04 if drafts < gamma else 0.0)
+        coin = dice.random.random()
+        stays = coin < KEPT
+        # As often as it must be, given that the draft is kept or is not.
+        given = BOTH / KEPT if stays else (GOES - BOTH) / (1 - KEPT)
+        going = dice.random.random() < given
+        refused = refused or not stays
+        kept += not refused
+    forwards = (dice.forward(m, 1 if m == proposer else drafts + 1) for m in range(MEMBERS))
+    return seconds + sum(forwards) + dice.check(drafts), kept + 1
+
+
+def lookup_turn(dice: Dice) -> Turn:
+    drafts, _, kept = dice.random.choices(FOUND, [share for _, share, _ in FOUND])[0]
+    seconds = 0.03 + sum(dice.forward(m, drafts + 1) for m in range(MEMBERS)) + dice.check(drafts)
+    return seconds, 1 + int(kept) + (dice.random.random() < kept - int(kept))
+
+
 def hierarchy_turn(dice: Dice, drafts: Sequence[int], gammas: Sequence[int]) -> Turn:
     def fill(level: int) -> Turn:
         if level == 0:
@@ -197,6 +240,15 @@ SIMULATIONS: dict[str, tuple[Callable[[Profile], float], Callable[[Dice], Turn]]
     ),
     "member 3": (lambda p: tuning.speculative(p, 2, 3), lambda d: speculative_turn(d, 2, 3)),
     "draft 6": (lambda p: tuning.speculative(p, 4, 6), lambda d: speculative_turn(d, 4, 6)),
+    "stop of a member": (
+        lambda p: tuning.stopping(p, p.stopped[0], 6),
+        lambda d: stopping_turn(d, 1, 6),
+    ),
+    "stop of a draft": (
+        lambda p: tuning.stopping(p, p.stopped[1], 3),
+        lambda d: stopping_turn(d, 4, 3),
+    ),
+    "lookup": (lambda p: tuning.lookup(p, 2), lookup_turn),
     "hierarchy of 2": (
         lambda p: tuning.hierarchy(p, (3, 5), (2, 4)),
         lambda d: hierarchy_turn(d, (3, 5), (2, 4)),
@@ -257,6 +309,14 @@ def test_the_simulation_rejects_other_formulas() -> None:
     # Other numbers of tokens.
     assert rejected(tuning.hierarchy(here, (3, 5), (1, 1)), SIMULATIONS["hierarchy of 2"][1])
     assert rejected(tuning.alternating(here, (1, 0), (4, 1)), SIMULATIONS["alternating of 2"][1])
+    # A stop that knows nothing of what is kept, and one that nobody minds.
+    blind = replace(here.stopped[1], kept=tuple(KEPT * (GOES * KEPT) ** n for n in range(4)))
+    assert rejected(tuning.stopping(here, blind, 3), SIMULATIONS["stop of a draft"][1])
+    deaf = replace(here.stopped[1], going=(1.0, 1.0))
+    assert rejected(tuning.stopping(here, deaf, 3), SIMULATIONS["stop of a draft"][1])
+    # Look-ups that always find something.
+    always = replace(here, found=(here.found[0], FOUND[2:]))
+    assert rejected(tuning.lookup(always, 2), SIMULATIONS["lookup"][1])
     # Tokens of others that are always kept.
     sure = replace(here, kept=(((1.0,),) * 7,) * 6)
     assert rejected(tuning.lookahead(sure, 2, 3), SIMULATIONS["lookahead 3"][1])
@@ -305,7 +365,7 @@ def test_no_chain_and_no_number_of_tokens_is_faster_than_the_one_found() -> None
         )
         for chain in chains
     }
-    found = [one for one in candidates(here, most=5) if one.drafts]
+    found = [one for one in candidates(here, most=5) if one.drafts and "stop" not in one.arguments]
     assert len(found) == len(chains)
     for one in found:
         seconds, gammas = best[tuple(MEMBERS + i for i in one.drafts)]
@@ -319,8 +379,17 @@ def test_no_chain_and_no_number_of_tokens_is_faster_than_the_one_found() -> None
 def test_candidates_are_sorted_and_of_every_kind() -> None:
     found = candidates(profile())
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    kinds = {"plain", "component", "lookahead", "speculative", "alternating", "hierarchy"}
+    kinds = {"plain", "component", "lookahead", "speculative", "alternating", "hierarchy", "lookup"}
     assert {one.schedule for one in found} == kinds
+    (stopped,) = [one for one in found if "stop" in one.arguments]
+    seconds, model, gamma = min(
+        (tuning.stopping(profile(), one, gamma), one.model, gamma)
+        for one in profile().stopped
+        for gamma in range(2, 9)
+    )
+    assert stopped.seconds == seconds
+    assert stopped.arguments["num_speculative_tokens"] == gamma
+    assert stopped.drafts == (() if model < MEMBERS else (model - MEMBERS,))
     one_law = candidates(profile(), components=False)
     assert {one.schedule for one in one_law} == kinds - {"component", "lookahead"}
 
@@ -510,9 +579,13 @@ def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
 
 def test_a_block_begins_where_another_ended() -> None:
     """Greedy drafts, four kept and four refused: five blocks of eight tokens, one kept whole."""
+
+    def starts(kept: torch.Tensor, size: int) -> list[float]:
+        return _starts(kept, kept, size).tolist()
+
     text = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0] * 6, dtype=torch.float64)
     begins = [1.0, 0, 0, 0, 0, 1, 1, 1] * 6
-    assert _starts(text.tolist(), 4).tolist() == begins
+    assert starts(text, 4) == begins
     # Of the texts' last block, what would come next is not known.
     assert _curve([text], 8)[:4] == pytest.approx([0.25] * 4, abs=0.02)
     even = torch.full((200,), 0.7, dtype=torch.float64)
@@ -579,18 +652,116 @@ def test_few_turns_are_enough(models: list[Any], clock: Clock) -> None:
 def test_a_product_has_no_components(models: list[Any]) -> None:
     found = tune(models[:2], texts(), ensemble="product", weights=(1.5, -0.5), max_new_tokens=40)
     kinds = {one.schedule for one in found.candidates}
-    assert kinds == {"plain", "speculative", "alternating"}
+    assert kinds == {"plain", "speculative", "alternating", "lookup"}
 
 
-def test_a_learned_stop_is_a_candidate_to_check(models: list[Any]) -> None:
+def test_every_kind_of_stop_is_a_candidate(models: list[Any]) -> None:
     found = tune(models[:2], texts(), drafts=models[2:], max_new_tokens=40)
-    one = found.stopping()
-    assert one is not None
-    decoder = decoder_of(one, models[:2], drafts=models[2:])
-    assert isinstance(decoder.schedule.stop, LearnedStop)  # type: ignore[attr-defined]
-    assert decoder.schedule.stop in found.stops  # type: ignore[attr-defined]
+    stops = {one.arguments["stop"]["kind"]: one for one in found.candidates if "stop" in one.name}
+    assert set(stops) == {"confidence", "entropy", "learned"}
+    for kind, one in stops.items():
+        saved = json.loads(json.dumps(one.arguments))
+        decoder = decoder_of(replace(one, arguments=saved), models[:2], drafts=models[2:])
+        made = decoder.schedule.stop  # type: ignore[attr-defined]
+        assert type(made) is type(
+            STOPS[kind](**({"coefficients": ()} if kind == "learned" else {}))
+        )
+        proposer = 2 if one.drafts else one.arguments["proposer"]
+        if kind == "learned":
+            assert (*made.coefficients, made.least) == (
+                *found.stops[proposer].coefficients,
+                found.stops[proposer].least,
+            )
     assert found.checked()[0].schedule == "plain"
     assert found.best() == found.candidates[0]
+
+
+def test_a_stop_is_told_the_same_by_the_loop_and_by_measuring(models: list[Any]) -> None:
+    """At temperature 0, too, where a draft's law has one token and its log-probability is bare."""
+    told: list[torch.Tensor] = []
+
+    class Ears:
+        def asks(self, log_probs: torch.Tensor, logits: torch.Tensor) -> list[bool]:
+            told.append(stop_features(log_probs, logits))
+            return [False] * len(logits)
+
+    decoder = SpeculativeDecoder(models[:1], schedule="speculative", draft=models[2], stop=Ears())
+    for temperature in (0.0, 0.7):
+        told.clear()
+        written = decoder.generate(texts()[0], seed=1, **sampling(12, temperature=temperature))
+        first = texts()[0].shape[1] - 1
+        with torch.no_grad():
+            logits = models[2](written).logits[0, first : first + 1]
+        law = (logits / (temperature or 1.0)).softmax(-1)
+        if temperature == 0:
+            law = torch.nn.functional.one_hot(law.argmax(-1), 23).float()
+        seen = _drafts(logits, law, law, greedy=temperature == 0)
+        assert bool((seen.chances == 1).all())
+        near = (seen.features[0] - told[0].double()).abs().amax(-1)
+        assert float(near.min()) < 1e-4  # one of the four draws is the loop's; at 0 all are
+        assert temperature > 0 or float(near.max()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_long_proposals_are_predicted_too(
+    models: list[Any], clock: Clock, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Stops that end some blocks, and look-ups, at sizes that the search would not choose."""
+    # No law over 23 tokens is flat enough for the default.
+    monkeypatch.setitem(measuring._READY, "entropy", EntropyStop(least=0.35))
+    size = 300 if temperature > 0 else 120
+    options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
+    found = tune(models[:2], texts(), max_new_tokens=size, temperature=temperature, **options)
+    here, wrong, ends = found.profile, [], []
+
+    def compare(predicted: float, schedule: str, arguments: dict[str, Any], draft: bool) -> float:
+        one = Candidate("", schedule, arguments, (0,) if draft else (), 0.0)
+        decoder = decoder_of(one, models[:2], **options)
+        expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
+        assert predicted == pytest.approx(expected, rel=0.08), arguments
+        return expected
+
+    for one in here.stopped:
+        if one.model == 0:
+            continue
+        arguments = {"num_speculative_tokens": 8, "stop": one.stop}
+        arguments |= {} if one.model == 2 else {"proposer": one.model}
+        predicted = tuning.stopping(here, one, 8)
+        expected = compare(predicted, "speculative", arguments, one.model == 2)
+        wrong.append(abs(tuning.speculative(here, one.model, 8) / expected - 1))
+        ends.append(one.going[0] < 0.95)
+    assert sum(ends) >= 3
+    assert temperature > 0 or max(wrong) > 0.5  # as if nothing were stopped
+    for gamma in (1, 4):
+        predicted = tuning.lookup(here, gamma)
+        expected = compare(predicted, "lookup", {"num_speculative_tokens": gamma}, False)
+        sure = replace(here, found=(((gamma, 1.0, gamma),),) * gamma)
+        assert temperature == 0 or tuning.lookup(sure, gamma) < 0.9 * expected
+
+
+def test_one_model_alone_looks_up(models: list[Any], clock: Clock) -> None:
+    found = tune(models[:1], texts(), max_new_tokens=40)
+    assert {one.schedule for one in found.candidates} == {"plain", "lookup"}
+    start, each = COSTS["0"]
+    (times,) = found.profile.forwards
+    assert {1, 2, 4, 8} <= {n for n, _ in times}
+    assert all(seconds == start + each * n for n, seconds in times)
+
+
+def test_what_is_looked_up_is_what_the_loop_looks_up() -> None:
+    #        0  1  2  3  4  5  6  7  8  9
+    text = [5, 6, 7, 5, 6, 7, 5, 8, 9, 5]
+    found = _LookUps(text, 3, 4)
+    law = torch.full((10,), 0.5)
+    for place in range(7):
+        found.read(place, law)
+    # "7" has not occurred; "5" has, and 6 7 5 is kept; "8" and "9" have not. The law finds each
+    # proposal that follows what was written as likely as not.
+    assert list(found.turns(4)) == [(0, 0.0), (3, 1.5), (0, 0.0), (0, 0.0)]
+    assert _replayed([found], 4) == ((0, 0.75, 0.0), (3, 0.25, 1.5))
+    # Two at most: of 6 7, which are kept, then of 8, which follows "5" no more than 6 does.
+    assert list(found.turns(2)) == [(0, 0.0), (2, 1.0), (2, 0.5), (0, 0.0), (0, 0.0)]
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -642,6 +813,27 @@ def test_auto_says_what_it_took() -> None:
     assert result.exit_code == 0, result.output
     (line,) = [one for one in result.stderr.splitlines() if one.startswith("auto: ")]
     assert "times as fast as plain; found in" in line
+
+
+def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:
+    best = {
+        "name": "x",
+        "schedule": "speculative",
+        "arguments": {"num_speculative_tokens": 2, "stop": {"kind": "confidence", "least": 0.4}},
+        "drafts": [0],
+        "seconds": 1.0,
+    }
+    whole = {"models": ["family:code"], "drafts": ["family:draft"], "threads": 1, "law": {}}
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps(whole | {"best": best}))
+    result = run("generate", "x", "--config", file, "--max-new-tokens", "4")
+    assert result.exit_code == 0, result.output
+    other = {"num_speculative_tokens": 2, "stop": {"kind": "whim"}}
+    for wrong in ({"drafts": [1]}, {"arguments": other}, {"extra": 0}):
+        file.write_text(json.dumps(whole | {"best": best | wrong}))
+        result = run("generate", "x", "--config", file)
+        assert result.exit_code == 2
+        assert "--config: expected a file that `specens tune --output` wrote" in result.stderr
 
 
 @pytest.mark.parametrize(

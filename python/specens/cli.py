@@ -310,6 +310,7 @@ def _read_config(
     law: dict[str, Any],
 ) -> dict[str, Any]:
     """What `tune` has written: models, drafts, threads, law, and the best candidate."""
+    from .measuring import stop_of
     from .tuning import Candidate
 
     default = {"ensemble": "mixture", "scope": "member", "plausibility": 0.0}
@@ -326,6 +327,8 @@ def _read_config(
             raise TypeError("law, models or drafts are of other types")
         if not places <= set(range(len(saved["drafts"]))):
             raise ValueError("its best candidate has drafts that are not listed")
+        if "stop" in saved["best"].arguments:
+            stop_of(saved["best"].arguments["stop"])
         return {name: saved[name] for name in ("models", "drafts", "threads", "law", "best")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -352,10 +352,8 @@ def tuning_table(tuning: "Tuning", rows: "Sequence[Row] | None" = None) -> Table
     columns += ["measured ms/token", "measured vs plain"] if rows else []
     for name in columns:
         table.add_column(name, justify="right")
-    for one in tuning.listed(rows):
+    for one in tuning.candidates:
         cells = [f"{one.seconds * 1e3:.2f}", f"{tuning.speedup(one):.2f}x"]
-        if one.seconds != one.seconds:
-            cells = ["", ""]
         if rows:
             row = measured.get(one.name)
             cells += (

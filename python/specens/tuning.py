@@ -3,8 +3,8 @@
 
 Pure functions of a `Profile`, which `measuring.py` measures: nothing here runs a model. They hold
 for one sequence, lossless rules and a text that does not end, and take it that whether a draft is
-kept depends on nothing but its place in its block. To add a schedule, add a function of its time
-per token and its row to `candidates`.
+kept, and whether its proposer stops, depends on nothing but its place in its block. To add a
+schedule, add a function of its time per token and its row to `candidates`.
 """
 
 import itertools
@@ -17,6 +17,8 @@ Times = tuple[tuple[int, float], ...]
 # Chances that the first 1, 2, ... drafts of a block are all kept; beyond, the last ratio goes on,
 # so that a single number is the chance of each.
 Kept = tuple[float, ...]
+# Of a look-up: drafts, the share of turns that have so many, and how many of them are kept.
+Found = tuple[tuple[int, float, float], ...]
 # How many tokens are handed up -> with what chance.
 _Counts = dict[int, float]
 # Drafts, their numbers of tokens, what they hand up, and its time.
@@ -25,6 +27,23 @@ _Path = tuple[tuple[int, ...], tuple[int, ...], _Counts, float]
 _MOST_AHEAD = 8
 # As many models whose orders, or whose numbers of tokens, are all tried.
 _FEW = 3
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A proposer that stops by itself.
+
+    model: who proposes. stop: "kind", a name of `measuring.STOPS`, and its parameters.
+    going: chances that a second, third, ... draft is proposed at all.
+    kept: chances that the first 1, 2, ... drafts are proposed and kept.
+    asking: seconds to ask it after a draft.
+    """
+
+    model: int
+    stop: dict[str, Any]
+    going: Kept
+    kept: Kept
+    asking: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,9 @@ class Profile:
     draw: seconds to draw one token from a model's law.
     verify: seconds of a turn without forwards and draws, for 0, 1, ... drafts.
     kept: kept[m][v]: of model m's drafts, when model v verifies them; the last v is the ensemble.
+    found: what is looked up in the text, for at most 1, 2, ... drafts.
+    look_up: seconds of a look-up.
+    stopped: what is known of proposers that stop by themselves.
     """
 
     names: tuple[str, ...]
@@ -45,6 +67,9 @@ class Profile:
     draw: float
     verify: Times
     kept: tuple[tuple[Kept, ...], ...]
+    found: tuple[Found, ...] = ()
+    look_up: float = 0.0
+    stopped: tuple[Stopped, ...] = ()
 
     @property
     def members(self) -> range:
@@ -198,6 +223,32 @@ def speculative(profile: Profile, proposer: int, gamma: int) -> float:
     return _verified(profile, proposer, *handed)
 
 
+def stopping(profile: Profile, one: Stopped, gamma: int) -> float:
+    """One model proposes until it stops, gamma tokens at most; `schedules.Speculative` with a stop.
+
+    What it would have gone on with is not counted as refused: its last draft is verified as well.
+    """
+    seconds, tokens = 0.0, 1.0
+    for place in range(1, gamma + 1):
+        reached = survival(one.going, place - 1)
+        more = survival(one.going, place) if place < gamma else 0.0
+        seconds += reached * profile.proposal(one.model)
+        # Nobody asks after the last one.
+        seconds += reached * one.asking if place < gamma else 0.0
+        seconds += (reached - more) * _scored(profile, one.model, place)
+        tokens += survival(one.kept, place)
+    return seconds / tokens
+
+
+def lookup(profile: Profile, gamma: int) -> float:
+    """What followed the last tokens before is verified, where they have occurred before."""
+    seconds, tokens = profile.look_up, 1.0
+    for drafts, share, kept in profile.found[gamma - 1]:
+        seconds += share * _scored(profile, None, drafts)
+        tokens += share * kept
+    return seconds / tokens
+
+
 def hierarchy(profile: Profile, drafts: Sequence[int], gammas: Sequence[int]) -> float:
     """Each draft verifies the one before it, the ensemble the last; `schedules.Hierarchy`.
 
@@ -244,13 +295,16 @@ def _verified(profile: Profile, proposer: int, counts: _Counts, seconds: float) 
     kept = profile.kept[proposer][-1]
     tokens = 0.0
     for handed, chance in counts.items():
-        # A member that proposes has read all but its last draft.
-        forwards = sum(
-            profile.forward(m, 1 if m == proposer else handed + 1) for m in profile.members
-        )
-        seconds += chance * (forwards + profile.check(handed))
+        seconds += chance * _scored(profile, proposer, handed)
         tokens += chance * _expected(kept, handed)
     return seconds / tokens
+
+
+def _scored(profile: Profile, proposer: int | None, drafts: int) -> float:
+    """Seconds for the ensemble to read and verify so many drafts."""
+    # A member that proposes has read all but its last draft.
+    forwards = sum(profile.forward(m, 1 if m == proposer else drafts + 1) for m in profile.members)
+    return forwards + profile.check(drafts)
 
 
 def alternating(profile: Profile, order: Sequence[int], gammas: Sequence[int]) -> float:
@@ -301,6 +355,8 @@ def candidates(profile: Profile, *, most: int = 8, components: bool = True) -> l
     found += _alternations(profile, most)
     found += _proposers(profile, most)
     found += _chains(profile, most)
+    found += _lookups(profile)
+    found += _stops(profile, most)
     if components and len(profile.weights) > 1:
         found.append(Candidate("component", "component", {}, (), component(profile)))
         found += _lookaheads(profile)
@@ -387,6 +443,31 @@ def _lookaheads(profile: Profile) -> list[Candidate]:
         arguments = {"proposer": proposer, "ahead": ahead}
         found.append(Candidate(name, "lookahead", arguments, (), seconds))
     return found
+
+
+def _lookups(profile: Profile) -> list[Candidate]:
+    if not profile.found:
+        return []
+    seconds, gamma = min((lookup(profile, g), g) for g in range(1, len(profile.found) + 1))
+    arguments = {"num_speculative_tokens": gamma}
+    return [Candidate(f"lookup {gamma}", "lookup", arguments, (), seconds)]
+
+
+def _stops(profile: Profile, most: int) -> list[Candidate]:
+    """For each kind of stop, whose drafts it had better end."""
+    best: dict[str, Candidate] = {}
+    for one in profile.stopped:
+        seconds, gamma = min((stopping(profile, one, g), g) for g in range(2, max(most, 2) + 1))
+        arguments: dict[str, Any] = {"num_speculative_tokens": gamma, "stop": one.stop}
+        separate = one.model - len(profile.weights)
+        if separate < 0:
+            arguments["proposer"] = one.model
+        kind = one.stop["kind"]
+        name = f"speculative {profile.names[one.model]} {gamma} {kind} stop"
+        drafts = (separate,) if separate >= 0 else ()
+        found = Candidate(name, "speculative", arguments, drafts, seconds)
+        best[kind] = min(best.get(kind, found), found, key=lambda each: each.seconds)
+    return list(best.values())
 
 
 def _some(most: int) -> list[int]:
