@@ -43,6 +43,7 @@ from specens.measuring import (
 from specens.members import Member
 from specens.schedules import EntropyStop, stop_features
 from specens.tuning import Candidate, Profile, Stopped, candidates, survival
+from specens_kernels import Acceptance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -479,6 +480,12 @@ def test_the_fit_survives_what_has_no_answer() -> None:
 
 COSTS = {"0": (5.0, 0.5), "1": (3.0, 0.25), "2": (1.0, 0.125)}
 LENGTHS = (4, 6, 3)
+LOSSY = (
+    "js:threshold=0.1",
+    "lenient:lenience=0.4",
+    "typical:epsilon=0.02",
+    "cactus:divergence=0.5",
+)
 
 
 class Clock:
@@ -547,6 +554,8 @@ def test_what_is_predicted_is_what_the_loop_takes(
     assert found.profile.draw == 0
     assert set(dict(found.profile.verify).values()) == {0.0}
     for one in found.candidates:
+        if "stop" in one.arguments:  # see test_long_proposals_are_predicted_too
+            continue
         decoder = decoder_of(one, models[:2], drafts=models[2:], weights=(0.6, 0.4))
         # When sampled, another text is written now: of 360 tokens the time varies by up to 7 %.
         expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
@@ -559,7 +568,7 @@ def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
     """Against full forwards, without a cache."""
     text, drafts = texts()[0], [models[2], models[0]]
     decoder = SpeculativeDecoder(models[:2], schedule="hierarchy", draft=drafts, weights=(0.6, 0.4))
-    sweep, agreement = _Sweep(), _Agreement(4, 8)
+    sweep, agreement = _Sweep(), _Agreement(4, 2, 8)
     decoder.schedule = sweep
     written = decoder.generate(text, seed=0, **sampling(80, temperature=0.7))
     _read(decoder, sweep, agreement, written, text.shape[1])
@@ -740,6 +749,44 @@ def test_long_proposals_are_predicted_too(
         assert temperature == 0 or tuning.lookup(sure, gamma) < 0.9 * expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_lossy_rules_are_predicted_and_never_the_best(
+    models: list[Any], clock: Clock, temperature: float
+) -> None:
+    rules = [Acceptance.parse(rule) for rule in LOSSY]
+    size = 300 if temperature > 0 else 120
+    options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
+    found = tune(
+        models[:2],
+        texts(),
+        max_new_tokens=size,
+        temperature=temperature,
+        acceptances=rules,
+        **options,
+    )
+    lossy = {one.arguments["acceptance"]: one for one in found.candidates if not one.lossless}
+    assert list(lossy) == sorted(LOSSY, key=lambda rule: lossy[rule].seconds)
+    assert not found.candidates[0].lossless  # or the next line would say nothing
+    assert found.best().lossless
+    assert all(one in found.checked() for one in lossy.values())
+    for rule, one in lossy.items():
+        assert one.law == Acceptance.parse(rule).rule.law
+        # Greedily a rule may well trust nothing but what the target says, too.
+        assert (0 if temperature > 0 else -1) < one.divergence <= 1
+    for one in found.profile.relaxed:
+        if one.model != 2:
+            continue
+        arguments = {"num_speculative_tokens": 4, "acceptance": one.acceptance}
+        way = Candidate("", "speculative", arguments, (0,), 0.0)
+        decoder = decoder_of(way, models[:2], **options)
+        expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
+        predicted = tuning.relaxing(found.profile, one, 4)
+        assert predicted == pytest.approx(expected, rel=0.08), one.acceptance
+        if temperature > 0:
+            assert tuning.speculative(found.profile, 2, 4) > 1.08 * expected, one.acceptance
+
+
 def test_one_model_alone_looks_up(models: list[Any], clock: Clock) -> None:
     found = tune(models[:1], texts(), max_new_tokens=40)
     assert {one.schedule for one in found.candidates} == {"plain", "lookup"}
@@ -792,6 +839,41 @@ def test_tune_check_and_generate_with_what_it_found(tmp_path: Path) -> None:
     statistics = json.loads(result.stdout)["statistics"]
     drafts = ["draft"] if saved["best"]["drafts"] else []
     assert statistics["members"] == ["code", "prose", *drafts]
+
+
+def test_a_lossy_rule_is_reported_and_not_chosen(tmp_path: Path) -> None:
+    pair = ("--model", "family:code", "--draft", "family:draft", "--max-new-tokens", "24")
+    file = tmp_path / "tuned.json"
+    rules = ("--acceptance", "cactus", "--acceptance", "js:threshold=0.3")
+    result = run("tune", "def f(x):", *pair, *rules, "--threads", "1", "--output", file)
+    assert result.exit_code == 0, result.output
+    for rule in ("cactus:divergence=0.75", "js:threshold=0.3"):
+        assert f"{rule}: lossy. The text's law is" in result.stdout
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    assert saved["best"]["law"] == "target"
+    lossy = [one for one in saved["candidates"] if one["law"] != "target"]
+    assert {one["arguments"]["acceptance"] for one in lossy} == {
+        "cactus:divergence=0.75",
+        "js:threshold=0.3",
+    }
+    assert all(0 < one["divergence"] < 1 for one in lossy)
+    exact = run("tune", "def f(x):", *pair, "--threads", "1")
+    assert "lossy" not in exact.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--draft", "family:draft", "--acceptance", "block"), "lossy rule that judges each token"),
+        (("--draft", "family:draft", "--acceptance", "jss"), "unknown rule 'jss'"),
+        (("--acceptance", "js"), "acceptance: expected a draft or a second member to judge"),
+        (("--max-new-tokens", "2"), "max_new_tokens: expected enough to time every model"),
+    ],
+)
+def test_mistakes_of_tune(arguments: tuple[str, ...], words: str) -> None:
+    result = run("tune", "x", "--model", "family:draft", *arguments, "--threads", "1")
+    assert result.exit_code == 2
+    assert words in result.stderr
 
 
 def test_auto_tunes_where_every_text_ends_at_once(tmp_path: Path) -> None:

@@ -484,6 +484,13 @@ def tune(
     weights: _Weights = None,
     ensemble: _EnsembleName = "mixture",
     drafts: _Drafts = None,
+    acceptance: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A lossy rule to measure beside the exact ones, such as js:threshold=0.3. "
+            "Repeatable; never chosen by itself."
+        ),
+    ] = None,
     most: Annotated[
         int, typer.Option(min=1, max=16, help="Most tokens that a model may propose at a time.")
     ] = 8,
@@ -519,9 +526,13 @@ def tune(
 
     import torch
 
+    from specens_kernels import Acceptance
+
     from . import measuring
     from .benchmark import sampling
+    from .relaxation import check_lossy
 
+    rules = [check_lossy(Acceptance.parse(one)) for one in acceptance or []]
     loaded, tokenizers = _load("tune", models, drafts, dtype, trust_remote_code, threads)
     size = len(loaded) - len(drafts or [])
     encoded = [terminal.encode("tune", tokenizers[0], one) for one in prompts]
@@ -544,6 +555,7 @@ def tune(
         max_new_tokens=max_new_tokens,
         most=most,
         seed=seed,
+        acceptances=rules,
         **warp,
         **bound,
     )
@@ -575,6 +587,8 @@ def tune(
     else:
         console = Console(highlight=False)
         console.print(terminal.tuning_table(found, rows))
+        for note in terminal.lossy_notes(found):
+            console.print(note, soft_wrap=True)
         console.print(f"{found.num_tokens} tokens written in {found.seconds:.1f} s of tuning.")
 
 

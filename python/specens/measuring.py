@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from specens_kernels import Law, mix
+from specens_kernels import Acceptance, Law, mix
 
 from .benchmark import Row, compare, sampling, workload
 from .decoder import SpeculativeDecoder
+from .relaxation import check_lossy, relaxed, written
 from .run import Run, _continuation
 from .schedules import (
     ConfidenceStop,
@@ -28,6 +29,7 @@ from .schedules import (
     EntropyStop,
     LearnedStop,
     Lookup,
+    Speculative,
     Verification,
     stop_features,
 )
@@ -36,6 +38,7 @@ from .tuning import (
     Found,
     Kept,
     Profile,
+    Relaxed,
     Stopped,
     Times,
     candidates,
@@ -67,6 +70,8 @@ _ENOUGH = 3
 _LEAST_READ = 16
 # Candidates that are run to be checked.
 _CHECKED = 8
+# Tokens of a proposal where a lossy rule writes.
+_PROPOSED = 4
 
 _T = TypeVar("_T")
 
@@ -91,15 +96,18 @@ class Tuning:
         return plain(self.profile) / candidate.seconds
 
     def checked(self) -> list[Candidate]:
-        """What `check` runs: plain first, then the fastest candidates."""
-        return sorted(self.candidates, key=lambda one: one.schedule != "plain")[: _CHECKED + 1]
+        """What `check` runs: plain first, then the fastest candidates, and all that are lossy."""
+        exact = [one for one in self.candidates if one.lossless]
+        lossy = [one for one in self.candidates if not one.lossless]
+        return [*sorted(exact, key=lambda one: one.schedule != "plain")[: _CHECKED + 1], *lossy]
 
     def best(self, rows: Sequence[Row] | None = None) -> Candidate:
-        """The one that was measured to be the fastest, or else is predicted to be."""
+        """The one that was measured to be the fastest, or else is predicted to be; never lossy."""
+        exact = [one for one in self.candidates if one.lossless]
         if not rows:
-            return self.candidates[0]
-        fastest = max(rows, key=lambda row: row.ratio).name
-        return next(one for one in self.candidates if one.name == fastest)
+            return exact[0]
+        ratios = {row.name: row.ratio for row in rows}
+        return max((one for one in exact if one.name in ratios), key=lambda one: ratios[one.name])
 
     def as_dict(self, rows: Sequence[Row] | None = None) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -131,6 +139,7 @@ def tune(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    acceptances: Sequence[Acceptance] = (),
     **arguments: Any,
 ) -> Tuning:
     """Measure the models and predict every schedule.
@@ -146,11 +155,15 @@ def tune(
         limit_s: seconds of writing after which no further prompt is begun, and half of which one
             may take; None is no limit.
         temperature, top_k, top_p, min_p: of the law, as in `sampling`.
+        acceptances: lossy rules to measure as well, each with every proposer.
         arguments: for `SpeculativeDecoder`: weights, ensemble, scope, plausibility.
     Raises:
         ValueError: an argument is out of range, or there was no room to time every model.
     """
     began = time.perf_counter()
+    rules = [check_lossy(one) for one in acceptances]
+    if rules and len(members) == 1 and not drafts:
+        raise ValueError("tune: acceptance: expected a draft or a second member to judge, got none")
     decoder = SpeculativeDecoder(
         members,
         schedule="hierarchy" if drafts else "plain",
@@ -163,22 +176,14 @@ def tune(
     options = sampling(
         max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    texts = []
-    for i, prompt in enumerate(prompts):
-        mask = torch.ones_like(prompt)
-        limit = None if limit_s is None else limit_s / 2
-        text = decoder.generate(
-            prompt, attention_mask=mask, seed=seed + i, max_time=limit, **options
-        )
-        texts.append((text, prompt.shape[1]))
-        if limit_s is not None and time.perf_counter() - began > limit_s:
-            break
+    writing: dict[str, Any] = {"seed": seed, "limit_s": limit_s, "options": options}
+    texts = _texts(decoder, prompts, **writing)
     if not sweep.complete:
         written = sum(text.shape[1] - begin for text, begin in texts)
         expected = "enough to time every model alone and in blocks"
         raise ValueError(f"tune: max_new_tokens: expected {expected}, got {written} tokens in all")
     texts = _up_to_ends(texts, sweep.ends)
-    agreement = _Agreement(len(decoder.members), most)
+    agreement = _Agreement(len(decoder.members), decoder.num_ensemble, most)
     for text, begin in texts:
         _read(decoder, sweep, agreement, text, begin)
     profile = Profile(
@@ -197,7 +202,12 @@ def tune(
         LearnedStop(agreement.fitted(m), least_chance(profile, m, best.seconds))
         for m in range(len(decoder.members))
     ]
-    profile = replace(profile, stopped=agreement.stopped(stops, len(decoder.weights)))
+    lossy = [
+        _relaxation(decoder, sweep, rule, m, most, lambda: _texts(decoder, prompts, **writing))
+        for rule in rules
+        for m in agreement.proposers
+    ]
+    profile = replace(profile, stopped=agreement.stopped(stops), relaxed=tuple(lossy))
     found = candidates(profile, most=most, components=components)
     read = sum(text.shape[1] - begin for text, begin in texts)
     return Tuning(profile, found, stops, read, time.perf_counter() - began)
@@ -212,7 +222,11 @@ def decoder_of(
     **arguments: Any,
 ) -> SpeculativeDecoder:
     """The decoder that a candidate stands for; the arguments are those of `tune`."""
-    size, stop = len(members), candidate.arguments.get("stop")
+    size, mine = len(members), dict(candidate.arguments)
+    if "stop" in mine:
+        mine["stop"] = stop_of(mine["stop"])
+    if "acceptance" in mine:
+        mine["acceptance"] = Acceptance.parse(mine["acceptance"])
     if tokenizers is not None:
         tokenizers = [*tokenizers[:size], *(tokenizers[size + i] for i in candidate.drafts)]
     return SpeculativeDecoder(
@@ -220,7 +234,7 @@ def decoder_of(
         schedule=candidate.schedule,
         draft=[drafts[i] for i in candidate.drafts] or None,
         tokenizers=tokenizers,
-        **candidate.arguments | ({} if stop is None else {"stop": stop_of(stop)}),
+        **mine,
         **arguments,
     )
 
@@ -273,6 +287,32 @@ def _names(members: Sequence[Any]) -> tuple[str, ...]:
     """Names that tell models apart."""
     names = [one.name for one in members]
     return tuple(f"{name}:{i}" if names.count(name) > 1 else name for i, name in enumerate(names))
+
+
+def _texts(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[Tensor],
+    *,
+    seed: int,
+    limit_s: float | None,
+    options: Mapping[str, Any],
+) -> list[tuple[Tensor, int]]:
+    """(text, begin) of each prompt, until time is up; `options` as `SpeculativeDecoder.generate`'s.
+
+    text: (1, S) int64. begin: tokens of the prompt.
+    """
+    began = time.perf_counter()
+    limit = None if limit_s is None else limit_s / 2
+    texts = []
+    for i, prompt in enumerate(prompts):
+        mask = torch.ones_like(prompt)
+        text = decoder.generate(
+            prompt, attention_mask=mask, seed=seed + i, max_time=limit, **options
+        )
+        texts.append((text, prompt.shape[1]))
+        if limit_s is not None and time.perf_counter() - began > limit_s:
+            break
+    return texts
 
 
 def _up_to_ends(
@@ -378,6 +418,23 @@ def _timed(run: Run, work: Callable[[], _T]) -> tuple[float, _T]:
     return time.perf_counter() - began, result
 
 
+@dataclass
+class _Endless:
+    """A schedule whose texts go on beyond their ends; ends: the tokens that would have been."""
+
+    schedule: Speculative
+    ends: frozenset[int] = frozenset()
+
+    @property
+    def lookahead(self) -> int:
+        return self.schedule.lookahead
+
+    def turn(self, run: Run) -> list[Verification]:
+        self.ends |= run.stopper.eos
+        run.stopper.eos = frozenset()
+        return self.schedule.turn(run)
+
+
 # --- acceptance -----------------------------------------------------------------------------------
 
 
@@ -391,7 +448,7 @@ class _Agreement:
     look_ups: per text. looking: seconds of each.
     """
 
-    def __init__(self, num_models: int, most: int) -> None:
+    def __init__(self, num_models: int, num_members: int, most: int) -> None:
         self.overlaps: list[list[list[Tensor]]] = [
             [[] for _ in range(num_models + 1)] for _ in range(num_models)
         ]
@@ -400,6 +457,8 @@ class _Agreement:
         self.look_ups: list[_LookUps] = []
         self.looking: list[float] = []
         self.most = most
+        # One member alone has nobody to propose to.
+        self.proposers = range(0 if num_members > 1 else 1, num_models)
 
     def kept(self) -> tuple[tuple[Kept, ...], ...]:
         """As in `Profile`."""
@@ -413,12 +472,11 @@ class _Agreement:
             torch.cat([one.chances.flatten() for one in texts]),
         )
 
-    def stopped(self, learned: Sequence[LearnedStop], num_members: int) -> tuple[Stopped, ...]:
+    def stopped(self, learned: Sequence[LearnedStop]) -> tuple[Stopped, ...]:
         """As in `Profile`: each kind of stop, of every model that may propose."""
         found = []
-        for m, texts in enumerate(self.drawn):
-            if num_members == 1 and m == 0:  # nobody else to verify its drafts
-                continue
+        for m in self.proposers:
+            texts = self.drawn[m]
             for kind, ready in {**_READY, "learned": learned[m]}.items():
                 chances = [one.chances.mean(-1) for one in texts]
                 goes = [~one.asked(kind, ready) for one in texts]
@@ -603,14 +661,15 @@ def _read(
     place = 0
     try:
         for logits in _chunks(decoder.members, text[:, :length], begin - 1):
-            laws = [_law([one], own) for one, own in zip(logits, sweep.member_laws, strict=True)]
-            laws.append(_law(logits[:size], law))
+            bare = [_law([one], own) for one, own in zip(logits, sweep.member_laws, strict=True)]
+            bare.append(_law(logits[:size], law))
+            laws = [_collapsed(one) for one in bare] if greedy else bare
             for m in range(len(logits)):
                 for v, other in enumerate(laws):
                     overlap = torch.minimum(laws[m], other).sum(-1).clamp(max=1)
                     overlaps.setdefault((m, v), []).append(overlap.double().cpu())
-                bare = logits[m][0, :, : laws[m].shape[-1]]
-                drawn[m].append(_drafts(bare, laws[m], laws[-1], greedy))
+                columns = logits[m][0, :, : laws[m].shape[-1]]
+                drawn[m].append(_drafts(columns, laws[m], laws[-1], greedy))
             for kind, seconds in _asking(logits[0][0, :1, : laws[0].shape[-1]]).items():
                 agreement.asking[kind].append(seconds)
             for row in laws[-1]:
@@ -619,21 +678,59 @@ def _read(
     finally:
         for one in decoder.members:
             one.release()
-    for (m, v), parts in overlaps.items():
-        agreement.overlaps[m][v].append(torch.cat(parts))
+    for (m, v), pieces in overlaps.items():
+        agreement.overlaps[m][v].append(torch.cat(pieces))
     for m, chunks in enumerate(drawn):
         agreement.drawn[m].append(_Drawn.joined(chunks))
     agreement.look_ups.append(looked)
     agreement.looking += looked.seconds
 
 
+def _relaxation(
+    decoder: SpeculativeDecoder,
+    sweep: _Sweep,
+    rule: Acceptance,
+    proposer: int,
+    most: int,
+    write: Callable[[], list[tuple[Tensor, int]]],
+) -> Relaxed:
+    """What a lossy rule keeps of a proposer's drafts, in texts that the two of them write.
+
+    Where the text is another one, so is what is kept: the exact text would not tell.
+    """
+    assert sweep.law is not None
+    law, size = sweep.law, decoder.num_ensemble
+    schedule = _Endless(Speculative(proposer, _PROPOSED))
+    decoder.schedule, decoder.acceptances = schedule, [rule]
+    models = [*decoder.members[:size], decoder.members[proposer]]
+    # A member that proposes reads once.
+    models = models[:size] if proposer < size else models
+    chances, distances = [], []
+    for text, begin in _up_to_ends(write(), schedule.ends):
+        found = []
+        try:
+            for logits in _chunks(models, text[:, :-1], begin - 1):
+                draft = _law([logits[min(proposer, size)]], sweep.member_laws[proposer])
+                target = _law(logits[:size], law)
+                found.append(relaxed(rule, target, draft, greedy=bool(law.temperature == 0)))
+        finally:
+            for one in decoder.members:
+                one.release()
+        kept, far = (torch.cat(parts) for parts in zip(*found, strict=True))
+        chances.append(kept)
+        distances.append(far)
+    mean = float(torch.cat(distances).mean())
+    return Relaxed(proposer, written(rule), rule.rule.law, _curve(chances, most), mean)
+
+
 def _law(logits: Sequence[Tensor], law: Law) -> Tensor:
-    """(T, V) probabilities of the next tokens; greedily, all on one."""
-    log_probs = mix(logits, law)[0][0]
-    if law.temperature == 0:
-        best = log_probs.argmax(-1)
-        return torch.nn.functional.one_hot(best, log_probs.shape[-1]).to(log_probs)
-    return log_probs.exp()
+    """(T, V) probabilities of the next tokens; bare at temperature 0."""
+    return mix(logits, law)[0][0].exp()
+
+
+def _collapsed(law: Tensor) -> Tensor:
+    """(T, V): all on the most probable token."""
+    return torch.nn.functional.one_hot(law.argmax(-1), law.shape[-1]).to(law)
 
 
 def _chunks(members: Sequence[Any], text: Tensor, skip: int) -> Iterator[list[Tensor]]:

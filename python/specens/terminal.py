@@ -346,12 +346,13 @@ def tuning_table(tuning: "Tuning", rows: "Sequence[Row] | None" = None) -> Table
     measured = {row.name: row for row in rows or ()}
     best = tuning.best(rows).name
     table = Table(title="Predicted, the fastest first", title_justify="left")
-    table.add_column("")
-    table.add_column("schedule", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    longest = max(len(word) for one in tuning.candidates for word in one.name.split())
+    table.add_column("schedule", overflow="fold", min_width=longest)
     columns = ["ms/token", "vs plain"]
     columns += ["measured ms/token", "measured vs plain"] if rows else []
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for one in tuning.candidates:
         cells = [f"{one.seconds * 1e3:.2f}", f"{tuning.speedup(one):.2f}x"]
         if rows:
@@ -361,6 +362,17 @@ def tuning_table(tuning: "Tuning", rows: "Sequence[Row] | None" = None) -> Table
             )
         table.add_row("best" if one.name == best else "", one.name, *cells)
     return table
+
+
+def lossy_notes(tuning: "Tuning") -> list[str]:
+    """What the text of each lossy candidate is instead of what was asked for."""
+    lossy = [one for one in tuning.candidates if not one.lossless]
+    notes = [
+        f"{one.arguments['acceptance']}: lossy. The text's law is {one.law}; {one.divergence:.3f} "
+        "is the mean total variation from the law asked for, at a draft's place."
+        for one in lossy
+    ]
+    return [*notes, "Lossy rules are never called the best."] if lossy else []
 
 
 def probe_table(probe: "Probe") -> Table:

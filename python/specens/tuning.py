@@ -2,7 +2,7 @@
 """Which schedule is the fastest: time per token predicted from forward times and acceptance.
 
 Pure functions of a `Profile`, which `measuring.py` measures: nothing here runs a model. They hold
-for one sequence, lossless rules and a text that does not end, and take it that whether a draft is
+for one sequence and a text that does not end, and take it that whether a draft is
 kept, and whether its proposer stops, depends on nothing but its place in its block. To add a
 schedule, add a function of its time per token and its row to `candidates`.
 """
@@ -47,6 +47,22 @@ class Stopped:
 
 
 @dataclass(frozen=True)
+class Relaxed:
+    """A proposer whose drafts are judged by a lossy rule.
+
+    model: who proposes. acceptance: the rule as it is written on a command line.
+    law: of the text, in words. kept: as in `Profile`, of this rule.
+    divergence: mean total variation between what stands at a draft's place and the law asked for.
+    """
+
+    model: int
+    acceptance: str
+    law: str
+    kept: Kept
+    divergence: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """What predictions are made of. Models are counted: the ensemble's members, then the drafts.
 
@@ -59,6 +75,7 @@ class Profile:
     found: what is looked up in the text, for at most 1, 2, ... drafts.
     look_up: seconds of a look-up.
     stopped: what is known of proposers that stop by themselves.
+    relaxed: of lossy rules, those that were asked for.
     """
 
     names: tuple[str, ...]
@@ -70,6 +87,7 @@ class Profile:
     found: tuple[Found, ...] = ()
     look_up: float = 0.0
     stopped: tuple[Stopped, ...] = ()
+    relaxed: tuple[Relaxed, ...] = ()
 
     @property
     def members(self) -> range:
@@ -101,6 +119,8 @@ class Candidate:
     name: for tables. schedule, arguments: for `SpeculativeDecoder`.
     drafts: which of the models outside the ensemble take part, counted from 0.
     seconds: predicted, per token.
+    law: of the text: "target" where it is what was asked for, else what it is instead.
+    divergence: from the law asked for, at the place of a draft; as in `Relaxed`.
     """
 
     name: str
@@ -108,6 +128,13 @@ class Candidate:
     arguments: dict[str, Any]
     drafts: tuple[int, ...]
     seconds: float
+    law: str = "target"
+    divergence: float = 0.0
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the text has exactly the law that was asked for."""
+        return self.law == "target"
 
 
 def at(times: Times, count: float) -> float:
@@ -223,6 +250,12 @@ def speculative(profile: Profile, proposer: int, gamma: int) -> float:
     return _verified(profile, proposer, *handed)
 
 
+def relaxing(profile: Profile, one: Relaxed, gamma: int) -> float:
+    """As `speculative`, with a lossy rule."""
+    handed = _proposed(profile, one.model, gamma)
+    return _verified(profile, one.model, *handed, kept=one.kept)
+
+
 def stopping(profile: Profile, one: Stopped, gamma: int) -> float:
     """One model proposes until it stops, gamma tokens at most; `schedules.Speculative` with a stop.
 
@@ -290,9 +323,11 @@ def _filled(
     return {n: chance for n, chance in ever.items() if n >= gamma}, rounds * seconds
 
 
-def _verified(profile: Profile, proposer: int, counts: _Counts, seconds: float) -> float:
+def _verified(
+    profile: Profile, proposer: int, counts: _Counts, seconds: float, kept: Kept | None = None
+) -> float:
     """Seconds per token where the ensemble verifies what it is handed and adds a token."""
-    kept = profile.kept[proposer][-1]
+    kept = profile.kept[proposer][-1] if kept is None else kept
     tokens = 0.0
     for handed, chance in counts.items():
         seconds += chance * _scored(profile, proposer, handed)
@@ -344,6 +379,8 @@ def alternating(profile: Profile, order: Sequence[int], gammas: Sequence[int]) -
 def candidates(profile: Profile, *, most: int = 8, components: bool = True) -> list[Candidate]:
     """The best of each kind, the fastest first: of each proposer, and of each chain of drafts.
 
+    All are lossless but those with a rule of `profile.relaxed`.
+
     Numbers of tokens are tried one by one for few models, else some of them.
 
     Args:
@@ -357,6 +394,7 @@ def candidates(profile: Profile, *, most: int = 8, components: bool = True) -> l
     found += _chains(profile, most)
     found += _lookups(profile)
     found += _stops(profile, most)
+    found += _relaxations(profile, most)
     if components and len(profile.weights) > 1:
         found.append(Candidate("component", "component", {}, (), component(profile)))
         found += _lookaheads(profile)
@@ -453,19 +491,38 @@ def _lookups(profile: Profile) -> list[Candidate]:
     return [Candidate(f"lookup {gamma}", "lookup", arguments, (), seconds)]
 
 
+def _relaxations(profile: Profile, most: int) -> list[Candidate]:
+    """For each rule, whose drafts it is best for."""
+    best: dict[str, Candidate] = {}
+    for one in profile.relaxed:
+        seconds, gamma = min((relaxing(profile, one, g), g) for g in range(1, most + 1))
+        arguments = {"num_speculative_tokens": gamma, "acceptance": one.acceptance}
+        mine, drafts = _proposer(profile, one.model)
+        name = f"speculative {profile.names[one.model]} {gamma} {one.acceptance}"
+        found = Candidate(
+            name, "speculative", arguments | mine, drafts, seconds, one.law, one.divergence
+        )
+        earlier = best.get(one.acceptance, found)
+        best[one.acceptance] = min(earlier, found, key=lambda each: each.seconds)
+    return list(best.values())
+
+
+def _proposer(profile: Profile, model: int) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Arguments and drafts by which a candidate says who proposes."""
+    separate = model - len(profile.weights)
+    return ({"proposer": model}, ()) if separate < 0 else ({}, (separate,))
+
+
 def _stops(profile: Profile, most: int) -> list[Candidate]:
     """For each kind of stop, whose drafts it had better end."""
     best: dict[str, Candidate] = {}
     for one in profile.stopped:
         seconds, gamma = min((stopping(profile, one, g), g) for g in range(2, max(most, 2) + 1))
         arguments: dict[str, Any] = {"num_speculative_tokens": gamma, "stop": one.stop}
-        separate = one.model - len(profile.weights)
-        if separate < 0:
-            arguments["proposer"] = one.model
+        mine, drafts = _proposer(profile, one.model)
         kind = one.stop["kind"]
         name = f"speculative {profile.names[one.model]} {gamma} {kind} stop"
-        drafts = (separate,) if separate >= 0 else ()
-        found = Candidate(name, "speculative", arguments, drafts, seconds)
+        found = Candidate(name, "speculative", arguments | mine, drafts, seconds)
         best[kind] = min(best.get(kind, found), found, key=lambda each: each.seconds)
     return list(best.values())
 
