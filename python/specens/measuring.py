@@ -672,7 +672,7 @@ def _read(
                 drawn[m].append(_drafts(columns, laws[m], laws[-1], greedy))
             for kind, seconds in _asking(logits[0][0, :1, : laws[0].shape[-1]]).items():
                 agreement.asking[kind].append(seconds)
-            for row in laws[-1]:
+            for row in laws[-1].cpu():
                 looked.read(place, row)
                 place += 1
     finally:
