@@ -189,6 +189,16 @@ def test_models_and_prompts_go_to_the_device(monkeypatch: pytest.MonkeyPatch) ->
     assert terminal.encode("test", tokenizer, "x = 1").device.type == "cpu"
 
 
+def test_a_hierarchy_takes_any_number_of_drafts() -> None:
+    names = ("draft", "prose", "draft")
+    for count in (1, 3):
+        drafts = [word for name in names[:count] for word in ("--draft", f"family:{name}")]
+        (found,) = results("x = [", "--method", "hierarchy", *drafts)
+        assert len(found["statistics"]["members"]) == 2 + count
+    line = complaint(run("generate", "x", "--method", "pyramid_fuzzy", "--draft", "family:draft"))
+    assert "drafts: expected 2 for 'pyramid_fuzzy', got 1" in line
+
+
 def test_the_device_is_an_option_of_generate() -> None:
     (found,) = results("def f(x):", "--device", "cpu")
     assert found["token_ids"] == results("def f(x):")[0]["token_ids"]
