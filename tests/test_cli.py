@@ -118,6 +118,23 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "top-p": (("generate", "x", "--top-p", "0"), "top_p: expected a mass in (0, 1]"),
     "min-p": (("generate", "x", "--min-p", "1"), "min_p: expected a ratio in [0, 1)"),
     "dtype": (("generate", "x", "--dtype", "float8"), "unknown name 'float8'"),
+    "no such device": (
+        ("generate", "x", "--device", "banana"),
+        "generate: --device: expected auto",
+    ),
+    "device that computes nothing": (("generate", "x", "--device", "meta"), "got 'meta'"),
+    "device of tune": (("tune", "--device", "meta"), "tune: --device: expected auto"),
+    "device of probe": (("probe", "family:draft", "--device", "meta"), "probe: --device: expected"),
+    "device of bench": (("bench", "--device", "meta"), "bench: --device: expected auto"),
+    "device of demo": (("demo", "--device", "meta"), "demo: --device: expected auto"),
+    "device of a draft's training": (
+        ("train", "draft", "--device", "meta", "--steps", "1"),
+        "train: --device: expected auto",
+    ),
+    "device of a head's training": (
+        ("train", "diversed", "--device", "meta", "--steps", "1"),
+        "train: --device: expected auto",
+    ),
     "chat": (("generate", "x", "--chat"), "expected a tokenizer with a chat template"),
     "stop": (("generate", "x", "--stop", ""), "--stop: expected text"),
     "max new tokens": (("generate", "x", "--max-new-tokens", "0"), "--max-new-tokens"),
@@ -137,6 +154,54 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
 def test_a_mistake_is_one_line_and_exit_code_2(mistake: str) -> None:
     arguments, words = MISTAKES[mistake]
     assert words in complaint(run(*arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_a_mistake() -> None:
+    line = complaint(run("generate", "x", "--device", "cuda"))
+    assert "generate: --device: expected auto, or a device that torch has here" in line
+    assert "got 'cuda' (" in line
+
+
+def test_auto_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    zeros = torch.zeros
+
+    def noted(*shape: int, device: torch.device) -> torch.Tensor:
+        made.append(str(device))
+        return zeros(*shape)
+
+    monkeypatch.setattr(torch, "zeros", noted)
+    for there, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert terminal.device_named("generate", "auto") == expected
+        assert terminal.device_named("generate", "cuda:1") == "cuda:1"
+    assert made == ["cuda", "cuda:1", "cpu", "cuda:1"]
+
+
+def test_models_and_prompts_go_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To "meta", which every build of torch has, where nothing is computed."""
+    monkeypatch.setattr(terminal, "device_named", lambda command, name: name)
+    (model,), (tokenizer,) = terminal.load("test", ["family:draft"], device="meta")
+    assert {one.device.type for one in model.parameters()} == {"meta"}
+    ids = terminal.encode("test", tokenizer, "x = 1", device=model.device)
+    assert ids.device.type == "meta"
+    assert terminal.encode("test", tokenizer, "x = 1").device.type == "cpu"
+
+
+def test_a_hierarchy_takes_any_number_of_drafts() -> None:
+    names = ("draft", "prose", "draft")
+    for count in (1, 3):
+        drafts = [word for name in names[:count] for word in ("--draft", f"family:{name}")]
+        (found,) = results("x = [", "--method", "hierarchy", *drafts)
+        assert len(found["statistics"]["members"]) == 2 + count
+    line = complaint(run("generate", "x", "--method", "pyramid_fuzzy", "--draft", "family:draft"))
+    assert "drafts: expected 2 for 'pyramid_fuzzy', got 1" in line
+
+
+def test_the_device_is_an_option_of_generate() -> None:
+    (found,) = results("def f(x):", "--device", "cpu")
+    assert found["token_ids"] == results("def f(x):")[0]["token_ids"]
 
 
 def test_no_prompt_and_no_pipe_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

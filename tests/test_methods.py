@@ -85,13 +85,38 @@ def test_a_draft_that_is_its_target_is_always_kept(method: Method, loaded) -> No
         assert decoder.statistics.acceptance_rate == 1.0
 
 
+@pytest.mark.parametrize("names", [("draft",), ("draft", "prose"), ("draft", "draft", "prose")])
+def test_a_hierarchy_is_as_deep_as_it_has_drafts(names: tuple[str, ...], loaded) -> None:
+    """That its sampled text has the target's law, at any depth, is shown in test_schedules.py."""
+    models, tokenizer = loaded
+    drafts = [models[name] for name in names]
+    tokenizers = [tokenizer] * (1 + len(drafts))
+    decoder = build(METHODS["hierarchy"], [models["code"]], drafts, tokenizers)
+    assert decoder.schedule.gammas == (3, 5, 7)[: len(drafts)]
+    assert [one.rule.name for one in decoder.acceptances] == ["rejection"] * len(drafts)
+    plain = SpeculativeDecoder([models["code"]], schedule="plain")
+    expected = text(plain, loaded, do_sample=False)
+    assert text(decoder, loaded, do_sample=False) == expected
+    assert all(decoder.statistics.calls)
+    given = build(
+        METHODS["hierarchy"], [models["code"]], drafts, tokenizers, num_speculative_tokens=2
+    )
+    assert given.schedule.gammas == (2, 4, 6)[: len(drafts)]
+
+
 def test_what_build_refuses(loaded) -> None:
     models, tokenizer = loaded
     code, tokenizers = models["code"], [tokenizer] * 2
     with pytest.raises(ValueError, match="method: drafts: expected 1 for 'fsd', got 0"):
         build(METHODS["fsd"], [code], [], [tokenizer])
-    with pytest.raises(ValueError, match="method: drafts: expected 2 for 'hierarchy', got 1"):
-        build(METHODS["hierarchy"], [code], [code], tokenizers)
+    with pytest.raises(ValueError, match="drafts: expected one or more for 'hierarchy', got 0"):
+        build(METHODS["hierarchy"], [code], [], [tokenizer])
+    for count in (1, 3):
+        match = f"method: drafts: expected 2 for 'pyramid_fuzzy', got {count}"
+        with pytest.raises(ValueError, match=match):
+            build(METHODS["pyramid_fuzzy"], [code], [code] * count, [tokenizer] * (1 + count))
+    with pytest.raises(ValueError, match="method: drafts: expected 0 for 'plain', got 1"):
+        build(METHODS["plain"], [code], [code], tokenizers)
     with pytest.raises(ValueError, match="method: models: expected one target for 'static', got 2"):
         build(METHODS["static"], [code, code], [code], [tokenizer] * 3)
     with pytest.raises(ValueError, match=r"draft_weight: expected a number in \[0, 1\], got 2"):

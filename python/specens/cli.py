@@ -90,6 +90,10 @@ _Dtype = Annotated[
         help="auto (the checkpoint's own; float32 for the family), float32, bfloat16 or float16."
     ),
 ]
+_Device = Annotated[
+    str,
+    typer.Option(help="auto (a GPU if torch has one, else the CPU), or as torch has it: cuda:1."),
+]
 _Threads = Annotated[
     int | None,
     typer.Option(
@@ -179,6 +183,7 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a turn of a chat.")] = False,
     dtype: _Dtype = "auto",
+    device: _Device = "auto",
     threads: _Threads = None,
     trust_remote_code: _Trust = False,
     as_json: _Json = False,
@@ -233,10 +238,15 @@ def generate(
         models = [terminal.FAMILY_PREFIX + name for name in chosen.models]
         drafts = drafts or [terminal.FAMILY_PREFIX + name for name in chosen.drafts]
         threads = threads or 1
-    loaded, tokenizers = _load("generate", models, drafts, dtype, trust_remote_code, threads)
+    loaded, tokenizers = _load(
+        "generate", models, drafts, dtype, device, trust_remote_code, threads
+    )
     tokenizer = tokenizers[0]
     size = len(loaded) - len(drafts or [])
-    encoded = [terminal.encode("generate", tokenizer, one, chat=chat) for one in prompts]
+    encoded = [
+        terminal.encode("generate", tokenizer, one, chat=chat, device=loaded[0].device)
+        for one in prompts
+    ]
     if auto or saved is not None:
         from .measuring import decoder_of
 
@@ -310,6 +320,7 @@ def _read_config(
     law: dict[str, Any],
 ) -> dict[str, Any]:
     """What `tune` has written: models, drafts, threads, law, and the best candidate."""
+    from .measuring import stop_of
     from .tuning import Candidate
 
     default = {"ensemble": "mixture", "scope": "member", "plausibility": 0.0}
@@ -326,6 +337,8 @@ def _read_config(
             raise TypeError("law, models or drafts are of other types")
         if not places <= set(range(len(saved["drafts"]))):
             raise ValueError("its best candidate has drafts that are not listed")
+        if "stop" in saved["best"].arguments:
+            stop_of(saved["best"].arguments["stop"])
         return {name: saved[name] for name in ("models", "drafts", "threads", "law", "best")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -361,11 +374,11 @@ def _tune_shortly(
             **options,
         )
     except ValueError as error:
-        if "expected more text" not in str(error):
+        if not str(error).startswith("tune: max_new_tokens"):
             raise
         raise ValueError(
-            "generate: --auto: expected texts long enough to measure by, got some that end at "
-            "once; choose a --schedule"
+            f"generate: --auto: expected models that take a few turns in {_AUTO_SECONDS:g} s, got "
+            "fewer; choose a --schedule, or run `specens tune`"
         ) from error
     best = found.candidates[0]
     terminal.errors().print(
@@ -406,6 +419,7 @@ def demo(
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, if time allows.")] = 5,
     limit_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each table.")] = 15.0,
     gamma: Annotated[int, typer.Option(min=1, help="Tokens per proposal.")] = 2,
+    device: _Device = "auto",
     threads: _Threads = None,
     as_json: _Json = False,
 ) -> None:
@@ -417,11 +431,13 @@ def demo(
     from .benchmark import compare, sampling, total, workload
     from .decoder import SpeculativeDecoder
 
-    models, tokenizers = _load("demo", None, None, "auto", False, threads)
+    models, tokenizers = _load("demo", None, None, "auto", device, False, threads)
     tokenizer = tokenizers[0]
     plain = SpeculativeDecoder(models, schedule="plain", tokenizers=tokenizers)
     alternating = SpeculativeDecoder(models, num_speculative_tokens=gamma, tokenizers=tokenizers)
-    prompts = [terminal.encode("demo", tokenizer, one) for one in family.PROMPTS]
+    prompts = [
+        terminal.encode("demo", tokenizer, one, device=models[0].device) for one in family.PROMPTS
+    ]
     console = Console(highlight=False, quiet=as_json)
     console.print(
         "Three models write one text: the even mixture of "
@@ -481,6 +497,13 @@ def tune(
     weights: _Weights = None,
     ensemble: _EnsembleName = "mixture",
     drafts: _Drafts = None,
+    acceptance: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A lossy rule to measure beside the exact ones, such as js:threshold=0.3. "
+            "Repeatable; never chosen by itself."
+        ),
+    ] = None,
     most: Annotated[
         int, typer.Option(min=1, max=16, help="Most tokens that a model may propose at a time.")
     ] = 8,
@@ -500,6 +523,7 @@ def tune(
     min_p: _MinP = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Of the random numbers.")] = 0,
     dtype: _Dtype = "auto",
+    device: _Device = "auto",
     threads: _Threads = None,
     trust_remote_code: _Trust = False,
     as_json: _Json = False,
@@ -516,12 +540,18 @@ def tune(
 
     import torch
 
+    from specens_kernels import Acceptance
+
     from . import measuring
     from .benchmark import sampling
+    from .relaxation import check_lossy
 
-    loaded, tokenizers = _load("tune", models, drafts, dtype, trust_remote_code, threads)
+    rules = [check_lossy(Acceptance.parse(one)) for one in acceptance or []]
+    loaded, tokenizers = _load("tune", models, drafts, dtype, device, trust_remote_code, threads)
     size = len(loaded) - len(drafts or [])
-    encoded = [terminal.encode("tune", tokenizers[0], one) for one in prompts]
+    encoded = [
+        terminal.encode("tune", tokenizers[0], one, device=loaded[0].device) for one in prompts
+    ]
     law: dict[str, Any] = {
         "weights": shares,
         "ensemble": ensemble,
@@ -541,6 +571,7 @@ def tune(
         max_new_tokens=max_new_tokens,
         most=most,
         seed=seed,
+        acceptances=rules,
         **warp,
         **bound,
     )
@@ -560,6 +591,7 @@ def tune(
     result = {
         "models": models or [terminal.FAMILY_PREFIX + name for name in family.FAMILY],
         "drafts": drafts or [],
+        "device": str(loaded[0].device),
         "threads": torch.get_num_threads(),
         "law": law,
         "sampling": warp,
@@ -572,6 +604,8 @@ def tune(
     else:
         console = Console(highlight=False)
         console.print(terminal.tuning_table(found, rows))
+        for note in terminal.lossy_notes(found):
+            console.print(note, soft_wrap=True)
         console.print(f"{found.num_tokens} tokens written in {found.seconds:.1f} s of tuning.")
 
 
@@ -594,6 +628,7 @@ def methods(as_json: _Json = False) -> None:
 def probe(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or family:code.")],
     dtype: _Dtype = "auto",
+    device: _Device = "auto",
     trust_remote_code: _Trust = False,
     as_json: _Json = False,
 ) -> None:
@@ -602,7 +637,9 @@ def probe(
 
     from . import terminal
 
-    loaded, _ = terminal.load("probe", [model], dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded, _ = terminal.load(
+        "probe", [model], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
 
     from .abilities import probe as examine
 
@@ -632,6 +669,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
     seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Of the random numbers.")] = 0,
     dtype: _Dtype = "auto",
+    device: _Device = "auto",
     threads: _Threads = None,
     trust_remote_code: _Trust = False,
     as_json: _Json = False,
@@ -650,7 +688,7 @@ def bench(
     from .benchmark import compare, contestants, sampling, workload
 
     drafts = None if draft is None else [draft]
-    loaded, tokenizers = _load("bench", models, drafts, dtype, trust_remote_code, threads)
+    loaded, tokenizers = _load("bench", models, drafts, dtype, device, trust_remote_code, threads)
     decoders = contestants(
         loaded[:-1] if draft is not None else loaded,
         gammas=gammas,
@@ -660,7 +698,9 @@ def bench(
         weights=shares,
         ensemble=ensemble,
     )
-    encoded = [terminal.encode("bench", tokenizers[0], one) for one in prompts]
+    encoded = [
+        terminal.encode("bench", tokenizers[0], one, device=loaded[0].device) for one in prompts
+    ]
     arguments = sampling(max_new_tokens, temperature=temperature)
     works = {
         name: workload(decoder, encoded, seed=seed, **arguments)
@@ -680,6 +720,7 @@ def _load(
     models: Sequence[str] | None,
     drafts: Sequence[str] | None,
     dtype: str,
+    device: str,
     trust_remote_code: bool,
     threads: int | None,
 ) -> tuple[list[Any], list[Any]]:
@@ -694,7 +735,9 @@ def _load(
         import torch
 
         torch.set_num_threads(threads)
-    return terminal.load(command, names, dtype=dtype, trust_remote_code=trust_remote_code)
+    return terminal.load(
+        command, names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
 
 
 def _numbers(option: str, text: str) -> list[float]:

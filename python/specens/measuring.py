@@ -2,28 +2,60 @@
 """What `tuning.py` predicts from: forward times and acceptance, measured on the user's models.
 
 The models write a text as the decoder would, with each as the proposer in turn and blocks of every
-size, so that all times are taken in the loop and take turns. Then they read that text again, and
-each law is compared with the ensemble's at every position. To measure one thing more, add it to
-`Profile`.
+size, so that all times are taken in the loop and take turns. Where a text ends they write on: how
+long a forward takes does not depend on what is read. Then they read the texts again up to their
+ends, and each law is compared with the ensemble's at every position. To measure one thing more, add
+it to `Profile`.
 """
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from specens_kernels import Law, mix
+from specens_kernels import Acceptance, Law, mix
 
 from .benchmark import Row, compare, sampling, workload
 from .decoder import SpeculativeDecoder
-from .run import Run
-from .schedules import LearnedStop, Verification, stop_features
-from .tuning import Candidate, Kept, Profile, Times, candidates, least_chance, plain
+from .relaxation import check_lossy, relaxed, written
+from .run import Run, _continuation
+from .schedules import (
+    ConfidenceStop,
+    DraftStop,
+    EntropyStop,
+    LearnedStop,
+    Lookup,
+    Speculative,
+    Verification,
+    stop_features,
+)
+from .tuning import (
+    Candidate,
+    Found,
+    Kept,
+    Profile,
+    Relaxed,
+    Stopped,
+    Times,
+    candidates,
+    least_chance,
+    plain,
+)
+
+# Stops by the names that a candidate has for them; the learned one is fitted here.
+STOPS: dict[str, Callable[..., DraftStop]] = {
+    "confidence": ConfidenceStop,
+    "entropy": EntropyStop,
+    "learned": LearnedStop,
+}
+_READY: dict[str, ConfidenceStop | EntropyStop] = {
+    "confidence": ConfidenceStop(),
+    "entropy": EntropyStop(),
+}
 
 # Tokens of one forward that are timed.
 SIZES = (1, 2, 4, 8)
@@ -34,8 +66,12 @@ _DRAWS = 4
 _RIDGE = 1e-2
 # A size is timed as often before its median counts; near a text's end, others occur, too.
 _ENOUGH = 3
-# Candidates that are run to be checked, and tokens of a proposal that a learned stop ends.
-_CHECKED, _STOPPED = 7, 8
+# Where all texts end within fewer tokens than this, what is written beyond their ends counts, too.
+_LEAST_READ = 16
+# Candidates that are run to be checked.
+_CHECKED = 8
+# Tokens of a proposal where a lossy rule writes.
+_PROPOSED = 4
 
 _T = TypeVar("_T")
 
@@ -46,7 +82,7 @@ class Tuning:
 
     candidates: the best of each kind, the fastest first.
     stops: per model, when it had better stop where it drafts.
-    num_tokens: written for it. seconds: that it took.
+    num_tokens: that acceptance was measured on. seconds: that it took.
     """
 
     profile: Profile
@@ -59,35 +95,19 @@ class Tuning:
         """Predicted, over the plain ensemble."""
         return plain(self.profile) / candidate.seconds
 
-    def stopping(self) -> Candidate | None:
-        """The fastest proposer with a learned stop, for which there is no prediction."""
-        one = next((c for c in self.candidates if c.schedule == "speculative"), None)
-        if one is None:
-            return None
-        size = len(self.profile.weights)
-        proposer = size + one.drafts[0] if one.drafts else one.arguments["proposer"]
-        stop = asdict(self.stops[proposer])
-        arguments = one.arguments | {"num_speculative_tokens": _STOPPED, "stop": stop}
-        name = f"speculative {self.profile.names[proposer]} until it stops"
-        return Candidate(name, "speculative", arguments, one.drafts, math.nan)
-
     def checked(self) -> list[Candidate]:
-        """What `check` runs: plain first, the fastest candidates, the learned stop."""
-        ways = sorted(self.candidates, key=lambda one: one.schedule != "plain")[: _CHECKED + 1]
-        stopping = self.stopping()
-        return ways if stopping is None else [*ways, stopping]
-
-    def listed(self, rows: Sequence[Row] | None = None) -> list[Candidate]:
-        """All candidates; with what was measured, that of the learned stop is among them."""
-        stopping = self.stopping() if rows else None
-        return [*self.candidates, *([stopping] if stopping else [])]
+        """What `check` runs: plain first, then the fastest candidates, and all that are lossy."""
+        exact = [one for one in self.candidates if one.lossless]
+        lossy = [one for one in self.candidates if not one.lossless]
+        return [*sorted(exact, key=lambda one: one.schedule != "plain")[: _CHECKED + 1], *lossy]
 
     def best(self, rows: Sequence[Row] | None = None) -> Candidate:
-        """The one that was measured to be the fastest, or else is predicted to be."""
+        """The one that was measured to be the fastest, or else is predicted to be; never lossy."""
+        exact = [one for one in self.candidates if one.lossless]
         if not rows:
-            return self.candidates[0]
-        fastest = max(rows, key=lambda row: row.ratio).name
-        return next(one for one in self.listed(rows) if one.name == fastest)
+            return exact[0]
+        ratios = {row.name: row.ratio for row in rows}
+        return max((one for one in exact if one.name in ratios), key=lambda one: ratios[one.name])
 
     def as_dict(self, rows: Sequence[Row] | None = None) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -96,7 +116,7 @@ class Tuning:
             "best": asdict(self.best(rows)),
             "candidates": [
                 {**asdict(one), "speedup": self.speedup(one), "measured": measured.get(one.name)}
-                for one in self.listed(rows)
+                for one in self.candidates
             ],
             "stops": dict(zip(self.profile.names, map(asdict, self.stops), strict=True)),
             "profile": asdict(self.profile),
@@ -119,6 +139,7 @@ def tune(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    acceptances: Sequence[Acceptance] = (),
     **arguments: Any,
 ) -> Tuning:
     """Measure the models and predict every schedule.
@@ -134,11 +155,15 @@ def tune(
         limit_s: seconds of writing after which no further prompt is begun, and half of which one
             may take; None is no limit.
         temperature, top_k, top_p, min_p: of the law, as in `sampling`.
+        acceptances: lossy rules to measure as well, each with every proposer.
         arguments: for `SpeculativeDecoder`: weights, ensemble, scope, plausibility.
     Raises:
-        ValueError: an argument is out of range, or too little was written to measure anything.
+        ValueError: an argument is out of range, or there was no room to time every model.
     """
     began = time.perf_counter()
+    rules = [check_lossy(one) for one in acceptances]
+    if rules and len(members) == 1 and not drafts:
+        raise ValueError("tune: acceptance: expected a draft or a second member to judge, got none")
     decoder = SpeculativeDecoder(
         members,
         schedule="hierarchy" if drafts else "plain",
@@ -151,20 +176,14 @@ def tune(
     options = sampling(
         max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    texts = []
-    for i, prompt in enumerate(prompts):
-        mask = torch.ones_like(prompt)
-        limit = None if limit_s is None else limit_s / 2
-        text = decoder.generate(
-            prompt, attention_mask=mask, seed=seed + i, max_time=limit, **options
-        )
-        texts.append((text, prompt.shape[1]))
-        if limit_s is not None and time.perf_counter() - began > limit_s:
-            break
+    writing: dict[str, Any] = {"seed": seed, "limit_s": limit_s, "options": options}
+    texts = _texts(decoder, prompts, **writing)
     if not sweep.complete:
         written = sum(text.shape[1] - begin for text, begin in texts)
-        raise ValueError(f"tune: prompts: expected more text to measure by, got {written} tokens")
-    agreement = _Agreement(len(decoder.members), most)
+        expected = "enough to time every model alone and in blocks"
+        raise ValueError(f"tune: max_new_tokens: expected {expected}, got {written} tokens in all")
+    texts = _up_to_ends(texts, sweep.ends)
+    agreement = _Agreement(len(decoder.members), decoder.num_ensemble, most)
     for text, begin in texts:
         _read(decoder, sweep, agreement, text, begin)
     profile = Profile(
@@ -174,18 +193,24 @@ def tune(
         draw=statistics.median(sweep.draws),
         verify=_medians(sweep.rest),
         kept=agreement.kept(),
+        found=tuple(_replayed(agreement.look_ups, gamma) for gamma in range(1, most + 1)),
+        look_up=statistics.median(agreement.looking),
     )
     components = temperature > 0 and decoder.ensemble == "mixture" and decoder.scope == "member"
-    found = candidates(profile, most=most, components=components)
+    best = candidates(profile, most=most, components=components)[0]
     stops = [
-        LearnedStop(
-            fit_stop(torch.cat(agreement.features[m]), torch.cat(agreement.chances[m])),
-            least_chance(profile, m, found[0].seconds),
-        )
+        LearnedStop(agreement.fitted(m), least_chance(profile, m, best.seconds))
         for m in range(len(decoder.members))
     ]
-    written = sum(text.shape[1] - begin for text, begin in texts)
-    return Tuning(profile, found, stops, written, time.perf_counter() - began)
+    lossy = [
+        _relaxation(decoder, sweep, rule, m, most, lambda: _texts(decoder, prompts, **writing))
+        for rule in rules
+        for m in agreement.proposers
+    ]
+    profile = replace(profile, stopped=agreement.stopped(stops), relaxed=tuple(lossy))
+    found = candidates(profile, most=most, components=components)
+    read = sum(text.shape[1] - begin for text, begin in texts)
+    return Tuning(profile, found, stops, read, time.perf_counter() - began)
 
 
 def decoder_of(
@@ -197,7 +222,11 @@ def decoder_of(
     **arguments: Any,
 ) -> SpeculativeDecoder:
     """The decoder that a candidate stands for; the arguments are those of `tune`."""
-    size, stop = len(members), candidate.arguments.get("stop")
+    size, mine = len(members), dict(candidate.arguments)
+    if "stop" in mine:
+        mine["stop"] = stop_of(mine["stop"])
+    if "acceptance" in mine:
+        mine["acceptance"] = Acceptance.parse(mine["acceptance"])
     if tokenizers is not None:
         tokenizers = [*tokenizers[:size], *(tokenizers[size + i] for i in candidate.drafts)]
     return SpeculativeDecoder(
@@ -205,9 +234,15 @@ def decoder_of(
         schedule=candidate.schedule,
         draft=[drafts[i] for i in candidate.drafts] or None,
         tokenizers=tokenizers,
-        **candidate.arguments | ({} if stop is None else {"stop": LearnedStop(**stop)}),
+        **mine,
         **arguments,
     )
+
+
+def stop_of(saved: Mapping[str, Any]) -> DraftStop:
+    """The stop that a candidate's argument stands for."""
+    parameters = dict(saved)
+    return STOPS[parameters.pop("kind")](**parameters)
 
 
 def check(
@@ -254,11 +289,54 @@ def _names(members: Sequence[Any]) -> tuple[str, ...]:
     return tuple(f"{name}:{i}" if names.count(name) > 1 else name for i, name in enumerate(names))
 
 
+def _texts(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[Tensor],
+    *,
+    seed: int,
+    limit_s: float | None,
+    options: Mapping[str, Any],
+) -> list[tuple[Tensor, int]]:
+    """(text, begin) of each prompt, until time is up; `options` as `SpeculativeDecoder.generate`'s.
+
+    text: (1, S) int64. begin: tokens of the prompt.
+    """
+    began = time.perf_counter()
+    limit = None if limit_s is None else limit_s / 2
+    texts = []
+    for i, prompt in enumerate(prompts):
+        mask = torch.ones_like(prompt)
+        text = decoder.generate(
+            prompt, attention_mask=mask, seed=seed + i, max_time=limit, **options
+        )
+        texts.append((text, prompt.shape[1]))
+        if limit_s is not None and time.perf_counter() - began > limit_s:
+            break
+    return texts
+
+
+def _up_to_ends(
+    texts: Sequence[tuple[Tensor, int]], ends: frozenset[int]
+) -> list[tuple[Tensor, int]]:
+    """(text, begin) without what was written beyond a text's end, if enough is left to read."""
+    cut = []
+    for text, begin in texts:
+        written = text[0, begin:].tolist()
+        size = next((at for at, token in enumerate(written, 1) if token in ends), len(written))
+        cut.append((text[:, : begin + size], begin))
+    left = sum(text.shape[1] - begin for text, begin in cut)
+    return cut if left >= _LEAST_READ else list(texts)
+
+
 def _medians(times: dict[int, list[float]]) -> Times:
-    """Of the sizes that were timed as often as was meant; more tokens never take less time."""
+    """Of the sizes that were timed as often as was meant; more tokens never take less time.
+
+    Where time was short, two sizes that were timed less often tell more than one.
+    """
     found: list[tuple[int, float]] = []
+    enough = min(_ENOUGH, *sorted(map(len, times.values()))[-2:])
     for count in sorted(times):
-        if len(times[count]) >= _ENOUGH:
+        if len(times[count]) >= enough:
             least = found[-1][1] if found else 0.0
             found.append((count, max(statistics.median(times[count]), least)))
     return tuple(found)
@@ -271,13 +349,16 @@ def _medians(times: dict[int, list[float]]) -> Times:
 class _Sweep:
     """A schedule that writes the ensemble's text and times what it does, one row at a time.
 
-    Each model is the proposer in turn, with each of `SIZES` less the token that verifies.
+    Each model is the proposer in turn, with each of `SIZES` less the token that verifies. No text
+    ends before its last token.
 
+    ends: tokens that would have ended it.
     forwards: model -> tokens -> seconds. draws: seconds.
     rest: drafts -> seconds of a turn without forwards and draws.
     """
 
     lookahead: int = max(SIZES)
+    ends: frozenset[int] = frozenset()
     forwards: dict[int, dict[int, list[float]]] = field(default_factory=dict)
     draws: list[float] = field(default_factory=list)
     rest: dict[int, list[float]] = field(default_factory=dict)
@@ -289,11 +370,9 @@ class _Sweep:
 
     @property
     def complete(self) -> bool:
-        """Whether there is a time for each model and for the loop."""
-        tables = [self.rest, *self.forwards.values()]
-        return bool(self.draws) and all(
-            any(len(times) >= _ENOUGH for times in one.values()) for one in tables
-        )
+        """Whether there are times of each model, of several sizes, and of the loop."""
+        blocks = all(len(times) > 1 for times in self.forwards.values())
+        return bool(self.draws) and bool(self.rest) and blocks
 
     def turn(self, run: Run) -> list[Verification]:
         """Propose with the next proposer, score with all models."""
@@ -302,9 +381,13 @@ class _Sweep:
             self.rest.setdefault(drafts, []).append(time.perf_counter() - began - known)
         began = time.perf_counter()
         self.law, self.member_laws = run.law, run.member_laws
+        self.ends |= run.stopper.eos
+        run.stopper.eos = frozenset()
         row, models = run.rows[0], range(len(run.members))
-        wanted = SIZES[self._turns % len(SIZES)] - 1
-        proposer = models[self._turns // len(SIZES) % len(models)]
+        # Every pair in turn, and soon several sizes of each model.
+        again, at = divmod(self._turns, len(SIZES))
+        wanted = SIZES[at] - 1
+        proposer = models[(again + at) % len(models)]
         drafts = min(wanted, run.room(row) - 1)
         known = 0.0
         for _ in range(drafts):
@@ -312,6 +395,8 @@ class _Sweep:
             spent, _log_probs = _timed(run, lambda: run.draw(proposer, run.rows))
             self.draws.append(spent)
             known += spent
+        if len(models) == 1:  # it has read its own drafts one by one, as nobody's look-up is read
+            run.members[0].rollback([row.length - 1])
         for model in models:
             known += self._feed(run, model)
         self._turns += 1
@@ -333,6 +418,23 @@ def _timed(run: Run, work: Callable[[], _T]) -> tuple[float, _T]:
     return time.perf_counter() - began, result
 
 
+@dataclass
+class _Endless:
+    """A schedule whose texts go on beyond their ends; ends: the tokens that would have been."""
+
+    schedule: Speculative
+    ends: frozenset[int] = frozenset()
+
+    @property
+    def lookahead(self) -> int:
+        return self.schedule.lookahead
+
+    def turn(self, run: Run) -> list[Verification]:
+        self.ends |= run.stopper.eos
+        run.stopper.eos = frozenset()
+        return self.schedule.turn(run)
+
+
 # --- acceptance -----------------------------------------------------------------------------------
 
 
@@ -341,20 +443,79 @@ class _Agreement:
 
     overlaps: overlaps[m][v]: per text, (T,) sums of min(p, q) of models m and v; the last v is the
         ensemble.
-    features, chances: per model, what `fit_stop` is fitted to.
+    drawn: per model and text, drafts at each position.
+    asking: per kind of stop, seconds to ask it about one.
+    look_ups: per text. looking: seconds of each.
     """
 
-    def __init__(self, num_models: int, most: int) -> None:
+    def __init__(self, num_models: int, num_members: int, most: int) -> None:
         self.overlaps: list[list[list[Tensor]]] = [
             [[] for _ in range(num_models + 1)] for _ in range(num_models)
         ]
-        self.features: list[list[Tensor]] = [[] for _ in range(num_models)]
-        self.chances: list[list[Tensor]] = [[] for _ in range(num_models)]
-        self._most = most
+        self.drawn: list[list[_Drawn]] = [[] for _ in range(num_models)]
+        self.asking: dict[str, list[float]] = {kind: [] for kind in STOPS}
+        self.look_ups: list[_LookUps] = []
+        self.looking: list[float] = []
+        self.most = most
+        # One member alone has nobody to propose to.
+        self.proposers = range(0 if num_members > 1 else 1, num_models)
 
     def kept(self) -> tuple[tuple[Kept, ...], ...]:
         """As in `Profile`."""
-        return tuple(tuple(_curve(texts, self._most) for texts in one) for one in self.overlaps)
+        return tuple(tuple(_curve(texts, self.most) for texts in one) for one in self.overlaps)
+
+    def fitted(self, model: int) -> tuple[float, float, float, float]:
+        """Coefficients of the model's `LearnedStop`."""
+        texts = self.drawn[model]
+        return fit_stop(
+            torch.cat([one.features.flatten(0, 1) for one in texts]),
+            torch.cat([one.chances.flatten() for one in texts]),
+        )
+
+    def stopped(self, learned: Sequence[LearnedStop]) -> tuple[Stopped, ...]:
+        """As in `Profile`: each kind of stop, of every model that may propose."""
+        found = []
+        for m in self.proposers:
+            texts = self.drawn[m]
+            for kind, ready in {**_READY, "learned": learned[m]}.items():
+                chances = [one.chances.mean(-1) for one in texts]
+                goes = [~one.asked(kind, ready) for one in texts]
+                both = [(one.chances * go).mean(-1) for one, go in zip(texts, goes, strict=True)]
+                going = [go.double().mean(-1) for go in goes]
+                kept, on = _stopped_curves(chances, both, going, self.most)
+                stop = {"kind": kind, **asdict(ready)}
+                asking = statistics.median(self.asking[kind])
+                found.append(Stopped(m, stop, on, kept, asking))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Drafts drawn from a model's law at each position of a text.
+
+    features: (T, D, 4), as in `stop_features`. chances: (T, D). That the ensemble keeps them.
+    stops: kind -> (T, D) bool. Whether a stop that is ready asks for an end after them.
+    """
+
+    features: Tensor
+    chances: Tensor
+    stops: dict[str, Tensor]
+
+    @staticmethod
+    def joined(parts: "Sequence[_Drawn]") -> "_Drawn":
+        return _Drawn(
+            torch.cat([one.features for one in parts]),
+            torch.cat([one.chances for one in parts]),
+            {kind: torch.cat([one.stops[kind] for one in parts]) for kind in parts[0].stops},
+        )
+
+    def asked(self, kind: str, stop: Any) -> Tensor:
+        """(T, D) bool: whether the stop asks for an end."""
+        if kind in self.stops:
+            return self.stops[kind]
+        expected = self.features @ torch.tensor(stop.coefficients, dtype=torch.float64)
+        asks: Tensor = torch.sigmoid(expected) < stop.least
+        return asks
 
 
 def _curve(texts: Sequence[Tensor], most: int) -> Kept:
@@ -366,32 +527,124 @@ def _curve(texts: Sequence[Tensor], most: int) -> Kept:
         texts: (T,) chances that a draft is kept at each position.
         most: tokens of the longest block.
     """
-    starts = [_starts(text.tolist(), max(most // 2, 1)) for text in texts]
-    kept: list[float] = []
+    starts = [_starts(text, text, max(most // 2, 1)) for text in texts]
+    return _averaged(texts, texts, starts, most)
+
+
+def _stopped_curves(
+    chances: Sequence[Tensor], both: Sequence[Tensor], going: Sequence[Tensor], most: int
+) -> tuple[Kept, Kept]:
+    """Of blocks that stop by themselves, `kept` and `going` as in `Stopped`.
+
+    Args:
+        chances: per text, (T,) chances that a draft is kept.
+        both: that it is kept and the proposer goes on. going: that the proposer goes on.
+        most: tokens of the longest block.
+    """
+    starts = [_starts(one, more, most) for one, more in zip(chances, both, strict=True)]
+    return _averaged(chances, both, starts, most), _averaged(going, going, starts, most)
+
+
+def _averaged(
+    last: Sequence[Tensor], before: Sequence[Tensor], starts: Sequence[Tensor], most: int
+) -> Kept:
+    """Means over blocks, weighted by where they begin, of the product of chances in a row.
+
+    last: per text, (T,) chances of the block's last place. before: of the places before it.
+    """
+    found: list[float] = []
     for count in range(1, most + 1):
         part = total = 0.0
-        for text, weights in zip(texts, starts, strict=True):
-            if len(text) >= count:
-                chances = text.unfold(0, count, 1).prod(-1)
+        for end, going, weights in zip(last, before, starts, strict=True):
+            if len(end) >= count:
+                reached = going.unfold(0, count, 1)[:, :-1].prod(-1)
+                chances = reached * end[count - 1 :]
                 part += float(chances @ weights[: len(chances)])
                 total += float(weights[: len(chances)].sum())
         # Ends of blocks that are as long as a text say nothing.
         if total == 0:
             break
-        kept.append(min(part / total, kept[-1] if kept else 1.0))
-    return tuple(kept)
+        found.append(min(part / total, found[-1] if found else 1.0))
+    return tuple(found)
 
 
-def _starts(kept: Sequence[float], size: int) -> Tensor:
-    """(T,) chances that a block of `size` drafts begins at each position, one at the first."""
-    begins = [1.0] + [0.0] * (len(kept) + size)
-    for start in range(len(kept)):
+def _starts(kept: Tensor, both: Tensor, size: int) -> Tensor:
+    """(T,) chances that a block of `size` drafts begins at each position, one at the first.
+
+    Args:
+        kept: (T,) chances that a draft is kept.
+        both: (T,) that it is kept, and another follows if the block has room.
+        size: drafts of a block at most.
+    """
+    chances, follows = kept.tolist(), both.tolist()
+    length = len(chances)
+    begins = [1.0] + [0.0] * (length + size)
+    for start in range(length):
         going = begins[start]
-        for place in range(start, min(start + size, len(kept))):
-            begins[place + 1] += going * (1 - kept[place])
-            going *= kept[place]
-        begins[start + size + 1 if start + size < len(begins) - 1 else -1] += going
-    return torch.tensor(begins[: len(kept)], dtype=torch.float64)
+        for place in range(start, min(start + size, length)):
+            begins[place + 1] += going * (1 - chances[place])
+            last = place == start + size - 1
+            # After a draft that is kept and is the last one, the ensemble adds a token.
+            begins[place + 2] += going * (chances[place] - (0.0 if last else follows[place]))
+            going *= follows[place]
+    return torch.tensor(begins[:length], dtype=torch.float64)
+
+
+# --- what is looked up ----------------------------------------------------------------------------
+
+
+class _LookUps:
+    """What `schedules.Lookup` would have proposed at each place of a text that was written.
+
+    What it proposes is kept if the ensemble's token is the same, so that the text tells how many:
+    of the first one that it does not tell, and of the last that it does, the law tells the chance.
+    """
+
+    def __init__(self, text: Sequence[int], begin: int, most: int) -> None:
+        self.seconds: list[float] = []
+        self._tokens = text[begin:]
+        self._found = [self._look_up(text[:at], most) for at in range(begin, len(text))]
+        # Per place, the chances of as many proposals as are known to follow the text, and one more.
+        self._chances: list[list[float]] = [[] for _ in self._found]
+
+    def _look_up(self, text: Sequence[int], most: int) -> list[int]:
+        began = time.perf_counter()
+        found = _continuation(text, Lookup(most).longest, most)
+        self.seconds.append(time.perf_counter() - began)
+        return found
+
+    def read(self, place: int, law: Tensor) -> None:
+        """Note what the ensemble's law (V,) at a place says; place by place."""
+        for start in range(max(place - max(map(len, self._found), default=0) + 1, 0), place + 1):
+            found, depth = self._found[start], place - start
+            if depth < len(found) and found[:depth] == self._tokens[start:place]:
+                self._chances[start].append(float(law[found[depth]]))
+
+    def turns(self, gamma: int) -> Iterator[tuple[int, float]]:
+        """(drafts, how many of them are expected to be kept) of each turn of this very text."""
+        place = 0
+        while place < len(self._tokens):
+            drafts = self._found[place][:gamma]
+            if place + len(drafts) > len(self._tokens):
+                return  # what the text does not tell
+            yield len(drafts), sum(self._chances[place][:gamma])
+            same = 0
+            while same < len(drafts) and drafts[same] == self._tokens[place + same]:
+                same += 1
+            place += same + 1
+
+
+def _replayed(texts: Sequence[_LookUps], gamma: int) -> Found:
+    """What looking up at most gamma tokens would have found."""
+    turns: dict[int, list[float]] = {}
+    for text in texts:
+        for drafts, kept in text.turns(gamma):
+            turns.setdefault(drafts, []).append(kept)
+    count = sum(map(len, turns.values()))
+    return tuple((n, len(kept) / count, sum(kept) / len(kept)) for n, kept in sorted(turns.items()))
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def _read(
@@ -400,33 +653,84 @@ def _read(
     """Let every model read a text (1, S) and compare their laws from the token at `begin` on."""
     assert sweep.law is not None
     law, size = sweep.law, decoder.num_ensemble
+    greedy = bool(law.temperature == 0)
     length = text.shape[1] - 1  # the last token leads to no law
-    parts: dict[tuple[int, int], list[Tensor]] = {}
+    overlaps: dict[tuple[int, int], list[Tensor]] = {}
+    drawn: list[list[_Drawn]] = [[] for _ in decoder.members]
+    looked = _LookUps(text[0].tolist(), begin, agreement.most)
+    place = 0
     try:
         for logits in _chunks(decoder.members, text[:, :length], begin - 1):
-            laws = [_law([one], own) for one, own in zip(logits, sweep.member_laws, strict=True)]
-            laws.append(_law(logits[:size], law))
+            bare = [_law([one], own) for one, own in zip(logits, sweep.member_laws, strict=True)]
+            bare.append(_law(logits[:size], law))
+            laws = [_collapsed(one) for one in bare] if greedy else bare
             for m in range(len(logits)):
                 for v, other in enumerate(laws):
                     overlap = torch.minimum(laws[m], other).sum(-1).clamp(max=1)
-                    parts.setdefault((m, v), []).append(overlap.double().cpu())
-                features, chances = _drafts(logits[m][0], laws[m], laws[-1])
-                agreement.features[m].append(features)
-                agreement.chances[m].append(chances)
+                    overlaps.setdefault((m, v), []).append(overlap.double().cpu())
+                columns = logits[m][0, :, : laws[m].shape[-1]]
+                drawn[m].append(_drafts(columns, laws[m], laws[-1], greedy))
+            for kind, seconds in _asking(logits[0][0, :1, : laws[0].shape[-1]]).items():
+                agreement.asking[kind].append(seconds)
+            for row in laws[-1].cpu():
+                looked.read(place, row)
+                place += 1
     finally:
         for one in decoder.members:
             one.release()
-    for (m, v), overlaps in parts.items():
-        agreement.overlaps[m][v].append(torch.cat(overlaps))
+    for (m, v), pieces in overlaps.items():
+        agreement.overlaps[m][v].append(torch.cat(pieces))
+    for m, chunks in enumerate(drawn):
+        agreement.drawn[m].append(_Drawn.joined(chunks))
+    agreement.look_ups.append(looked)
+    agreement.looking += looked.seconds
+
+
+def _relaxation(
+    decoder: SpeculativeDecoder,
+    sweep: _Sweep,
+    rule: Acceptance,
+    proposer: int,
+    most: int,
+    write: Callable[[], list[tuple[Tensor, int]]],
+) -> Relaxed:
+    """What a lossy rule keeps of a proposer's drafts, in texts that the two of them write.
+
+    Where the text is another one, so is what is kept: the exact text would not tell.
+    """
+    assert sweep.law is not None
+    law, size = sweep.law, decoder.num_ensemble
+    schedule = _Endless(Speculative(proposer, _PROPOSED))
+    decoder.schedule, decoder.acceptances = schedule, [rule]
+    models = [*decoder.members[:size], decoder.members[proposer]]
+    # A member that proposes reads once.
+    models = models[:size] if proposer < size else models
+    chances, distances = [], []
+    for text, begin in _up_to_ends(write(), schedule.ends):
+        found = []
+        try:
+            for logits in _chunks(models, text[:, :-1], begin - 1):
+                draft = _law([logits[min(proposer, size)]], sweep.member_laws[proposer])
+                target = _law(logits[:size], law)
+                found.append(relaxed(rule, target, draft, greedy=bool(law.temperature == 0)))
+        finally:
+            for one in decoder.members:
+                one.release()
+        kept, far = (torch.cat(parts) for parts in zip(*found, strict=True))
+        chances.append(kept)
+        distances.append(far)
+    mean = float(torch.cat(distances).mean())
+    return Relaxed(proposer, written(rule), rule.rule.law, _curve(chances, most), mean)
 
 
 def _law(logits: Sequence[Tensor], law: Law) -> Tensor:
-    """(T, V) probabilities of the next tokens; greedily, all on one."""
-    log_probs = mix(logits, law)[0][0]
-    if law.temperature == 0:
-        best = log_probs.argmax(-1)
-        return torch.nn.functional.one_hot(best, log_probs.shape[-1]).to(log_probs)
-    return log_probs.exp()
+    """(T, V) probabilities of the next tokens; bare at temperature 0."""
+    return mix(logits, law)[0][0].exp()
+
+
+def _collapsed(law: Tensor) -> Tensor:
+    """(T, V): all on the most probable token."""
+    return torch.nn.functional.one_hot(law.argmax(-1), law.shape[-1]).to(law)
 
 
 def _chunks(members: Sequence[Any], text: Tensor, skip: int) -> Iterator[list[Tensor]]:
@@ -442,21 +746,36 @@ def _chunks(members: Sequence[Any], text: Tensor, skip: int) -> Iterator[list[Te
         yield [one.forward(tokens, [count]).to(text.device) for one in members]
 
 
-def _drafts(logits: Tensor, law: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Drafts from a law, as `LearnedStop` sees them, and the chances that they are kept.
+def _drafts(logits: Tensor, law: Tensor, target: Tensor, greedy: bool) -> _Drawn:
+    """Drafts from a law, as stops see them, and the chances that they are kept.
 
     Args:
-        logits: (T, V) of the model. law: (T, V) of the model. target: (T, V) of the ensemble.
-    Returns:
-        (T * _DRAWS, 4) features, (T * _DRAWS,) chances.
+        logits: (T, V) of the model, bare. law: (T, V) of the model. target: (T, V) of the ensemble.
+        greedy: whether stops are told of the bare law, as the loop does at temperature 0.
     """
     dice = torch.Generator(law.device).manual_seed(0)
-    drawn = torch.multinomial(law, _DRAWS, replacement=True, generator=dice)  # (T, _DRAWS)
+    drawn = torch.multinomial(law, _DRAWS, replacement=True, generator=dice)  # (T, D)
     proposed, wanted = (one.gather(-1, drawn) for one in (law, target))
-    bare = logits[:, : law.shape[-1]]
-    features = [stop_features(one[:, None], bare) for one in proposed.log().unbind(-1)]
-    chances = (wanted / proposed).clamp(max=1)
-    return torch.cat(features).double(), chances.T.flatten().double().cpu()
+    said = logits.float().log_softmax(-1).gather(-1, drawn) if greedy else proposed.log()
+    columns = [one[:, None] for one in said.unbind(-1)]
+    features = torch.stack([stop_features(one, logits) for one in columns], 1)
+    stops = {
+        kind: torch.tensor([stop.asks(one, logits) for one in columns]).T
+        for kind, stop in _READY.items()
+    }
+    return _Drawn(features.double(), (wanted / proposed).clamp(max=1).double().cpu(), stops)
+
+
+def _asking(logits: Tensor) -> dict[str, float]:
+    """Kind of stop -> seconds to ask it about one draft, from the logits (1, V) it came from."""
+    said = logits.new_zeros(1, 1).float()
+    stops: dict[str, DraftStop] = {**_READY, "learned": LearnedStop((0.0, 0.0, 0.0, 0.0))}
+    found = {}
+    for kind, stop in stops.items():
+        began = time.perf_counter()
+        stop.asks(said, logits)
+        found[kind] = time.perf_counter() - began
+    return found
 
 
 def fit_stop(features: Tensor, chances: Tensor) -> tuple[float, float, float, float]:

@@ -32,6 +32,7 @@ class Method:
     source: who published it.
     options: arguments of `SpeculativeDecoder`.
     models: of the family that ships, the ensemble's. drafts: the drafts, the smallest first.
+    deep: whether it takes any number of drafts, one at least.
     joins: whether the draft is a member of the ensemble, its first.
     samples: whether it cannot decode greedily.
     prepare: (models, drafts) -> drafts, where drafts are made of the models.
@@ -45,6 +46,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     models: tuple[str, ...] = ("code",)
     drafts: tuple[str, ...] = ("draft",)
+    deep: bool = False
     joins: bool = False
     samples: bool = False
     prepare: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]] | None = None
@@ -221,12 +223,13 @@ _METHODS = (
     Method(
         "hierarchy",
         "ensemble",
-        "two drafts and a target",
+        "drafts of rising size, one or more, and a target",
         "a mid-sized model between draft and target",
         "HSD, arXiv:2510.19705",
-        _hierarchy(Acceptance(), Acceptance()),
+        {"schedule": "hierarchy"},
         models=_MEMBERS,
         drafts=("draft", "code"),
+        deep=True,
     ),
     # --- relaxed: faster than the target allows ---
     Method(
@@ -330,20 +333,18 @@ def build(
         ValueError: the models do not fit the method, or an argument is out of range.
     """
     wanted = len(method.drafts)
-    if len(drafts) < wanted or (wanted < 2 and len(drafts) > wanted):
+    if not drafts if method.deep else len(drafts) != wanted:
+        expected = "one or more" if method.deep else f"{wanted}"
         raise ValueError(
-            f"method: drafts: expected {wanted} for {method.name!r}, got {len(drafts)}"
+            f"method: drafts: expected {expected} for {method.name!r}, got {len(drafts)}"
         )
     if method.prepare is not None:
         drafts = method.prepare(models, drafts)
         if tokenizers is not None:  # those made of the target come last
             tokenizers = [*tokenizers, tokenizers[0]]
     options = {**method.options, **overrides}
-    if isinstance(options.get("acceptance"), tuple) and len(options["acceptance"]) != len(drafts):
-        raise ValueError(
-            f"method: drafts: expected {len(options['acceptance'])} for {method.name!r}, "
-            f"got {len(drafts)}"
-        )
+    if method.deep:
+        options.setdefault("num_speculative_tokens", [3 + 2 * i for i in range(len(drafts))])
     if method.joins:
         if len(models) != 1:
             raise ValueError(

@@ -108,8 +108,36 @@ def progress(label: str, count: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
+def device_named(command: str, name: str) -> str:
+    """The device to put models on; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or has none here, or it computes nothing ("meta").
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # Only a number that comes back shows that there is such a device.
+        torch.zeros(1, device=torch.device(name)).item()
+    # Torch raises an AssertionError or ImportError for devices that it was built without.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{command}: --device: expected auto, or a device that torch has here, such as cpu or "
+            f"cuda:0, got {name!r} ({why})"
+        ) from error
+    return name
+
+
 def load(
-    command: str, names: Sequence[str], *, dtype: str = "auto", trust_remote_code: bool = False
+    command: str,
+    names: Sequence[str],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> tuple[list[Any], list[Any]]:
     """Models and their tokenizers, from safetensors only. A name that comes twice is loaded once.
 
@@ -117,21 +145,23 @@ def load(
         command: for messages.
         names: folders, hub names, or "family:code" and the like for what ships with the package.
         dtype: one of `DTYPES`. "auto" is the checkpoint's own, and float32 for the family.
+        device: where the models go, as in `device_named`.
         trust_remote_code: run code that comes with a model.
     Raises:
-        ValueError: an unknown dtype, or a model that cannot be loaded.
+        ValueError: an unknown dtype or device, or a model that cannot be loaded.
     """
     if dtype not in DTYPES:
         raise ValueError(
             f"{command}: --dtype: unknown name {dtype!r}; known names: {', '.join(DTYPES)}"
         )
+    where = device_named(command, device)
     for name in names:
         _check_path(command, name)
     found: dict[str, tuple[Any, Any]] = {}
     with progress("loading models", len(names)) as step:
         for name in names:
             if name not in found:
-                found[name] = _load(command, name, dtype, trust_remote_code)
+                found[name] = _load(command, name, dtype, where, trust_remote_code)
             step()
     return [found[name][0] for name in names], [found[name][1] for name in names]
 
@@ -142,7 +172,9 @@ def _check_path(command: str, name: str) -> None:
         raise ValueError(f"{command}: --model: expected a folder or a hub name, got {name!r}")
 
 
-def _load(command: str, name: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def _load(
+    command: str, name: str, dtype: str, device: str, trust_remote_code: bool
+) -> tuple[Any, Any]:
     import torch
     from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
@@ -174,11 +206,13 @@ def _load(command: str, name: str, dtype: str, trust_remote_code: bool) -> tuple
             f"{command}: --model: expected a causal LM with tokenizer and safetensors, "
             f"got {name!r} ({why})"
         ) from error
-    return model.eval(), tokenizer
+    return model.eval().to(device), tokenizer
 
 
-def encode(command: str, tokenizer: Any, prompt: str, *, chat: bool = False) -> Any:
-    """(1, S) int64: the prompt's tokens, as a turn of the user's if `chat`.
+def encode(
+    command: str, tokenizer: Any, prompt: str, *, chat: bool = False, device: Any = "cpu"
+) -> Any:
+    """(1, S) int64 on the device: the prompt's tokens, as a turn of the user's if `chat`.
 
     Raises:
         ValueError: there is no chat template, or the prompt has no tokens.
@@ -198,7 +232,7 @@ def encode(command: str, tokenizer: Any, prompt: str, *, chat: bool = False) -> 
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise ValueError(f"{command}: prompt: expected at least one token, got none")
-    return ids
+    return ids.to(device)
 
 
 class TextStream:
@@ -346,16 +380,15 @@ def tuning_table(tuning: "Tuning", rows: "Sequence[Row] | None" = None) -> Table
     measured = {row.name: row for row in rows or ()}
     best = tuning.best(rows).name
     table = Table(title="Predicted, the fastest first", title_justify="left")
-    table.add_column("")
-    table.add_column("schedule", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    longest = max(len(word) for one in tuning.candidates for word in one.name.split())
+    table.add_column("schedule", overflow="fold", min_width=longest)
     columns = ["ms/token", "vs plain"]
     columns += ["measured ms/token", "measured vs plain"] if rows else []
     for name in columns:
-        table.add_column(name, justify="right")
-    for one in tuning.listed(rows):
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    for one in tuning.candidates:
         cells = [f"{one.seconds * 1e3:.2f}", f"{tuning.speedup(one):.2f}x"]
-        if one.seconds != one.seconds:
-            cells = ["", ""]
         if rows:
             row = measured.get(one.name)
             cells += (
@@ -363,6 +396,17 @@ def tuning_table(tuning: "Tuning", rows: "Sequence[Row] | None" = None) -> Table
             )
         table.add_row("best" if one.name == best else "", one.name, *cells)
     return table
+
+
+def lossy_notes(tuning: "Tuning") -> list[str]:
+    """What the text of each lossy candidate is instead of what was asked for."""
+    lossy = [one for one in tuning.candidates if not one.lossless]
+    notes = [
+        f"{one.arguments['acceptance']}: lossy. The text's law is {one.law}; {one.divergence:.3f} "
+        "is the mean total variation from the law asked for, at a draft's place."
+        for one in lossy
+    ]
+    return [*notes, "Lossy rules are never called the best."] if lossy else []
 
 
 def probe_table(probe: "Probe") -> Table:

@@ -2,9 +2,9 @@
 """Which schedule is the fastest: time per token predicted from forward times and acceptance.
 
 Pure functions of a `Profile`, which `measuring.py` measures: nothing here runs a model. They hold
-for one sequence, lossless rules and a text that does not end, and take it that whether a draft is
-kept depends on nothing but its place in its block. To add a schedule, add a function of its time
-per token and its row to `candidates`.
+for one sequence and a text that does not end, and take it that whether a draft is
+kept, and whether its proposer stops, depends on nothing but its place in its block. To add a
+schedule, add a function of its time per token and its row to `candidates`.
 """
 
 import itertools
@@ -17,6 +17,8 @@ Times = tuple[tuple[int, float], ...]
 # Chances that the first 1, 2, ... drafts of a block are all kept; beyond, the last ratio goes on,
 # so that a single number is the chance of each.
 Kept = tuple[float, ...]
+# Of a look-up: drafts, the share of turns that have so many, and how many of them are kept.
+Found = tuple[tuple[int, float, float], ...]
 # How many tokens are handed up -> with what chance.
 _Counts = dict[int, float]
 # Drafts, their numbers of tokens, what they hand up, and its time.
@@ -25,6 +27,39 @@ _Path = tuple[tuple[int, ...], tuple[int, ...], _Counts, float]
 _MOST_AHEAD = 8
 # As many models whose orders, or whose numbers of tokens, are all tried.
 _FEW = 3
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A proposer that stops by itself.
+
+    model: who proposes. stop: "kind", a name of `measuring.STOPS`, and its parameters.
+    going: chances that a second, third, ... draft is proposed at all.
+    kept: chances that the first 1, 2, ... drafts are proposed and kept.
+    asking: seconds to ask it after a draft.
+    """
+
+    model: int
+    stop: dict[str, Any]
+    going: Kept
+    kept: Kept
+    asking: float = 0.0
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """A proposer whose drafts are judged by a lossy rule.
+
+    model: who proposes. acceptance: the rule as it is written on a command line.
+    law: of the text, in words. kept: as in `Profile`, of this rule.
+    divergence: mean total variation between what stands at a draft's place and the law asked for.
+    """
+
+    model: int
+    acceptance: str
+    law: str
+    kept: Kept
+    divergence: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +72,10 @@ class Profile:
     draw: seconds to draw one token from a model's law.
     verify: seconds of a turn without forwards and draws, for 0, 1, ... drafts.
     kept: kept[m][v]: of model m's drafts, when model v verifies them; the last v is the ensemble.
+    found: what is looked up in the text, for at most 1, 2, ... drafts.
+    look_up: seconds of a look-up.
+    stopped: what is known of proposers that stop by themselves.
+    relaxed: of lossy rules, those that were asked for.
     """
 
     names: tuple[str, ...]
@@ -45,6 +84,10 @@ class Profile:
     draw: float
     verify: Times
     kept: tuple[tuple[Kept, ...], ...]
+    found: tuple[Found, ...] = ()
+    look_up: float = 0.0
+    stopped: tuple[Stopped, ...] = ()
+    relaxed: tuple[Relaxed, ...] = ()
 
     @property
     def members(self) -> range:
@@ -76,6 +119,8 @@ class Candidate:
     name: for tables. schedule, arguments: for `SpeculativeDecoder`.
     drafts: which of the models outside the ensemble take part, counted from 0.
     seconds: predicted, per token.
+    law: of the text: "target" where it is what was asked for, else what it is instead.
+    divergence: from the law asked for, at the place of a draft; as in `Relaxed`.
     """
 
     name: str
@@ -83,6 +128,13 @@ class Candidate:
     arguments: dict[str, Any]
     drafts: tuple[int, ...]
     seconds: float
+    law: str = "target"
+    divergence: float = 0.0
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the text has exactly the law that was asked for."""
+        return self.law == "target"
 
 
 def at(times: Times, count: float) -> float:
@@ -198,6 +250,38 @@ def speculative(profile: Profile, proposer: int, gamma: int) -> float:
     return _verified(profile, proposer, *handed)
 
 
+def relaxing(profile: Profile, one: Relaxed, gamma: int) -> float:
+    """As `speculative`, with a lossy rule."""
+    handed = _proposed(profile, one.model, gamma)
+    return _verified(profile, one.model, *handed, kept=one.kept)
+
+
+def stopping(profile: Profile, one: Stopped, gamma: int) -> float:
+    """One model proposes until it stops, gamma tokens at most; `schedules.Speculative` with a stop.
+
+    What it would have gone on with is not counted as refused: its last draft is verified as well.
+    """
+    seconds, tokens = 0.0, 1.0
+    for place in range(1, gamma + 1):
+        reached = survival(one.going, place - 1)
+        more = survival(one.going, place) if place < gamma else 0.0
+        seconds += reached * profile.proposal(one.model)
+        # Nobody asks after the last one.
+        seconds += reached * one.asking if place < gamma else 0.0
+        seconds += (reached - more) * _scored(profile, one.model, place)
+        tokens += survival(one.kept, place)
+    return seconds / tokens
+
+
+def lookup(profile: Profile, gamma: int) -> float:
+    """What followed the last tokens before is verified, where they have occurred before."""
+    seconds, tokens = profile.look_up, 1.0
+    for drafts, share, kept in profile.found[gamma - 1]:
+        seconds += share * _scored(profile, None, drafts)
+        tokens += share * kept
+    return seconds / tokens
+
+
 def hierarchy(profile: Profile, drafts: Sequence[int], gammas: Sequence[int]) -> float:
     """Each draft verifies the one before it, the ensemble the last; `schedules.Hierarchy`.
 
@@ -239,18 +323,23 @@ def _filled(
     return {n: chance for n, chance in ever.items() if n >= gamma}, rounds * seconds
 
 
-def _verified(profile: Profile, proposer: int, counts: _Counts, seconds: float) -> float:
+def _verified(
+    profile: Profile, proposer: int, counts: _Counts, seconds: float, kept: Kept | None = None
+) -> float:
     """Seconds per token where the ensemble verifies what it is handed and adds a token."""
-    kept = profile.kept[proposer][-1]
+    kept = profile.kept[proposer][-1] if kept is None else kept
     tokens = 0.0
     for handed, chance in counts.items():
-        # A member that proposes has read all but its last draft.
-        forwards = sum(
-            profile.forward(m, 1 if m == proposer else handed + 1) for m in profile.members
-        )
-        seconds += chance * (forwards + profile.check(handed))
+        seconds += chance * _scored(profile, proposer, handed)
         tokens += chance * _expected(kept, handed)
     return seconds / tokens
+
+
+def _scored(profile: Profile, proposer: int | None, drafts: int) -> float:
+    """Seconds for the ensemble to read and verify so many drafts."""
+    # A member that proposes has read all but its last draft.
+    forwards = sum(profile.forward(m, 1 if m == proposer else drafts + 1) for m in profile.members)
+    return forwards + profile.check(drafts)
 
 
 def alternating(profile: Profile, order: Sequence[int], gammas: Sequence[int]) -> float:
@@ -290,6 +379,8 @@ def alternating(profile: Profile, order: Sequence[int], gammas: Sequence[int]) -
 def candidates(profile: Profile, *, most: int = 8, components: bool = True) -> list[Candidate]:
     """The best of each kind, the fastest first: of each proposer, and of each chain of drafts.
 
+    All are lossless but those with a rule of `profile.relaxed`.
+
     Numbers of tokens are tried one by one for few models, else some of them.
 
     Args:
@@ -301,6 +392,9 @@ def candidates(profile: Profile, *, most: int = 8, components: bool = True) -> l
     found += _alternations(profile, most)
     found += _proposers(profile, most)
     found += _chains(profile, most)
+    found += _lookups(profile)
+    found += _stops(profile, most)
+    found += _relaxations(profile, most)
     if components and len(profile.weights) > 1:
         found.append(Candidate("component", "component", {}, (), component(profile)))
         found += _lookaheads(profile)
@@ -387,6 +481,50 @@ def _lookaheads(profile: Profile) -> list[Candidate]:
         arguments = {"proposer": proposer, "ahead": ahead}
         found.append(Candidate(name, "lookahead", arguments, (), seconds))
     return found
+
+
+def _lookups(profile: Profile) -> list[Candidate]:
+    if not profile.found:
+        return []
+    seconds, gamma = min((lookup(profile, g), g) for g in range(1, len(profile.found) + 1))
+    arguments = {"num_speculative_tokens": gamma}
+    return [Candidate(f"lookup {gamma}", "lookup", arguments, (), seconds)]
+
+
+def _relaxations(profile: Profile, most: int) -> list[Candidate]:
+    """For each rule, whose drafts it is best for."""
+    best: dict[str, Candidate] = {}
+    for one in profile.relaxed:
+        seconds, gamma = min((relaxing(profile, one, g), g) for g in range(1, most + 1))
+        arguments = {"num_speculative_tokens": gamma, "acceptance": one.acceptance}
+        mine, drafts = _proposer(profile, one.model)
+        name = f"speculative {profile.names[one.model]} {gamma} {one.acceptance}"
+        found = Candidate(
+            name, "speculative", arguments | mine, drafts, seconds, one.law, one.divergence
+        )
+        earlier = best.get(one.acceptance, found)
+        best[one.acceptance] = min(earlier, found, key=lambda each: each.seconds)
+    return list(best.values())
+
+
+def _proposer(profile: Profile, model: int) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Arguments and drafts by which a candidate says who proposes."""
+    separate = model - len(profile.weights)
+    return ({"proposer": model}, ()) if separate < 0 else ({}, (separate,))
+
+
+def _stops(profile: Profile, most: int) -> list[Candidate]:
+    """For each kind of stop, whose drafts it had better end."""
+    best: dict[str, Candidate] = {}
+    for one in profile.stopped:
+        seconds, gamma = min((stopping(profile, one, g), g) for g in range(2, max(most, 2) + 1))
+        arguments: dict[str, Any] = {"num_speculative_tokens": gamma, "stop": one.stop}
+        mine, drafts = _proposer(profile, one.model)
+        kind = one.stop["kind"]
+        name = f"speculative {profile.names[one.model]} {gamma} {kind} stop"
+        found = Candidate(name, "speculative", arguments | mine, drafts, seconds)
+        best[kind] = min(best.get(kind, found), found, key=lambda each: each.seconds)
+    return list(best.values())
 
 
 def _some(most: int) -> list[int]:

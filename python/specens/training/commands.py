@@ -52,6 +52,10 @@ _Seed = Annotated[int, typer.Option(min=0, max=2**31, help="Same seed, same resu
 _Dtype = Annotated[
     str, typer.Option(help="Of the frozen models: auto, float32, bfloat16, float16.")
 ]
+_Device = Annotated[
+    str,
+    typer.Option(help="auto (a GPU if torch has one, else the CPU), or as torch has it: cuda:1."),
+]
 _Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. None is 1 for the family, else torch's.")
 ]
@@ -113,6 +117,7 @@ def diversed(
     seed: _Seed = 0,
     resume: _Resume = False,
     dtype: _Dtype = "auto",
+    device: _Device = "auto",
     threads: _Threads = None,
     trust_remote_code: _Trust = False,
     as_json: _Json = False,
@@ -150,7 +155,7 @@ def diversed(
         examples, held_out = _read("train", data, evaluation)
     judge = reward_for(reward, examples, allow_code_execution=allow_code_execution)
     reward_for(reward, held_out, allow_code_execution=allow_code_execution)
-    models, tokenizers = _load([draft, target], dtype, trust_remote_code, threads)
+    models, tokenizers = _load([draft, target], dtype, device, trust_remote_code, threads)
     pair = _pair(models, tokenizers, [draft, target])
     folder = _folder(out)
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -232,6 +237,7 @@ def draft(
     seed: _Seed = 0,
     resume: _Resume = False,
     dtype: _Dtype = "auto",
+    device: _Device = "auto",
     threads: _Threads = None,
     trust_remote_code: _Trust = False,
     as_json: _Json = False,
@@ -277,8 +283,9 @@ def draft(
         )
     frozen = [*targets, *([] if reference is None else [reference])]
     names = [draft, *frozen]
-    (student,), (tokenizer,) = _load([draft], "float32", trust_remote_code, threads, among=names)
-    models, tokenizers = _load(frozen, dtype, trust_remote_code, threads, among=names)
+    rest: Any = (device, trust_remote_code, threads)
+    (student,), (tokenizer,) = _load([draft], "float32", *rest, among=names)
+    models, tokenizers = _load(frozen, dtype, *rest, among=names)
     vocab_size = shared_vocabulary([student, *models], [tokenizer, *tokenizers])
     student.requires_grad_(True)
     law = distil.Targets(models[: len(targets)], settings, vocab_size)
@@ -356,6 +363,7 @@ def _read(command: str, data: Path, evaluation: Path | None) -> tuple[list[Any],
 def _load(
     names: list[str],
     dtype: str,
+    device: str,
     trust_remote_code: bool,
     threads: int | None,
     *,
@@ -371,7 +379,7 @@ def _load(
     if threads is not None:
         torch.set_num_threads(threads)
     models, tokenizers = terminal.load(
-        "train", names, dtype=dtype, trust_remote_code=trust_remote_code
+        "train", names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     for model in models:
         model.requires_grad_(False)
