@@ -221,6 +221,15 @@ _METHODS = (
         drafts=("draft", "prose"),
     ),
     Method(
+        "companion_token",
+        "target",
+        "a draft, a companion of its size, and a target; no filters",
+        "as companion, where tokens of one law differ in what the companion thinks of them",
+        "Speculative verification, arXiv:2509.24328, made exact",
+        {"schedule": "companion", "cut": "token"},
+        drafts=("draft", "prose"),
+    ),
+    Method(
         "hierarchy",
         "ensemble",
         "drafts of rising size, one or more, and a target",
