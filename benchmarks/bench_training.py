@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What do `specens train diversed` and `specens train draft` reach on the shipped family?
 
-Each runs once, as a user would run it, with no option but its folder. What it measured on held-out
-text is saved with where it ran, beside its curves: results/train_diversed.* and train_draft.*.
+Each runs once, as a user would run it, with no option but its folder; the draft again by AdaSPEC's
+selection of tokens, the draft just distilled being the reference, and by online updates. What was
+measured on held-out text is saved with where it ran, beside the curves of the runs without options:
+results/train_diversed.* and train_draft.*.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -22,11 +25,25 @@ QUICK = {
 }
 
 
+# Ways to train a draft: what they are called, and their options; {first} is the first one's folder.
+DRAFTS = {
+    "draft": (),
+    "select": ("--select=0.4", "--reference={first}"),
+    "online": ("--online",),
+}
+
+
 def train(command: str, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """Run one command; what it found."""
     words = [sys.executable, "-m", "specens.cli", "train", command, "--out", str(folder)]
     subprocess.run([*words, *options], check=True)
+    return found(folder)
+
+
+def found(folder: Path) -> dict[str, Any]:
+    """What was measured there, without this machine's folders."""
     result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    result["models"] = [Path(model).name for model in result["models"]]
     return result
 
 
@@ -51,12 +68,22 @@ def head_table(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def draft_table(result: Mapping[str, Any]) -> dict[str, Any]:
+def draft_table(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Acceptance before and after, for the README."""
+    rows = [
+        [
+            " ".join(("specens train draft", *DRAFTS[name])).format(first="FIRST"),
+            shown(result["acceptance_before"]),
+            shown(result["acceptance_after"]),
+            f"{result['last_steps']['trained_tokens']:.0f}",
+            f"{result['training_cpu_seconds']:.0f}",
+        ]
+        for name, result in results.items()
+    ]
     return {
         "caption": "acceptance of drafts by the target on held-out modules, mean ± standard error",
-        "columns": ["", "before", "after"],
-        "rows": [["draft", shown(result["acceptance_before"]), shown(result["acceptance_after"])]],
+        "columns": ["", "before", "after", "tokens a step", "CPU s"],
+        "rows": rows,
     }
 
 
@@ -83,17 +110,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in commands:
         given = (f"--threads={options.threads[0]}", *(QUICK[command] if options.quick else ()))
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            result = train(command, folder, given)
-            table = (head_table if command == "diversed" else draft_table)(result)
-            print(harness.table(table["columns"], table["rows"]))
-            title = f"train_{command}"
-            harness.finish(title, options, [result], {title: table}, headline(result))
+            first = Path(name, command)
+            results = {command: train(command, first, given)}
+            for variant in () if command == "diversed" else [*DRAFTS][1:]:
+                asked = [option.format(first=first) for option in DRAFTS[variant]]
+                results[variant] = train(command, Path(name, variant), (*given, *asked))
+            finish(command, options, results)
             for suffix in ("csv", "png"):
-                curves = folder / f"curves.{suffix}"
+                curves = first / f"curves.{suffix}"
                 if options.save and curves.exists():
-                    shutil.copy(curves, harness.RESULTS / f"{title}.{suffix}")
+                    shutil.copy(curves, harness.RESULTS / f"train_{command}.{suffix}")
     return 0
+
+
+def summary(
+    command: str, results: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The table and the headline of a command's runs, the one without options first."""
+    first = results[command]
+    table = head_table(first) if command == "diversed" else draft_table(results)
+    numbers = headline(first)
+    for variant, result in results.items():
+        if variant != command:
+            numbers[f"acceptance_after_{variant}"] = round(result["acceptance_after"]["mean"], 4)
+    return table, numbers
+
+
+def finish(
+    command: str, options: argparse.Namespace, results: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Print the table and the headline; save them if asked to."""
+    table, numbers = summary(command, results)
+    print(harness.table(table["columns"], table["rows"]))
+    title = f"train_{command}"
+    harness.finish(title, options, list(results.values()), {title: table}, numbers)
 
 
 if __name__ == "__main__":
