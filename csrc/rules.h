@@ -401,7 +401,8 @@ struct Mentored : Rule {
     Judgement judgement = Rejection::judge(at);
     // As a is at most 1, what the target likes no less is kept whatever a is.
     const bool kept = at.p >= at.q && at.q > 0.0;
-    if (divergence == 0.0 || kept || !(at.highest(Side::kDraft) > 0.0)) return judgement;
+    if (divergence == 0.0 || kept) return judgement;
+    const bool empty = !(at.highest(Side::kDraft) > 0.0);
     MentorSearch search{divergence};
     for (int sweep = 0; sweep < MentorSearch::kMostSweeps && !search.found; ++sweep) {
       const Sums sums = at.sums(search.clipped());
@@ -410,6 +411,7 @@ struct Mentored : Rule {
         judgement.scale = 0.0;
         return judgement;
       }
+      if (empty) return judgement;
       search.step(sums);
     }
     // Where q is between p / b and p / a, nothing is left, and all is kept.

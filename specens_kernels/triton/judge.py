@@ -236,7 +236,7 @@ def judgement(law, proposal, work, verdict, laws, row, b, t, proposer, token, gr
         p, q, best, draft_best, bound, found, memory, verdict.parameters
     )
     if verdict.rule.mentors and verdict.parameters[0] > 0:
-        if draft_best > 0:
+        if (draft_best > 0) | (found <= rules.number(verdict.parameters[0])):
             kept, scale = _mentored(
                 law, proposal, verdict, laws, b, t, proposer, token, p, q, found
             )
