@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 BUDGET = Path(__file__).with_name("gpu_budget.json")
 VOCAB_SIZE, NODES = 128_256, 4
 # One rule of each kind that `judge` knows: what it is compiled to depends on the rule.
-JUDGED = ("cascade_v1", "js:top_k=50", "block", "entropy_veto")
+JUDGED = ("cascade_v1", "js:top_k=50", "block", "entropy_veto", "mentored")
 MOST = "M=8"  # as many members as a kernel takes; the CUDA kernels are the same for any number
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 

@@ -40,7 +40,7 @@ SPECENS_HOST_DEVICE double minimum(double a, double b) { return a < b ? a : b; }
 // --- acceptance rules ---
 
 constexpr int kMaxParameters = 4;
-constexpr int kMaxSums = 4;
+constexpr int kMaxSums = 5;
 
 // Probabilities closer than this, relatively, are tied; the reference's TIE.
 constexpr double kTieGap = 0x1p-40;
@@ -182,10 +182,10 @@ struct Deferred {
   }
 };
 
-// Of h = median(p / b, q, p / a): p's mass where q is too large, and where it is too small; of the
-// rest q's mass, and p's nats.
+// Of h = median(p / b, q, p / a): p's mass where q is too large, and where it is too small, and q's
+// of both; p's nats of the rest, and of all, KL(p || q).
 struct Clipped {
-  static constexpr int kSums = 4;
+  static constexpr int kSums = 5;
   static constexpr bool kReadsDraft = true;
   double a, b;
 
@@ -195,8 +195,10 @@ struct Clipped {
     const bool inside = !(below | above);
     sums[0] += below ? p : T(0);
     sums[1] += above ? p : T(0);
-    sums[2] += inside ? q : T(0);
-    sums[3] += kl_term(inside ? p : T(0), inside ? q : T(0), log);
+    sums[2] += inside ? T(0) : q;
+    const T nats = kl_term(p, q, log);
+    sums[3] += inside ? nats : T(0);
+    sums[4] += nats;
   }
 };
 
@@ -318,11 +320,12 @@ struct MentorSearch {
   static constexpr double kMostLogB =
       29.0;  // what h has more than q is then less than any residual
   static constexpr double kLeastLogA = -700.0;
-  static constexpr double kFine = 1e-10;      // Newton's next step is of its square
+  static constexpr double kClose = 1e-7;  // Newton's next step is of its square
+  static constexpr double kFine = 1e-10;
   static constexpr double kRounding = 1e-14;  // of a sum
 
   double divergence;
-  double log_b = 2.0 * minimum(1.0, ::sqrt(2.0 * divergence));
+  double log_b = 1.3 * minimum(1.0, ::sqrt(2.0 * divergence));
   double log_a = -log_b;
   double a_low = kLeastLogA, a_high = 0.0, b_low = 0.0, b_high = kMostLogB;
   int undecided = 0;
@@ -346,7 +349,8 @@ struct MentorSearch {
   SPECENS_HOST_DEVICE void step(const Sums& sums) {
     const double below = sums.value[0], above = sums.value[1];
     const double inverse_a = ::exp(-log_a), inverse_b = ::exp(-log_b);
-    const double excess = below * inverse_a + above * inverse_b + sums.value[2] - 1.0;
+    // Not h's sum less 1: normalisers are good to single precision.
+    const double excess = below * inverse_a + above * inverse_b - sums.value[2];
     const double nats = below * log_a + above * log_b + sums.value[3] - divergence;
     const double alone = b_alone(above, excess);
     const bool sums_to_1 = ::fabs(alone - log_b) < kFine;
@@ -370,7 +374,7 @@ struct MentorSearch {
     const double by_a = (excess + nats * inverse_b) / (below * slope);
     const double by_b = -(excess + nats * inverse_a) / (above * slope);
     const bool regular = below > 0.0 && above > 0.0 && slope > 0.0;
-    found = regular && ::fabs(by_a) < kFine && ::fabs(by_b) < kFine;
+    found = regular && ::fabs(by_a) < kClose && ::fabs(by_b) < kClose;
     const double to_a = log_a + by_a, to_b = log_b + by_b;
     const double least_a = a_low < 3.0 * log_a - 1.0 ? 3.0 * log_a - 1.0 : a_low;
     const bool inside = to_a > least_a - kFine && to_a < a_high + kFine && to_b > b_low - kFine &&
@@ -395,15 +399,20 @@ struct Mentored : Rule {
   static SPECENS_JUDGE Judgement judge(const At& at) {
     const double divergence = at.parameters[0];
     Judgement judgement = Rejection::judge(at);
-    if (divergence == 0.0) return judgement;
-    if (at.sums(Whole<KlTerm>{}).value[0] <= divergence) {
-      judgement.kept = at.q;
-      judgement.scale = 0.0;
-      return judgement;
-    }
+    // As a is at most 1, what the target likes no less is kept whatever a is.
+    const bool kept = at.p >= at.q && at.q > 0.0;
+    if (divergence == 0.0 || kept) return judgement;
+    const bool empty = !(at.highest(Side::kDraft) > 0.0);
     MentorSearch search{divergence};
     for (int sweep = 0; sweep < MentorSearch::kMostSweeps && !search.found; ++sweep) {
-      search.step(at.sums(search.clipped()));
+      const Sums sums = at.sums(search.clipped());
+      if (sums.value[4] <= divergence) {
+        judgement.kept = at.q;
+        judgement.scale = 0.0;
+        return judgement;
+      }
+      if (empty) return judgement;
+      search.step(sums);
     }
     // Where q is between p / b and p / a, nothing is left, and all is kept.
     judgement.kept = minimum(at.p * ::exp(-search.log_a), at.q);

@@ -179,16 +179,16 @@ def _clipped_sums(law, proposal, laws, b, t, proposer, token, log_a, log_b):
     lower, upper = tl.exp(log_a), tl.exp(log_b)
     below = tl.zeros((BLOCK,), tl.float64)
     above = tl.zeros((BLOCK,), tl.float64)
-    inside = tl.zeros((BLOCK,), tl.float64)
+    drafted = tl.zeros((BLOCK,), tl.float64)
     nats = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, law.vocab_size, BLOCK):
         p, q = _look_at_block(law, proposal, laws, b, t, proposer, token, start)
         terms = rules.clipped_terms(p, q, lower, upper)
         below += terms[0]
         above += terms[1]
-        inside += terms[2]
+        drafted += terms[2]
         nats += terms[3]
-    return tl.sum(below, 0), tl.sum(above, 0), tl.sum(inside, 0), tl.sum(nats, 0)
+    return tl.sum(below, 0), tl.sum(above, 0), tl.sum(drafted, 0), tl.sum(nats, 0)
 
 
 @triton.jit
@@ -196,8 +196,9 @@ def _mentored(law, proposal, verdict, laws, b, t, proposer, token, p, q, nats):
     """What x keeps, and the scale of what is left, where KL(p || q) is known."""
     divergence = rules.number(verdict.parameters[0])
     log_a, log_b, a_low, a_high, b_low, b_high, undecided = rules.mentor_start(divergence)
-    sweeps = tl.full((), rules.MOST_MENTOR_SWEEPS, tl.int32)
-    sweeps = tl.where(nats > divergence, sweeps, 0)
+    # As a is at most 1, what the target likes no less is kept whatever a is.
+    asks = (nats > divergence) & ((p < q) | (q == 0))
+    sweeps = tl.where(asks, rules.MOST_MENTOR_SWEEPS, 0)
     while sweeps > 0:
         sums = _clipped_sums(law, proposal, laws, b, t, proposer, token, log_a, log_b)
         log_a, log_b, a_low, a_high, b_low, b_high, undecided, found = rules.mentor_step(
@@ -235,7 +236,10 @@ def judgement(law, proposal, work, verdict, laws, row, b, t, proposer, token, gr
         p, q, best, draft_best, bound, found, memory, verdict.parameters
     )
     if verdict.rule.mentors and verdict.parameters[0] > 0:
-        kept, scale = _mentored(law, proposal, verdict, laws, b, t, proposer, token, p, q, found)
+        if (draft_best > 0) | (found <= rules.number(verdict.parameters[0])):
+            kept, scale = _mentored(
+                law, proposal, verdict, laws, b, t, proposer, token, p, q, found
+            )
     if verdict.rule.vetoes:
         if _vetoes(law, proposal, verdict, laws, b, t, proposer, token, p):
             kept *= 0.0

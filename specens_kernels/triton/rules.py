@@ -255,23 +255,24 @@ MOST_MENTOR_SWEEPS = tl.constexpr(64)
 _MOST_LOG_B = tl.constexpr(29.0)
 _LEAST_INVERSE_B = tl.constexpr(math.exp(-29.0))
 _LEAST_LOG_A = tl.constexpr(-700.0)
+_CLOSE = tl.constexpr(1e-7)
 _FINE = tl.constexpr(1e-10)
 _ROUNDING = tl.constexpr(1e-14)
 
 
 @triton.jit
 def clipped_terms(p, q, a, b):
-    """Of h = median(p / b, q, p / a): p where q is too large, and too small; else q, and nats."""
+    """Of h = median(p / b, q, p / a): p where q is too large, or small; q of both; else nats."""
     below, above = p < a * q, p > b * q
     inside = (below | above) == 0
     nats = _kl(tl.where(inside, p, 0.0), tl.where(inside, q, 0.0))
-    return tl.where(below, p, 0.0), tl.where(above, p, 0.0), tl.where(inside, q, 0.0), nats
+    return tl.where(below, p, 0.0), tl.where(above, p, 0.0), tl.where(inside, 0.0, q), nats
 
 
 @triton.jit
 def mentor_start(divergence):
     """What `mentor_step` moves: log a, log b, the bounds of both, and undecided steps."""
-    log_b = 2.0 * tl.minimum(tl.sqrt(2.0 * divergence), 1.0)
+    log_b = 1.3 * tl.minimum(tl.sqrt(2.0 * divergence), 1.0)
     undecided = tl.full((), 0, tl.int32)
     none, least_a, most_b = number(0.0), number(_LEAST_LOG_A), number(_MOST_LOG_B)
     return -log_b, log_b, least_a, none, none, most_b, undecided
@@ -289,9 +290,10 @@ def _b_alone(log_b, above, excess):
 @triton.jit
 def mentor_step(log_a, log_b, a_low, a_high, b_low, b_high, undecided, sums, divergence):
     """The same after a sweep that found `sums` of `clipped_terms`; and whether it is found."""
-    below, above, inside, nats = sums
+    below, above, drafted, nats = sums
     inverse_a, inverse_b = tl.exp(-log_a), tl.exp(-log_b)
-    excess = below * inverse_a + above * inverse_b + inside - 1.0
+    # Not the sum less 1: normalisers are good to single precision.
+    excess = below * inverse_a + above * inverse_b - drafted
     nats = below * log_a + above * log_b + nats - divergence
     alone = _b_alone(log_b, above, excess)
     sums_to_1 = tl.abs(alone - log_b) < _FINE
@@ -313,7 +315,7 @@ def mentor_step(log_a, log_b, a_low, a_high, b_low, b_high, undecided, sums, div
     regular = (below > 0) & (above > 0) & (slope > 0)
     by_a = (excess + nats * inverse_b) / tl.where(regular, below * slope, 1.0)
     by_b = -(excess + nats * inverse_a) / tl.where(regular, above * slope, 1.0)
-    ends = regular & (tl.abs(by_a) < _FINE) & (tl.abs(by_b) < _FINE)
+    ends = regular & (tl.abs(by_a) < _CLOSE) & (tl.abs(by_b) < _CLOSE)
     to_a, to_b = log_a + by_a, log_b + by_b
     known = (to_a > tl.maximum(a_low, 3.0 * log_a - 1.0) - _FINE) & (to_a < a_high + _FINE)
     known = known & (to_b > b_low - _FINE) & (to_b < b_high + _FINE)
