@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 from specens import Statistics, family, terminal
 from specens.benchmark import compare, total
 from specens.cli import app
+from specens.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("--max-new-tokens", "12", "--seed", "7")
@@ -71,10 +72,26 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "no such file": (("generate", "--file", "/no/such.txt"), "No such file"),
     "prompt and file": (("generate", "x", "--file", "y"), "got both"),
     "no such folder": (("generate", "x", "--model", "/no/such"), "expected a folder or a hub name"),
+    "no such draft": (
+        ("generate", "x", "--schedule", "speculative", "--draft", "/no/such"),
+        "generate: model: expected a folder or a hub name, got '/no/such'",
+    ),
+    "no drafts": (
+        ("generate", "x", "--method", "fsd", "--model", "family:code"),
+        "drafts: expected 1 for 'fsd', got 0 (here: --draft)",
+    ),
+    "no place for what tune finds": (
+        ("tune", "--output", "/no/such/folder/tuned.json"),
+        "tune: --output: expected a file in a folder that exists",
+    ),
+    "no such target": (
+        ("train", "draft", "--target", "/no/such"),
+        "train: model: expected a folder or a hub name",
+    ),
     "no such member": (("generate", "x", "--model", "family:poet"), "unknown name 'poet'"),
     "gamma 0": (
         ("generate", "x", "--gamma", "0"),
-        "num_speculative_tokens: expected integers >= 1",
+        "num_speculative_tokens: expected integers >= 1, got 0 (here: --gamma)",
     ),
     "gamma text": (("generate", "x", "--gamma", "two"), "generate: --gamma: expected integers"),
     "four gammas": (("generate", "x", "--gamma", "1,2,3,4"), "expected 1 or 3 integers"),
@@ -112,7 +129,7 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "draft": (("generate", "x", "--draft", "family:draft"), "draft: expected None"),
     "component": (
         ("generate", "x", "--schedule", "component", "--temperature", "0"),
-        "do_sample: expected True",
+        "do_sample: expected True for schedule 'component', got False (here: --temperature above 0",
     ),
     "temperature": (("generate", "x", "--temperature", "-1"), "--temperature"),
     "top-p": (("generate", "x", "--top-p", "0"), "top_p: expected a mass in (0, 1]"),
@@ -187,6 +204,11 @@ def test_models_and_prompts_go_to_the_device(monkeypatch: pytest.MonkeyPatch) ->
     ids = terminal.encode("test", tokenizer, "x = 1", device=model.device)
     assert ids.device.type == "meta"
     assert terminal.encode("test", tokenizer, "x = 1").device.type == "cpu"
+
+
+def test_help_names_every_schedule() -> None:
+    shown = " ".join(run("generate", "--help").output.split())
+    assert f"{', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}, which None is" in shown
 
 
 def test_a_hierarchy_takes_any_number_of_drafts() -> None:

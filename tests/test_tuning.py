@@ -480,6 +480,8 @@ def test_the_fit_survives_what_has_no_answer() -> None:
 
 COSTS = {"0": (5.0, 0.5), "1": (3.0, 0.25), "2": (1.0, 0.125)}
 LENGTHS = (4, 6, 3)
+# Of these rules, whose acceptance does not jump from all to nothing.
+SMOOTH = ("lenient:lenience=0.4", "cactus:divergence=0.5")
 LOSSY = (
     "js:threshold=0.1",
     "lenient:lenience=0.4",
@@ -559,8 +561,7 @@ def test_what_is_predicted_is_what_the_loop_takes(
         decoder = decoder_of(one, models[:2], drafts=models[2:], weights=(0.6, 0.4))
         # When sampled, another text is written now: of 360 tokens the time varies by up to 7 %.
         expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
-        # Greedily each text repeats itself in its own way, which one curve for all does not tell.
-        tolerance = 1e-9 if one.name == "plain" else 0.06 if temperature > 0 else 0.1
+        tolerance = 1e-9 if one.name == "plain" else 0.06 if temperature > 0 else 0.03
         assert one.seconds == pytest.approx(expected, rel=tolerance), one.name
 
 
@@ -755,16 +756,9 @@ def test_lossy_rules_are_predicted_and_never_the_best(
     models: list[Any], clock: Clock, temperature: float
 ) -> None:
     rules = [Acceptance.parse(rule) for rule in LOSSY]
-    size = 300 if temperature > 0 else 120
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
-    found = tune(
-        models[:2],
-        texts(),
-        max_new_tokens=size,
-        temperature=temperature,
-        acceptances=rules,
-        **options,
-    )
+    law: dict[str, Any] = {"temperature": temperature, "acceptances": rules}
+    found = tune(models[:2], texts(), max_new_tokens=120, **law, **options)
     lossy = {one.arguments["acceptance"]: one for one in found.candidates if not one.lossless}
     assert list(lossy) == sorted(LOSSY, key=lambda rule: lossy[rule].seconds)
     assert not found.candidates[0].lossless  # or the next line would say nothing
@@ -777,14 +771,35 @@ def test_lossy_rules_are_predicted_and_never_the_best(
     for one in found.profile.relaxed:
         if one.model != 2:
             continue
-        arguments = {"num_speculative_tokens": 4, "acceptance": one.acceptance}
-        way = Candidate("", "speculative", arguments, (0,), 0.0)
-        decoder = decoder_of(way, models[:2], **options)
-        expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
-        predicted = tuning.relaxing(found.profile, one, 4)
-        assert predicted == pytest.approx(expected, rel=0.08), one.acceptance
-        if temperature > 0:
-            assert tuning.speculative(found.profile, 2, 4) > 1.08 * expected, one.acceptance
+        for gamma in (2, 8):
+            arguments = {"num_speculative_tokens": gamma, "acceptance": one.acceptance}
+            way = Candidate("", "speculative", arguments, (0,), 0.0)
+            decoder = decoder_of(way, models[:2], **options)
+            expected = seconds_per_token(decoder, temperature, 3 if temperature > 0 else 1)
+            predicted = tuning.relaxing(found.profile, one, gamma)
+            if temperature == 0:
+                assert predicted == pytest.approx(expected, rel=0.03), arguments
+            elif one.acceptance in SMOOTH:
+                assert predicted == pytest.approx(expected, rel=0.07), arguments
+            # A gate lets whole stretches pass or none: 360 tokens tell its time within some 20 %.
+            if temperature > 0:
+                assert tuning.speculative(found.profile, 2, gamma) > 1.1 * expected, arguments
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 4, 8])
+def test_long_blocks_begin_more_rarely_where_drafts_are_kept(
+    models: list[Any], clock: Clock, gamma: int
+) -> None:
+    """Greedy texts that repeat themselves: a draft is kept in two of them, never in the third."""
+    options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
+    found = tune(models[:2], texts(), max_new_tokens=120, temperature=0.0, **options)
+    way = Candidate("", "speculative", {"num_speculative_tokens": gamma}, (0,), 0.0)
+    expected = seconds_per_token(decoder_of(way, models[:2], **options), 0.0, 1)
+    predicted = tuning.speculative(found.profile, 2, gamma)
+    assert predicted == pytest.approx(expected, rel=0.03)
+    if gamma != 4:  # the size that one curve for all is made for
+        of_all = tuning.speculative(replace(found.profile, blocks=()), 2, gamma)
+        assert abs(of_all / expected - 1) > 0.07
 
 
 def test_one_model_alone_looks_up(models: list[Any], clock: Clock) -> None:

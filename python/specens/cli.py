@@ -26,6 +26,14 @@ from .training import commands as training
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 # How this library words a ValueError about an argument; see CONTRIBUTING.md.
 _ABOUT_AN_ARGUMENT = re.compile(r"\w+: (.*?: )?(expected|unknown) ", re.DOTALL)
+# Arguments of the library that have another name here.
+_OPTIONS = {
+    "num_speculative_tokens": "--gamma",
+    "do_sample": "--temperature above 0",
+    "max_new_tokens": "--max-new-tokens",
+    "drafts": "--draft",
+    "models": "--model",
+}
 
 
 class _OneLine(TyperGroup):
@@ -43,8 +51,14 @@ class _OneLine(TyperGroup):
         except ValueError as error:
             if not _ABOUT_AN_ARGUMENT.match(str(error)):
                 raise
-            _fail(str(error))
+            _fail(_as_option(str(error)))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _as_option(message: str) -> str:
+    """The message, and how what it is about is written on a command line."""
+    option = _OPTIONS.get(message.split(": ")[1])
+    return message if option is None else f"{message} (here: {option})"
 
 
 def _fail(message: str) -> None:
@@ -76,7 +90,10 @@ _Weights = Annotated[
 _EnsembleName = Annotated[str, typer.Option("--ensemble", help="mixture or product.")]
 _Drafts = Annotated[
     list[str] | None,
-    typer.Option("--draft", help="A model outside the ensemble that drafts. Repeat it for more."),
+    typer.Option(
+        "--draft",
+        help="A model outside the ensemble that drafts. Repeat it for more, the smallest first.",
+    ),
 ]
 _Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 # Memory for all of them is taken at once.
@@ -101,14 +118,25 @@ _Threads = Annotated[
     ),
 ]
 _Scope = Annotated[
-    str, typer.Option(help="What temperature and filters warp: each member, or the ensemble.")
+    str,
+    typer.Option(
+        help="What temperature and filters warp: member (each, before they are mixed) or ensemble."
+    ),
 ]
 _Plausibility = Annotated[
-    float, typer.Option(help="'product': drop what the first model finds implausible.")
+    float,
+    typer.Option(
+        help="'product': drop tokens that the first model finds less probable than this times its "
+        "best; 0 is off."
+    ),
 ]
-_TopK = Annotated[int, typer.Option(min=0, help="0 is off.")]
-_Share = Annotated[float, typer.Option(help="1 is off.")]
-_MinP = Annotated[float, typer.Option(help="0 is off.")]
+_TopK = Annotated[int, typer.Option(min=0, help="Only the k most probable tokens; 0 is off.")]
+_Share = Annotated[
+    float, typer.Option(help="Only the most probable tokens that hold this mass; 1 is off.")
+]
+_MinP = Annotated[
+    float, typer.Option(help="Only tokens this times as probable as the best; 0 is off.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 _Trust = Annotated[bool, typer.Option(help="Run code that comes with a model. Off unless asked.")]
 _File = Annotated[Path | None, typer.Option(help="Read the prompt from a file; - is a pipe.")]
@@ -133,27 +161,36 @@ def generate(
         typer.Option(help="A published method, its schedule and rule: see `specens methods`."),
     ] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="One of those in the README. None is alternating.")
+        str | None,
+        typer.Option(
+            help="plain, component, lookahead, speculative, companion, lookup, hierarchy or "
+            "alternating, which None is; the README says who proposes and who verifies."
+        ),
     ] = None,
     gamma: Annotated[
         str | None,
         typer.Option(
             help="Tokens per proposal; for 'alternating' also one per model: 4,2; for 'hierarchy' "
-            "one per draft. None is 1 for 'alternating' and 4 for 'speculative'."
+            "one per draft. None is 1 for 'alternating', 16 for 'lookahead', 8 for 'companion', "
+            "4 for the others, and for the drafts of a 'hierarchy' 4, 8, ..."
         ),
     ] = None,
     proposer: Annotated[
-        int | None, typer.Option(help="'speculative': which model drafts. None is the cheapest.")
+        int | None,
+        typer.Option(
+            help="'speculative', 'lookahead': which model drafts, counted from 0. None is the "
+            "cheapest."
+        ),
     ] = None,
     order: Annotated[
-        str | None, typer.Option(help="'alternating': the rotation, such as 1,0.")
+        str | None, typer.Option(help="'alternating': the rotation, such as 1,0: models from 0.")
     ] = None,
     drafts: _Drafts = None,
     acceptance: Annotated[
         list[str] | None,
         typer.Option(
-            help="A rule and its parameters, such as js:threshold=0.3; for 'hierarchy' one per "
-            "draft. None is rejection."
+            help="A rule of the README's table and its parameters, such as js:threshold=0.3; for "
+            "'hierarchy' one per draft. None is rejection, which is exact."
         ),
     ] = None,
     draft_weight: Annotated[
@@ -528,7 +565,11 @@ def tune(
     trust_remote_code: _Trust = False,
     as_json: _Json = False,
 ) -> None:
-    """Find the fastest schedule for these models, from their forward times and agreement."""
+    """Find the fastest schedule for these models, from their forward times and agreement.
+
+    Tune at the temperature that you will generate at. With --output F, `specens generate --config
+    F` decodes with the best schedule that was found.
+    """
     from rich.console import Console
 
     from . import terminal
@@ -547,6 +588,8 @@ def tune(
     from .relaxation import check_lossy
 
     rules = [check_lossy(Acceptance.parse(one)) for one in acceptance or []]
+    if output is not None:
+        terminal.check_folder("tune", "--output", output)
     loaded, tokenizers = _load("tune", models, drafts, dtype, device, trust_remote_code, threads)
     size = len(loaded) - len(drafts or [])
     encoded = [

@@ -193,6 +193,7 @@ def tune(
         draw=statistics.median(sweep.draws),
         verify=_medians(sweep.rest),
         kept=agreement.kept(),
+        blocks=agreement.blocks(),
         found=tuple(_replayed(agreement.look_ups, gamma) for gamma in range(1, most + 1)),
         look_up=statistics.median(agreement.looking),
     )
@@ -464,6 +465,10 @@ class _Agreement:
         """As in `Profile`."""
         return tuple(tuple(_curve(texts, self.most) for texts in one) for one in self.overlaps)
 
+    def blocks(self) -> tuple[tuple[Kept, ...], ...]:
+        """As in `Profile`."""
+        return tuple(_curves(one[-1], self.most) for one in self.overlaps)
+
     def fitted(self, model: int) -> tuple[float, float, float, float]:
         """Coefficients of the model's `LearnedStop`."""
         texts = self.drawn[model]
@@ -518,7 +523,12 @@ class _Drawn:
         return asks
 
 
-def _curve(texts: Sequence[Tensor], most: int) -> Kept:
+def _curves(texts: Sequence[Tensor], most: int) -> tuple[Kept, ...]:
+    """A `_curve` for blocks of 1, 2, ... drafts."""
+    return tuple(_curve(texts, size, size) for size in range(1, most + 1))
+
+
+def _curve(texts: Sequence[Tensor], most: int, size: int | None = None) -> Kept:
     """Chances that the first 1, 2, ... of a block are kept, of the blocks that begin in the texts.
 
     Blocks begin where others ended: where drafts are refused often, they begin often.
@@ -526,8 +536,10 @@ def _curve(texts: Sequence[Tensor], most: int) -> Kept:
     Args:
         texts: (T,) chances that a draft is kept at each position.
         most: tokens of the longest block.
+        size: of the blocks before; None is a middling one, for blocks of many sizes.
     """
-    starts = [_starts(text, text, max(most // 2, 1)) for text in texts]
+    before = max(most // 2, 1) if size is None else size
+    starts = [_starts(text, text, before) for text in texts]
     return _averaged(texts, texts, starts, most)
 
 
@@ -720,7 +732,7 @@ def _relaxation(
         chances.append(kept)
         distances.append(far)
     mean = float(torch.cat(distances).mean())
-    return Relaxed(proposer, written(rule), rule.rule.law, _curve(chances, most), mean)
+    return Relaxed(proposer, written(rule), rule.rule.law, _curves(chances, most), mean)
 
 
 def _law(logits: Sequence[Tensor], law: Law) -> Tensor:

@@ -169,7 +169,7 @@ def load(
 def _check_path(command: str, name: str) -> None:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not Path(name).expanduser().is_dir():
-        raise ValueError(f"{command}: --model: expected a folder or a hub name, got {name!r}")
+        raise ValueError(f"{command}: model: expected a folder or a hub name, got {name!r}")
 
 
 def _load(
@@ -203,7 +203,7 @@ def _load(
         if "ignore_mismatched_sizes" in why:  # no argument of the user's
             why = "weights of other shapes than its config.json says"
         raise ValueError(
-            f"{command}: --model: expected a causal LM with tokenizer and safetensors, "
+            f"{command}: model: expected a causal LM with tokenizer and safetensors, "
             f"got {name!r} ({why})"
         ) from error
     return model.eval().to(device), tokenizer
@@ -291,6 +291,18 @@ def write_text(text: str) -> None:
 def write_json(value: Any) -> None:
     """One line of JSON on standard output."""
     write_text(_json(value))
+
+
+def check_folder(command: str, option: str, path: Path) -> None:
+    """Find out before the work, not after it, that there is no place for its result.
+
+    Raises:
+        ValueError: the file's folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{command}: {option}: expected a file in a folder that exists, got {str(path)!r}"
+        )
 
 
 def write_file(command: str, path: Path, value: Any) -> None:

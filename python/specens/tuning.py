@@ -51,14 +51,14 @@ class Relaxed:
     """A proposer whose drafts are judged by a lossy rule.
 
     model: who proposes. acceptance: the rule as it is written on a command line.
-    law: of the text, in words. kept: as in `Profile`, of this rule.
+    law: of the text, in words. kept: kept[g - 1]: as in `Profile`, of this rule, in blocks of g.
     divergence: mean total variation between what stands at a draft's place and the law asked for.
     """
 
     model: int
     acceptance: str
     law: str
-    kept: Kept
+    kept: tuple[Kept, ...]
     divergence: float
 
 
@@ -72,6 +72,8 @@ class Profile:
     draw: seconds to draw one token from a model's law.
     verify: seconds of a turn without forwards and draws, for 0, 1, ... drafts.
     kept: kept[m][v]: of model m's drafts, when model v verifies them; the last v is the ensemble.
+    blocks: blocks[m][g - 1]: kept[m][-1] where all blocks have g drafts: the longer they are, the
+        rarer they begin where drafts are kept. Empty: kept[m][-1] for all.
     found: what is looked up in the text, for at most 1, 2, ... drafts.
     look_up: seconds of a look-up.
     stopped: what is known of proposers that stop by themselves.
@@ -84,6 +86,7 @@ class Profile:
     draw: float
     verify: Times
     kept: tuple[tuple[Kept, ...], ...]
+    blocks: tuple[tuple[Kept, ...], ...] = ()
     found: tuple[Found, ...] = ()
     look_up: float = 0.0
     stopped: tuple[Stopped, ...] = ()
@@ -247,13 +250,19 @@ def best_ahead(share: float, cost: float, acceptance: float = 0.7, most: int = _
 def speculative(profile: Profile, proposer: int, gamma: int) -> float:
     """One model proposes gamma tokens, and the ensemble verifies them."""
     handed = _proposed(profile, proposer, gamma)
-    return _verified(profile, proposer, *handed)
+    sizes = profile.blocks[proposer] if profile.blocks else ()
+    return _verified(profile, proposer, *handed, kept=_of_size(sizes, gamma))
 
 
 def relaxing(profile: Profile, one: Relaxed, gamma: int) -> float:
     """As `speculative`, with a lossy rule."""
     handed = _proposed(profile, one.model, gamma)
-    return _verified(profile, one.model, *handed, kept=one.kept)
+    return _verified(profile, one.model, *handed, kept=_of_size(one.kept, gamma))
+
+
+def _of_size(sizes: Sequence[Kept], gamma: int) -> Kept | None:
+    """The chances for blocks of gamma drafts, or of the largest size there is."""
+    return sizes[min(gamma, len(sizes)) - 1] if sizes else None
 
 
 def stopping(profile: Profile, one: Stopped, gamma: int) -> float:
@@ -439,7 +448,15 @@ def _chains(profile: Profile, most: int) -> list[Candidate]:
     steps = list(range(1, most + 1)) if len(profile.drafts) <= _FEW else _some(most)
     best: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}
     for chain, gammas, counts, seconds in _paths(profile, steps):
-        found = _verified(profile, chain[-1], counts, seconds), gammas
+        alone = len(chain) == 1
+        found = (
+            (
+                speculative(profile, chain[0], gammas[0])
+                if alone
+                else _verified(profile, chain[-1], counts, seconds)
+            ),
+            gammas,
+        )
         best[chain] = min(best.get(chain, found), found)
     first = len(profile.weights)
     listed = []
