@@ -22,7 +22,7 @@ from specens_kernels import Acceptance, Law, mix
 from .benchmark import Row, compare, sampling, workload
 from .decoder import SpeculativeDecoder
 from .relaxation import check_lossy, relaxed, written
-from .run import Run, _continuation
+from .run import Run, continuation
 from .schedules import (
     ConfidenceStop,
     DraftStop,
@@ -621,7 +621,7 @@ class _LookUps:
 
     def _look_up(self, text: Sequence[int], most: int) -> list[int]:
         began = time.perf_counter()
-        found = _continuation(text, Lookup(most).longest, most)
+        found = continuation(text, Lookup(most).longest, most)
         self.seconds.append(time.perf_counter() - began)
         return found
 

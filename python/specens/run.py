@@ -316,7 +316,7 @@ class Run:
     def look_up(self, rows: Sequence[Row], count: int, longest: int) -> None:
         """Append what followed the latest earlier occurrence of each row's last tokens."""
         for row in rows:
-            found = _continuation(row.tokens, longest, min(count, self.room(row) - 1))
+            found = continuation(row.tokens, longest, min(count, self.room(row) - 1))
             if found:
                 self._write([row], [row.end], torch.tensor([found], device=self.device))
                 row.pending += [POINT_MASS] * len(found)
@@ -740,7 +740,7 @@ class Run:
         return logits
 
 
-def _continuation(tokens: Sequence[int], longest: int, count: int) -> list[int]:
+def continuation(tokens: Sequence[int], longest: int, count: int) -> list[int]:
     """What followed the latest earlier occurrence of the longest possible end of `tokens`."""
     size = len(tokens)
     for length in range(min(longest, size - 1), 0, -1):
