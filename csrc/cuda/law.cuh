@@ -98,11 +98,11 @@ struct Field {
   DType dtype;
   float weight;       // 0: not part of the ensemble
   float temperature;  // 0: the largest values share the mass
+  bool known;         // its log-sum-exp was given: `top` and `log_sum` are some that make it
+  bool late;          // it is not swept yet
   double cutoff;      // a single-precision number, where the values are logits
   double inverse_temperature;
   double coefficient;  // of a product
-  bool known;          // its log-sum-exp was given, and is `log_sum` of some `top`
-  bool late;           // it has no totals
   // Known with the totals:
   double share;  // of a mixture; 0 where the member is empty
   double top;
