@@ -365,7 +365,8 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for draft in DRAFTS:
             ours = bytes_of["cuda", most, 1, draft]
             ratio = bytes_of[peer, most, 1, draft] / ours
-            found[f"{peer}_over_cuda_{draft}_M{most}"] = round(ratio, 2)
+            kind = draft.replace(",", "").replace(" ", "_")
+            found[f"{peer}_over_cuda_{kind}_M{most}"] = round(ratio, 2)
     found["wrong_rows"] = sum(row["bytes"] == WRONG for row in rows)
     return found
 
