@@ -319,6 +319,7 @@ __device__ void combine_late(const Problem& problem, Row& row, int64_t place) {
     Field& field = row.members[k];
     if (!field.late || field.weight == 0.0f) continue;
     const Total total = combine(problem, place, k, field.inverse_temperature);
+    __syncwarp();  // all have seen that it is late
     if (lane_id() != 0) continue;
     set_law(field, total);
     field.late = false;

@@ -26,10 +26,12 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // A fiber costs ThreadSanitizer a millisecond. Among these a rule asks twice about a draft.
 constexpr int64_t kVocabularies[] = {3, 1025, 8200};
 constexpr uint64_t kFirst = 48, kSituations = 12;
+constexpr uint64_t kKnown = 20;  // a situation with rows that are known and swept late
 constexpr int kMostNodes = 1, kMostBatch = 1;
 #else
 constexpr int64_t kVocabularies[] = {2, 17, 100, 1000, 1024, 1025, 8191, 8193, 20000};
 constexpr uint64_t kFirst = 0, kSituations = 250;
+constexpr uint64_t kKnown = 250;
 constexpr int kMostNodes = 4, kMostBatch = 3;
 #endif
 
@@ -383,6 +385,7 @@ int main(int argc, char** argv) {
     return 0;
   }
   for (uint64_t seed = kFirst; seed < kFirst + kSituations; ++seed) test(seed);
+  test(kKnown);
   std::printf("%llu situations, %d with known rows\n", static_cast<unsigned long long>(kSituations),
               known_rows);
   return 0;
