@@ -5,8 +5,13 @@ Ours are counted where they happen: the SIMT emulator counts what the CUDA kerne
 the interpreter's guard what the Triton kernels do, both while the kernels run and give the
 reference's answer. The peers are plain references of published algorithms, written as the launches
 that they make: each launch says what it loads and stores by doing it through `Memory`, and what
-comes out must be the same tokens. The floor is what no exact verification can do without: every
-row of every law once, and for a rejected dense draft the rejected row of every law again.
+comes out must be the same tokens. The floor is what no exact verification by sweeps can do without:
+every row whose normaliser decides about a draft once, unless it is known, and then the row that the
+last token is drawn from, of the draft's law, too, if a dense draft was rejected.
+
+What is known before is told to ours alone, for no peer can be told: nothing, the log-sum-exps of
+the draft ("dense, lse": `sample` returns them) or of every row ("fused head": the LM head's
+epilogue does).
 
 * `eager`: the batched torch program of bench_verify.py; every operator of it is a launch.
 * `flashinfer-like`: a float32 softmax of every row of every law, the mixture of them, and a chain
@@ -21,8 +26,8 @@ move does not depend on the batch, and the interpreter is slow.
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +45,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specens_kernels import Law, backend, verify
+from specens_kernels.native import Unsupported
 
 VOCAB_SIZE = 128256
 NUM_DRAFTS = 4
+DRAFTS = ("one-hot", "dense", "dense, lse", "fused head")
 TARGETS = {"over_floor": 1.10, "mrv2_over_ours": 4.0, "flashinfer_over_ours": 12.0}
 
 
@@ -106,6 +113,8 @@ class Inputs:
     uniforms: Tensor
     weights: Tensor
     kept: int  # drafts of each sequence that are kept
+    lse: Tensor | None = None  # (B, N+1, M), where it is known
+    draft_lse: Tensor | None = None  # (B, N)
 
     @classmethod
     def make(cls, members: int, batch: int, dense: bool, vocab_size: int) -> "Inputs":
@@ -131,15 +140,25 @@ class Inputs:
             uniforms[:, kept + 1, 0] = 1 - 2.0**-24
         return cls(logits, draft_logits, tokens, uniforms, weights, kept)
 
+    def told(self, draft: str) -> "Inputs":
+        """The same, knowing what a kind of DRAFTS does."""
+        members = torch.stack([x.double().logsumexp(-1) for x in self.logits], -1).float()
+        own = None if self.draft_logits is None else self.draft_logits.double().logsumexp(-1)
+        return replace(
+            self,
+            lse=members if draft == "fused head" else None,
+            draft_lse=own.float() if own is not None and draft != "dense" else None,
+        )
+
     @property
     def floor(self) -> int:
         """Bytes that must be loaded."""
         batch, _, vocab_size = self.logits[0].shape
         row = batch * vocab_size * self.logits[0].element_size()
         members = len(self.logits)
-        rows = (NUM_DRAFTS + 1) * members
+        rows = members if self.lse is not None else (NUM_DRAFTS + 1) * members
         if self.draft_logits is not None:
-            rows += NUM_DRAFTS + members + 1
+            rows += 1 if self.draft_lse is not None else NUM_DRAFTS + 1
         return rows * row
 
 
@@ -247,8 +266,15 @@ PEERS: dict[str, Callable[[Memory, Inputs], tuple[Tensor, Tensor]]] = {
 
 def _verdict(inputs: Inputs) -> tuple[Tensor, Tensor]:
     law = Law([1 / len(inputs.logits)] * len(inputs.logits))
-    drafts = {} if inputs.draft_logits is None else {"draft_logits": inputs.draft_logits}
-    verdict = verify(inputs.logits, inputs.tokens, inputs.uniforms, law, **drafts)
+    verdict = verify(
+        inputs.logits,
+        inputs.tokens,
+        inputs.uniforms,
+        law,
+        draft_logits=inputs.draft_logits,
+        lse=inputs.lse,
+        draft_lse=inputs.draft_lse,
+    )
     num_accepted = verdict.num_accepted.long()
     return verdict.tokens.gather(1, num_accepted[:, None])[:, 0], num_accepted
 
@@ -284,26 +310,43 @@ OURS = {"cuda": cuda, "triton": triton}
 
 
 def measure(members: int, batch: int, dense: bool, vocab_size: int) -> list[dict[str, Any]]:
-    """One row for each contestant."""
+    """One row for each contestant and kind of draft; what a kernel refuses is left out."""
     inputs = Inputs.make(members, batch, dense, vocab_size)
     with backend("reference"):
         expected = _verdict(inputs)
     assert expected[1].tolist() == [inputs.kept] * batch
+    peers = {name: _count(run, inputs, expected) for name, run in PEERS.items()}
     rows = []
-    for name, run in {**OURS, **PEERS}.items():
-        if name == "triton" and batch > 1:
-            continue
-        memory = Memory()
-        answer = run(memory, inputs)
-        right = all(torch.equal(a, b.long()) for a, b in zip(expected, answer, strict=True))
-        row = {"contestant": name, "members": members, "batch": batch}
-        row |= {"draft": "dense" if dense else "one-hot", "floor": inputs.floor // batch}
-        moved = memory.loaded + memory.stored
-        row |= {"launches": memory.launches if right else WRONG}
-        row |= {"bytes": moved // batch if right else WRONG}
-        row["over_floor"] = round(moved / inputs.floor, 3) if right else WRONG
-        rows.append(row)
+    for draft in DRAFTS[1:] if dense else DRAFTS[:1]:
+        told = inputs.told(draft)
+        counted = {}
+        for name, run in OURS.items():
+            if name == "triton" and batch > 1:
+                continue
+            with suppress(Unsupported):
+                counted[name] = _count(run, told, expected)
+        for name, memory in (counted | peers).items():
+            row = {"contestant": name, "members": members, "batch": batch, "draft": draft}
+            row |= {"floor": told.floor // batch, "launches": WRONG, "bytes": WRONG}
+            row["over_floor"] = WRONG
+            if memory is not None:
+                moved = memory.loaded + memory.stored
+                row |= {"launches": memory.launches, "bytes": moved // batch}
+                row["over_floor"] = round(moved / told.floor, 3)
+            rows.append(row)
     return rows
+
+
+def _count(
+    run: Callable[[Memory, Inputs], tuple[Tensor, Tensor]],
+    inputs: Inputs,
+    expected: tuple[Tensor, Tensor],
+) -> Memory | None:
+    """What a contestant moves; None if its tokens are not the reference's."""
+    memory = Memory()
+    answer = run(memory, inputs)
+    right = all(torch.equal(a, b.long()) for a, b in zip(expected, answer, strict=True))
+    return memory if right else None
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -319,10 +362,11 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         found[f"{name}_over_floor"] = max(row["over_floor"] for row in mine)
     most = max(row["members"] for row in rows)
     for peer in PEERS:
-        for draft in ("one-hot", "dense"):
+        for draft in DRAFTS:
             ours = bytes_of["cuda", most, 1, draft]
             ratio = bytes_of[peer, most, 1, draft] / ours
-            found[f"{peer}_over_cuda_{draft}_M{most}"] = round(ratio, 2)
+            kind = draft.replace(",", "").replace(" ", "_")
+            found[f"{peer}_over_cuda_{kind}_M{most}"] = round(ratio, 2)
     found["wrong_rows"] = sum(row["bytes"] == WRONG for row in rows)
     return found
 
@@ -332,7 +376,7 @@ def readme_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     columns = ["members", "draft", "floor MB", *OURS, *PEERS]
     lines = []
     for members in sorted({row["members"] for row in rows}):
-        for draft in ("one-hot", "dense"):
+        for draft in DRAFTS:
             these = [
                 row
                 for row in rows
@@ -340,7 +384,8 @@ def readme_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             ]
             cells = {row["contestant"]: f"{row['bytes'] / 1e6:.2f}" for row in these}
             floor = f"{these[0]['floor'] / 1e6:.2f}"
-            lines.append([members, draft, floor, *(cells[name] for name in (*OURS, *PEERS))])
+            found = [cells.get(name, "-") for name in (*OURS, *PEERS)]
+            lines.append([members, draft, floor, *found])
     caption = f"MB loaded and stored, {NUM_DRAFTS} drafts, bfloat16, vocabulary {VOCAB_SIZE:,}"
     return {"traffic": {"caption": caption, "columns": columns, "rows": lines}}
 

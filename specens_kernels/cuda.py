@@ -85,8 +85,6 @@ def verify(
         raise Unsupported("trees have no CUDA kernel")
     if acceptance not in native._RULES:
         raise Unsupported(f"rule {acceptance!r} has no CUDA kernel; add it to csrc/rules.h")
-    if lse is not None or draft_lse is not None:
-        raise Unsupported("known log-sum-exps have no CUDA kernel")
     _check(logits, law)
     if draft_temperature is not None:
         draft_temperature = draft_temperature.to(torch.float32)

@@ -52,27 +52,85 @@ def verify_call(
 # --- what a call costs ---
 
 
+def rejected(one: Call, kept: int) -> Call:
+    """The call in bfloat16, with the draft after `kept` rejected, if but member 0 would have it."""
+    logits, tokens, numbers, law = one.arguments
+    numbers[..., 0] = 0.0
+    numbers[:, kept + 1 :, 0] = 0.999
+    tokens[:, kept:] = 5
+    for k, member in enumerate(logits):
+        member[..., 5] = -9.0 if k > 0 else 0.0
+    return one._replace(arguments=([x.bfloat16() for x in logits], tokens, numbers, law))
+
+
+def read(one: Call, emulator: Any) -> dict[str, int]:
+    """Bytes that each of the call's launches loads."""
+    emulator.reset_traffic()
+    one.run("cuda")
+    assert {name: seen[0] for name, seen in emulator.traffic().items()} == {
+        "row_stats": 1,
+        "verify_resample": 1,
+    }
+    return {name: seen[1] for name, seen in emulator.traffic().items()}
+
+
 @pytest.mark.parametrize("members", [1, 2, 3])
 @pytest.mark.parametrize("dense", [False, True], ids=["one-hot", "dense"])
 def test_two_launches_read_each_row_once(members: int, dense: bool, emulator: Any) -> None:
     nodes, vocab_size = 4, 20_000
-    one = verify_call(members, nodes, vocab_size, proposer=0 if dense else None)
-    logits, tokens, numbers, law = one.arguments
-    numbers[..., 0] = 0.999
-    tokens.fill_(5)  # rejected at once
-    one = one._replace(arguments=([x.bfloat16() for x in logits], tokens, numbers, law))
+    one = rejected(verify_call(members, nodes, vocab_size, proposer=0 if dense else None), 0)
+    seen = read(one, emulator)
+    rows = members * nodes * vocab_size * 2  # not the bonus token's
+    assert seen["row_stats"] < 1.05 * rows + 16_384
+    swept = members * vocab_size * 2 if dense else 0  # of one member all is kept: the bonus row
+    assert seen["verify_resample"] < 1.1 * swept + 3 * 4096 + members * 16_384
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["one-hot", "dense"])
+def test_the_row_of_the_bonus_token_is_read_when_the_chain_is_kept(
+    dense: bool, emulator: Any
+) -> None:
+    members, nodes, vocab_size = 2, 4, 20_000
+    one = rejected(verify_call(members, nodes, vocab_size, proposer=0 if dense else None), nodes)
+    seen = read(one, emulator)
+    assert seen["row_stats"] < 1.05 * members * nodes * vocab_size * 2 + 16_384
+    row = members * vocab_size * 2
+    assert row < seen["verify_resample"] < 1.1 * row + 3 * 4096 + members * 16_384
+
+
+@pytest.mark.parametrize("kept", [0, 3, 4])
+@pytest.mark.parametrize("draft", ["one-hot", "member", "apart"])
+def test_rows_that_are_known_are_read_once_where_a_token_is_drawn(
+    kept: int, draft: str, emulator: Any
+) -> None:
+    members, nodes, vocab_size = 3, 4, 20_000
+    one = verify_call(members, nodes, vocab_size, proposer=0 if draft == "member" else None)
+    if draft == "apart":
+        one.options["draft_logits"] = one.arguments[0][0][:, :nodes].bfloat16()
+        one.options["draft_logits"][..., 5] = 0.0
+    one = rejected(one, kept)
+    wide = [logits.double() / 0.9 for logits in one.arguments[0]]
+    one.options["lse"] = torch.stack([x.logsumexp(-1) for x in wide], -1).float()
+    if draft == "apart":
+        own = one.options["draft_logits"].double() / 0.9
+        one.options["draft_lse"] = own.logsumexp(-1).float()
+    seen = read(one, emulator)
+    assert seen["row_stats"] < 16_384
+    row = vocab_size * 2 * (members + (draft == "apart" and kept < nodes))
+    assert row < seen["verify_resample"] < 1.1 * row + 3 * 4096 + members * 16_384
+
+
+@pytest.mark.parametrize("rule", ["rejection", "js"])
+def test_the_draft_that_is_known_is_read_for_the_residual_only(rule: str, emulator: Any) -> None:
+    nodes, vocab_size = 2, 20_000
+    one = verify_call(1, nodes, vocab_size, proposer=None)
+    apart = one.arguments[0][0][:, :nodes] + torch.randn(1, nodes, vocab_size)
+    own = (apart.double() / 0.9).logsumexp(-1).float()
+    one.options.update(draft_logits=apart, draft_lse=own, acceptance=rule)
     emulator.reset_traffic()
     one.run("cuda")
-    traffic = emulator.traffic()
-    assert {name: seen[0] for name, seen in traffic.items()} == {
-        "row_stats": 1,
-        "verify_resample": 1,
-    }
-    rows = members * (nodes + 1) * vocab_size * 2
-    assert traffic["row_stats"][1] < 1.05 * rows + 16_384
-    swept = members * vocab_size * 2 if dense and members > 1 else 0
-    blocks = 3 if dense else 1
-    assert traffic["verify_resample"][1] < 1.1 * swept + blocks * 4096 + members * 16_384
+    rows = nodes * vocab_size * 4 if rule == "rejection" else (2 * nodes + 1) * vocab_size * 4
+    assert rows < emulator.traffic()["row_stats"][1] < 1.05 * rows + 16_384
 
 
 @pytest.mark.parametrize("rule", ["js", "block", "cactus", "entropy_veto"])

@@ -40,11 +40,11 @@ __device__ __forceinline__ double sum_tokens(const Problem& problem, double (&to
   return block_sum(sum, totals);
 }
 
-// Makes the normaliser of a field exact up to double precision.
+// Makes the normaliser of a field exact up to double precision, unless it was given.
 template <typename Value>
 __device__ __forceinline__ void refine_field(const Problem& problem, double (&totals)[kWarps],
                                              Field& field, const Value& value) {
-  if (field.empty) return;
+  if (field.empty || field.known) return;
   if (threadIdx.x == 0) field.log_sum = 0.0;
   __syncthreads();
   const double sum =

@@ -3,7 +3,8 @@
 // members' logits lie, how they are weighted and warped, and, once the totals are known, what the
 // normalisers are; everything else is computed again from the logits. A *value* of a token is its
 // probability in a mixture and its folded logit in a product; `value_mass` and `value_log_mass`
-// make the law's mass of it. `row_stats` (stats.cu) writes what `read_laws` reads.
+// make the law's mass of it. `row_stats` (stats.cu) writes what `read_laws` reads, but for fields
+// that are *late*: `verify_resample` sweeps these where it draws from them, and only there.
 #pragma once
 
 #include "../specens.h"
@@ -36,6 +37,12 @@ struct alignas(16) Total {
   int32_t flags;
 };
 
+// What is left of a target in a sub-tile.
+struct alignas(16) Residual {
+  double mass;
+  int32_t flags;  // of late members
+};
+
 struct Decision;
 
 // What the kernels of one call share: the op's arguments and where the workspace's parts lie.
@@ -47,6 +54,7 @@ struct Problem {
   bool collapsed;          // the rule looks at the most probable token only
   bool cut;                // there are filters or plausibility
   bool dense_when_greedy;  // the draft's law is asked for where all temperatures are 0, too
+  bool late;               // what no decision needs to be swept for is late
   int64_t batch;
   int64_t rows;   // of logits in each sequence
   int64_t nodes;  // of these, the first that have a draft
@@ -54,6 +62,7 @@ struct Problem {
   Integers proposers;
   Logits draft_logits;
   Values<float> draft_temperature;
+  Values<float> draft_lse;
 
   int sub_tiles;
   int slots;            // of totals at each row; see `proposal_slot` and `warped_slot`
@@ -62,7 +71,7 @@ struct Problem {
   Partial* partials;    // (rows, slots, sub_tiles)
   Total* totals;        // (rows, slots)
   int64_t* best;        // (rows,): the most probable token, where it is asked for
-  double* residuals;    // (batch, sub_tiles)
+  Residual* residuals;  // (batch, sub_tiles)
   Decision* decisions;  // (batch,), of `judge`
 
   SPECENS_HOST_DEVICE bool is_mixture() const { return space_of(ensemble.id) == Space::kProbs; }
@@ -71,6 +80,10 @@ struct Problem {
   // Of the mixture's logarithm.
   SPECENS_HOST_DEVICE int warped_slot() const { return proposal_slot() + 1; }
   SPECENS_HOST_DEVICE bool folds_warped() const { return !is_mixture() && ensemble.warp_members; }
+  // Whether members may be late.
+  SPECENS_HOST_DEVICE bool defers() const {
+    return late && is_mixture() && ensemble.warp_members && !cut;
+  }
 };
 
 // Cutoffs of a row: each member's, the proposal's, the ensemble's, and what is plausible.
@@ -85,6 +98,8 @@ struct Field {
   DType dtype;
   float weight;       // 0: not part of the ensemble
   float temperature;  // 0: the largest values share the mass
+  bool known;         // its log-sum-exp was given: `top` and `log_sum` are some that make it
+  bool late;          // it is not swept yet
   double cutoff;      // a single-precision number, where the values are logits
   double inverse_temperature;
   double coefficient;  // of a product
@@ -323,6 +338,28 @@ __device__ __forceinline__ void set_temperature(Field& field, float temperature)
       temperature > 0.0f ? 1.0 / static_cast<double>(temperature) : -static_cast<double>(kNoMass);
 }
 
+// The start of a field, which has no law yet.
+__device__ __forceinline__ void clear_law(Field& field) {
+  field.flags = 0;
+  field.empty = false;
+  field.known = false;
+  field.late = false;
+  field.top = 0.0;
+  field.log_sum = 0.0;
+}
+
+// The law of a field whose log-sum-exp was given, if that counts.
+__device__ __forceinline__ void set_lse(Field& field, const Row& row, float lse) {
+  if (row.greedy || !(field.temperature > 0.0f) || !isfinite(lse)) return;
+  field.known = true;
+  const double given = static_cast<double>(lse);
+  // Any number will do. Likely tokens are near this one, where single precision is at its best; and
+  // it has few digits, so that the distance of a logit to it is exact.
+  const double top = rint(given * static_cast<double>(field.temperature) * 16.0) / 16.0;
+  field.top = static_cast<double>(static_cast<float>(top));
+  field.log_sum = given - field.top * field.inverse_temperature;
+}
+
 // What there is to know of a member before the totals; each lane takes one.
 __device__ inline void read_member(const Problem& problem, int64_t b, int64_t t, Row& row, int k,
                                    float temperature, const double* cutoffs) {
@@ -331,14 +368,16 @@ __device__ inline void read_member(const Problem& problem, int64_t b, int64_t t,
   field.data = row_data(ensemble.members[k], b, t);
   field.dtype = ensemble.members[k].dtype;
   field.weight = problem.alone ? 1.0f : ensemble.weights.at(b, t, k);
-  field.flags = 0;
   field.share = 0.0;
-  field.empty = false;
+  clear_law(field);
   field.cutoff = cutoffs == nullptr ? kNoMass : load_fresh(cutoffs + k);
   const bool warps = ensemble.warp_members && !row.greedy;
   set_temperature(field, warps ? temperature : 1.0f);
   field.coefficient = static_cast<double>(field.weight);
   if (field.temperature > 0.0f) field.coefficient /= static_cast<double>(field.temperature);
+  if (ensemble.lse.data != nullptr) set_lse(field, row, ensemble.lse.at(b, t, k));
+  // Where there is no draft to decide about, the row is read only if the chain comes here.
+  field.late = problem.defers() && !row.greedy && (field.known || !row.valid);
   if (row.valid) row.drafted[k] = clean(load_raw(field, row.token));
 }
 
@@ -363,14 +402,15 @@ __device__ inline void read_proposal(const Problem& problem, int64_t b, int64_t 
                                      const double* cutoffs) {
   const Ensemble& ensemble = problem.ensemble;
   Field& field = row.proposal;
-  field.flags = 0;
-  field.empty = false;
+  clear_law(field);
   field.cutoff = cutoffs == nullptr ? kNoMass : load_fresh(cutoffs + kProposalCutoff);
   if (row.proposer == kNobody) return;
   if (row.proposer == kSeparateDraft) {
     field.data = row_data(problem.draft_logits, b, t);
     field.dtype = problem.draft_logits.dtype;
     set_temperature(field, row.greedy ? 1.0f : problem.draft_temperature.at(b));
+    if (problem.draft_lse.data != nullptr) set_lse(field, row, problem.draft_lse.at(b, t));
+    field.late = problem.late && field.known;
   } else {
     field.data = row_data(ensemble.members[row.proposer], b, t);
     field.dtype = ensemble.members[row.proposer].dtype;
@@ -400,8 +440,7 @@ __device__ inline void read_row(const Problem& problem, int64_t place, Row& row,
         cutoffs == nullptr ? kNoMass : static_cast<float>(load_fresh(cutoffs + kPlausibleCutoff));
     read_child(problem, b, t, row);
     Field& target = row.target;
-    target.flags = 0;
-    target.empty = false;
+    clear_law(target);
     target.cutoff = cutoffs == nullptr ? kNoMass : load_fresh(cutoffs + kTargetCutoff);
     set_temperature(target, ensemble.warp_members || greedy ? 1.0f : temperature);
     row.warped = row.is_mixture && !ensemble.warp_members && !greedy &&
@@ -420,25 +459,34 @@ __device__ __forceinline__ bool proposal_is_member(const Problem& problem, const
 }
 
 __device__ __forceinline__ void set_law(Field& field, const Total& total) {
+  if (field.known) {
+    field.log_sum += (field.top - total.top) * field.inverse_temperature;
+  } else {
+    field.log_sum = log(total.sum);
+    field.empty = !(total.sum > 0.0);
+  }
   field.top = total.top;
-  field.log_sum = log(total.sum);
-  field.empty = !(total.sum > 0.0);
   field.flags = total.flags;
 }
 
 __device__ __forceinline__ void read_law(const Problem& problem, int64_t place, int slot,
                                          Field& field) {
+  if (field.late) return;
   set_law(field, load_fresh(&problem.totals[place * problem.slots + slot]));
 }
 
-// The shares of the members of a mixture that have mass; one lane.
+// The shares of the members of a mixture; one lane. A member that is known is never empty, but the
+// mixture is if they have no mass.
 __device__ inline void share_out(Row& row) {
   double total = 0.0;
+  bool has_mass = false;
   for (int k = 0; k < row.count; ++k) {
     const Field& field = row.members[k];
-    if (field.weight != 0.0f && !field.empty) total += static_cast<double>(field.weight);
+    if (field.weight == 0.0f || field.empty) continue;
+    total += static_cast<double>(field.weight);
+    has_mass |= !field.known || field.late || field_mass(field, field.top) > 0.0;
   }
-  row.empty = !(total > 0.0);
+  row.empty = !(total > 0.0) || !has_mass;
   for (int k = 0; k < row.count; ++k) {
     Field& field = row.members[k];
     const bool shares = !row.empty && field.weight != 0.0f && !field.empty;
@@ -471,14 +519,22 @@ __device__ inline void read_laws(const Problem& problem, int64_t place, Row& row
   __syncwarp();
 }
 
-// Status bits of the target; of the proposal where it was consulted.
+// Status bits of members; of those that are known they count where a token is drawn only.
+__device__ inline int32_t member_status(const Row& row, bool known) {
+  int32_t flags = 0;
+  for (int k = 0; k < row.count && row.is_mixture; ++k) {
+    const Field& field = row.members[k];
+    if (field.weight != 0.0f && field.known == known) flags |= field.flags;
+  }
+  return flags & (kNanLogits | kInfiniteLogits);
+}
+
+// Status bits of the target but for members that are known; of the proposal where it was consulted.
 __device__ inline int32_t row_status(const Row& row) {
   int32_t flags = row.is_mixture ? 0 : row.target.flags;
-  for (int k = 0; k < row.count && row.is_mixture; ++k) {
-    if (row.members[k].weight != 0.0f) flags |= row.members[k].flags;
-  }
-  if (row.proposer != kNobody) flags |= row.proposal.flags;
-  return (flags & (kNanLogits | kInfiniteLogits)) | (row.empty ? kEmptyLaw : 0);
+  if (row.proposer != kNobody && !row.proposal.known) flags |= row.proposal.flags;
+  flags &= kNanLogits | kInfiniteLogits;
+  return flags | member_status(row, false) | (row.empty ? kEmptyLaw : 0);
 }
 
 }  // namespace specens

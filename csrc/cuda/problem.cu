@@ -52,7 +52,7 @@ size_t attach(Problem& problem, void* workspace) {
   problem.partials = layout.take<Partial>(places * problem.slots * problem.sub_tiles);
   problem.totals = layout.take<Total>(places * problem.slots);
   problem.best = layout.take<int64_t>(places);
-  problem.residuals = layout.take<double>(problem.batch * problem.sub_tiles);
+  problem.residuals = layout.take<Residual>(problem.batch * problem.sub_tiles);
   problem.decisions = layout.take<Decision>(problem.batch);
   return layout.used();
 }

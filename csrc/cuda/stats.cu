@@ -2,8 +2,9 @@
 // `row_stats`: the one sweep over the logits that every op starts with. A block sweeps a tile of a
 // row of one source, a warp a sub-tile of it, and leaves a Partial of every field it meets; the
 // last block of the row combines them into totals. To add a field: its slot in Problem (law.cuh),
-// its partials in `sweep`, its totals in `combine`.
+// its partials in `row_stats`, its totals in `combine_all`.
 #include "stats.cuh"
+#include "sweep.cuh"
 
 namespace specens {
 namespace {
@@ -16,82 +17,6 @@ struct StatsShared {
   double scores[kWarps];
   int64_t tokens[kWarps];
 };
-
-__device__ __forceinline__ Partial* partials_of(const Problem& problem, int64_t place, int slot) {
-  return problem.partials + (place * problem.slots + slot) * problem.sub_tiles;
-}
-
-// Statistics of what a lane has seen of a sub-tile.
-template <typename T>
-struct LaneStats {
-  T top = -HUGE_VAL;
-  float sum = 0.0f;
-  int32_t flags = 0;
-
-  __device__ void add(const T (&values)[kPerLane], const Field& field, int32_t found) {
-    T most = top;
-    const T cutoff = static_cast<T>(field.cutoff);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (values[i] > most && values[i] >= cutoff) most = values[i];
-    }
-    const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
-    sum *= scale(top, most, inverse_temperature);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (!(values[i] >= cutoff) || values[i] == -HUGE_VAL) continue;
-      sum += scale(values[i], most, inverse_temperature);
-    }
-    top = most;
-    flags |= found;
-  }
-
-  // Of the whole sub-tile, in every lane of the warp.
-  __device__ Partial finish(const Field& field) const {
-    const T most = warp_max(top);
-    const float here = sum * scale(top, most, static_cast<float>(field.inverse_temperature));
-    return {static_cast<double>(most), warp_sum(here), warp_or(flags)};
-  }
-
- private:
-  static __device__ float scale(T value, T most, float inverse_temperature) {
-    const float distance = value == most ? 0.0f : static_cast<float>(value - most);
-    return distance == 0.0f ? 1.0f : expf(distance * inverse_temperature);
-  }
-};
-
-__device__ __forceinline__ void keep(const Problem& problem, int64_t place, int slot, int sub_tile,
-                                     const Partial& partial) {
-  if (lane_id() == 0) store(partials_of(problem, place, slot) + sub_tile, partial);
-}
-
-__device__ __forceinline__ int64_t begin_of(int sub_tile) {
-  return static_cast<int64_t>(sub_tile) * kSubTile;
-}
-
-// A member of a mixture, and the proposal if it reads the same logits in another way; or, with
-// k == kSeparateDraft, the draft's logits.
-__device__ void sweep_logits(const Problem& problem, const Row& row, int64_t place, int k,
-                             int sub_tile) {
-  const bool proposes = row.proposer == k, separate = k == kSeparateDraft;
-  const Field& field = separate ? row.proposal : row.members[k];
-  if (!proposes && (separate || field.weight == 0.0f)) return;
-  const bool twice = proposes && !separate && !proposal_is_member(problem, row);
-  LaneStats<float> stats, proposal;
-#pragma unroll 1
-  for (int round = 0; round < kRounds; ++round) {
-    float logits[kPerLane];
-    const int64_t begin = begin_of(sub_tile) + round * kRound;
-    const int32_t flags = load_lane(field, begin, problem.ensemble.vocab_size, logits);
-    stats.add(logits, field, flags);
-    if (twice) proposal.add(logits, row.proposal, flags);
-  }
-  const int slot = separate ? problem.proposal_slot() : k;
-  keep(problem, place, slot, sub_tile, stats.finish(field));
-  if (twice) {
-    keep(problem, place, problem.proposal_slot(), sub_tile, proposal.finish(row.proposal));
-  }
-}
 
 // All members of a product at once, and the proposal if it is one of them.
 __device__ void sweep_product(const Problem& problem, const Row& row, int64_t place, int sub_tile,
@@ -127,31 +52,10 @@ __device__ void sweep_product(const Problem& problem, const Row& row, int64_t pl
     }
     stats.add(values, row.target, flags);
   }
-  keep(problem, place, 0, sub_tile, stats.finish(row.target));
+  keep_partial(problem, place, 0, sub_tile, stats.finish(row.target));
   if (by_member) {
-    keep(problem, place, problem.proposal_slot(), sub_tile, proposal.finish(row.proposal));
+    keep_partial(problem, place, problem.proposal_slot(), sub_tile, proposal.finish(row.proposal));
   }
-}
-
-// Combines the partials of a slot in a fixed order; one warp.
-__device__ Total combine(const Problem& problem, int64_t place, int slot,
-                         double inverse_temperature) {
-  const Partial* partials = partials_of(problem, place, slot);
-  double top = kNoMass;
-  int32_t flags = 0;
-  for (int s = lane_id(); s < problem.sub_tiles; s += kLanes) {
-    const Partial here = load_fresh(partials + s);
-    top = here.top > top ? here.top : top;
-    flags |= here.flags;
-  }
-  top = warp_max(top);
-  double sum = 0.0;
-  for (int s = lane_id(); s < problem.sub_tiles; s += kLanes) {
-    const Partial here = load_fresh(partials + s);
-    if (here.sum == 0.0f) continue;
-    sum += static_cast<double>(here.sum) * exp(shifted(here.top, top, inverse_temperature));
-  }
-  return {warp_sum(sum), top, warp_or(flags)};
 }
 
 // Every slot that was swept, a warp for each.
@@ -162,10 +66,10 @@ __device__ void combine_all(const Problem& problem, const Row& row, int64_t plac
     const Field& field = is_proposal      ? row.proposal
                          : row.is_mixture ? row.members[slot]
                                           : row.target;
-    const bool swept = is_proposal ? row.proposer != kNobody && !proposal_is_member(problem, row)
-                       : row.is_mixture ? field.weight != 0.0f || row.proposer == slot
-                                        : true;
-    if (!swept) continue;
+    const bool used = is_proposal ? row.proposer != kNobody && !proposal_is_member(problem, row)
+                      : row.is_mixture ? field.weight != 0.0f || row.proposer == slot
+                                       : true;
+    if (!used || field.late) continue;
     const Total total = combine(problem, place, slot, field.inverse_temperature);
     if (lane_id() == 0) store(problem.totals + place * problem.slots + slot, total);
   }
@@ -343,9 +247,13 @@ __global__ void __launch_bounds__(kThreads, kSpace == Space::kProbs ? 2 : 1)
   const int source = static_cast<int>(blockIdx.z);
   if (sub_tile < problem.sub_tiles) {
     if (source == problem.proposal_slot()) {
-      sweep_logits(problem, shared.row, place, kSeparateDraft, sub_tile);
+      if (!shared.row.proposal.late) {
+        sweep_logits(problem, shared.row, place, kSeparateDraft, sub_tile);
+      }
     } else if constexpr (kSpace == Space::kProbs) {
-      sweep_logits(problem, shared.row, place, source, sub_tile);
+      if (!shared.row.members[source].late) {
+        sweep_logits(problem, shared.row, place, source, sub_tile);
+      }
     } else {
       sweep_product(problem, shared.row, place, sub_tile, true);
     }
@@ -382,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1) warped_stats(Problem problem) {
       for (int i = 0; i < kPerLane; ++i) values[i] = log(values[i]);
       stats.add(values, row.target, 0);
     }
-    keep(problem, place, problem.warped_slot(), sub_tile, stats.finish(row.target));
+    keep_partial(problem, place, problem.warped_slot(), sub_tile, stats.finish(row.target));
   }
   if (last_block(problem.tickets + place, gridDim.x, &shared.is_last) && warp_id() == 0) {
     const int slot = problem.warped_slot();

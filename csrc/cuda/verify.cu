@@ -3,11 +3,13 @@
 // `verify_resample`, in which every block of a sequence walks the chain by itself, a warp for each
 // row, for the walk needs the totals and a few logits only. What follows the last kept draft is
 // drawn by one block, unless a dense draft was rejected: then all of them sweep its row once more,
-// for the residual, and the last one draws. For rules that look at whole laws, or at whole chains,
-// `judge` walks between the two launches (judge.cu), and `verify_resample` only draws.
+// for the residual, and the last one draws. So they do with rows that are late (law.cuh). For rules
+// that look at whole laws, or at whole chains, `judge` walks between the two launches (judge.cu),
+// and `verify_resample` only draws.
 #include "draw.cuh"
 #include "exact.cuh"
 #include "judge.cuh"
+#include "sweep.cuh"
 
 namespace specens {
 namespace {
@@ -62,6 +64,8 @@ __device__ __forceinline__ double kept(const VerifyParams& params, double target
 
 // What is left of a token, as a rule that sweeps nothing has it.
 struct PlainLeft {
+  static constexpr bool kMayBeLate = true;
+
   __device__ double operator()(const Row& /*row*/, int64_t /*token*/, double p, double q) const {
     return left_of(Judgement{}, p, q);
   }
@@ -70,6 +74,7 @@ struct PlainLeft {
 
 // As `judge` found it.
 struct JudgedLeft {
+  static constexpr bool kMayBeLate = false;
   Judgement judgement;
 
   __device__ double operator()(const Row& row, int64_t token, double p, double q) const {
@@ -116,10 +121,10 @@ __device__ Chain walk_chain(const Problem& problem, const VerifyParams& params,
     if (t < problem.rows) read_laws(problem, place, row, true);
     if (lane_id() == 0) {
       shared.outcomes[w] = t < problem.rows ? decide(problem, params, row, chain.b, t) : kEnds;
+      const bool stops = shared.outcomes[w] == kStops;
       shared.status[w] = shared.outcomes[w] == kEnds ? 0 : row_status(row);
-      if (shared.outcomes[w] == kStops && row.has_child && !row.valid) {
-        shared.status[w] |= kInvalidDraft;
-      }
+      if (stops) shared.status[w] |= member_status(row, true);
+      if (stops && row.has_child && !row.valid) shared.status[w] |= kInvalidDraft;
     }
     __syncthreads();
     int kept = 0;
@@ -188,8 +193,9 @@ __device__ __forceinline__ void add_draft(const Row& row, const float (&logits)[
 }
 
 // The residual's mass in a lane's share of a round. Exponentials are of single precision, but for a
-// mixture that is warped as a whole.
-__device__ double lane_residual(const Problem& problem, const Row& row, int64_t begin) {
+// mixture that is warped as a whole. Adds the status bits of members that are known.
+__device__ double lane_residual(const Problem& problem, const Row& row, int64_t begin,
+                                int32_t& flags) {
   const int64_t vocab_size = problem.ensemble.vocab_size;
   double values[kPerLane] = {};
   float drafted[kPerLane] = {};
@@ -203,9 +209,10 @@ __device__ double lane_residual(const Problem& problem, const Row& row, int64_t 
         !separate && (row.is_mixture ? field.share != 0.0 : field.weight != 0.0f || masks);
     if (!used && !proposes) continue;
     float logits[kPerLane];
-    load_lane(field, begin, vocab_size, logits);
+    const int32_t found = load_lane(field, begin, vocab_size, logits);
     if (proposes) add_draft(row, logits, drafted);
     if (!used) continue;
+    if (field.known) flags |= found;
     const double scale = field.share * scale_of(field);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -235,14 +242,15 @@ __device__ double lane_residual(const Problem& problem, const Row& row, int64_t 
 }
 
 // The same in one sub-tile; one warp.
-__device__ double sweep_residual(const Problem& problem, const Row& row, int sub_tile) {
+__device__ Residual sweep_residual(const Problem& problem, const Row& row, int sub_tile) {
   double residual = 0.0;
+  int32_t flags = 0;
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
     const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile + round * kRound;
-    residual += lane_residual(problem, row, begin);
+    residual += lane_residual(problem, row, begin, flags);
   }
-  return warp_sum(residual);
+  return {warp_sum(residual), warp_or(flags)};
 }
 
 // The residual's mass in one sub-tile, in double precision; one warp.
@@ -288,21 +296,65 @@ __device__ void measure_point(const Problem& problem, const Row& row, const Left
   __syncthreads();
 }
 
+// --- late rows ---
+
+// Whether there are members that must be swept before a token of the target can be drawn.
+__device__ bool is_late(const Row& row) {
+  bool late = false;
+  for (int k = 0; k < row.count; ++k) late |= row.members[k].late && row.members[k].weight != 0.0f;
+  return late;
+}
+
+// One sub-tile of all of them; one warp.
+__device__ void sweep_late(const Problem& problem, const Row& row, int64_t place, int sub_tile) {
+#pragma unroll 1
+  for (int k = 0; k < row.count; ++k) {
+    if (row.members[k].late) sweep_logits(problem, row, place, k, sub_tile);
+  }
+}
+
+// Their laws, and so the target's, when all sub-tiles are swept; the whole block.
+__device__ void combine_late(const Problem& problem, Row& row, int64_t place) {
+  for (int k = warp_id(); k < row.count; k += kWarps) {
+    Field& field = row.members[k];
+    if (!field.late || field.weight == 0.0f) continue;
+    const Total total = combine(problem, place, k, field.inverse_temperature);
+    __syncwarp();  // all have seen that it is late
+    if (lane_id() != 0) continue;
+    set_law(field, total);
+    field.late = false;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) share_out(row);
+  __syncthreads();
+}
+
+// A row whose residual is empty is drawn from after all: that is rare, and one block does it.
+__device__ void complete(const Problem& problem, Row& row, int64_t place) {
+  if (!is_late(row)) return;
+  for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) sweep_late(problem, row, place, s);
+  __syncthreads();
+  combine_late(problem, row, place);
+}
+
+// --- what is drawn ---
+
 // The token of a residual whose masses are known, or of the target if there is none.
 template <typename LeftOver>
-__device__ int64_t draw_residual(const Problem& problem, const VerifyParams& params, const Row& row,
+__device__ int64_t draw_residual(const Problem& problem, const VerifyParams& params, Row& row,
                                  const LeftOver& left, Chain& chain, Walk& walk) {
   if (total_mass(problem, walk) > kLeastResidual) {
     return draw(problem, params.uniforms, chain.b, chain.stop, walk,
                 [&](int64_t token) { return residual_mass(row, left, token); });
   }
-  chain.status |= kEmptyResidual;
   const int64_t place = chain.b * problem.rows + chain.stop;
+  if constexpr (LeftOver::kMayBeLate) complete(problem, row, place);
+  chain.status |= row.empty ? kEmptyLaw : kEmptyResidual;
   return draw_target(problem, row, params.uniforms, place, walk);
 }
 
-// Of a stop that needs no sweep.
-__device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params, const Row& row,
+// Of a stop that needs no residual.
+__device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params, Row& row,
                               Chain& chain, Walk& walk) {
   const int64_t place = chain.b * problem.rows + chain.stop;
   if (row.empty) return 0;
@@ -314,22 +366,37 @@ __device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params
 
 // --- the kernels ---
 
-// Leaves the masses that sweep(sub_tile) finds in `walk` of the last block of the sequence, which
-// gets true.
+// Calls sweep(sub_tile) in a warp of a block of the sequence for each; true in the last block, when
+// all have.
 template <typename Sweep>
 __device__ bool sweep_together(const Problem& problem, const Chain& chain, VerifyShared& shared,
                                const Sweep& sweep) {
-  double* residuals = problem.residuals + chain.b * problem.sub_tiles;
   const int sub_tile = static_cast<int>(blockIdx.x) * kWarps + warp_id();
-  if (sub_tile < problem.sub_tiles) {
-    const double residual = sweep(sub_tile);
+  if (sub_tile < problem.sub_tiles) sweep(sub_tile);
+  return last_block(problem.tickets + chain.b, gridDim.x, &shared.is_last);
+}
+
+// Leaves the residual that sweep(sub_tile) finds in `walk` of the last block of the sequence, and
+// its status bits in `chain`; that block gets true.
+template <typename Sweep>
+__device__ bool sweep_residuals(const Problem& problem, Chain& chain, VerifyShared& shared,
+                                const Sweep& sweep) {
+  Residual* residuals = problem.residuals + chain.b * problem.sub_tiles;
+  const auto keep_residual = [&](int sub_tile) {
+    const Residual residual = sweep(sub_tile);
     if (lane_id() == 0) store(residuals + sub_tile, residual);
-  }
-  if (!last_block(problem.tickets + chain.b, gridDim.x, &shared.is_last)) return false;
+  };
+  if (!sweep_together(problem, chain, shared, keep_residual)) return false;
+  int32_t flags = 0;
   for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
-    shared.walk.masses[s] = load_fresh(residuals + s);
+    const Residual residual = load_fresh(residuals + s);
+    shared.walk.masses[s] = residual.mass;
+    flags |= residual.flags;
   }
+  flags = warp_or(flags);
+  if (lane_id() == 0) shared.status[warp_id()] = flags;
   __syncthreads();
+  for (int w = 0; w < kWarps; ++w) chain.status |= shared.status[w];
   return true;
 }
 
@@ -338,24 +405,29 @@ __device__ void resample(const Problem& problem, const VerifyParams& params, Ver
   Chain chain = walk_chain(problem, params, shared);
   Row& row = shared.rows[chain.stop % kWarps];
   if (blockIdx.x == 0) pad(params, chain);
-  const bool sweeps = chain.emits && row.valid && row.proposer != kNobody && !row.empty;
-  if (!sweeps) {
-    if (blockIdx.x != 0) return;
-    const int64_t token =
-        chain.emits ? draw_alone(problem, params, row, chain, walk) : int64_t{kPadding};
-    finish(params, row, chain, token);
+  if (chain.emits && row.valid && row.proposer != kNobody && !row.empty) {
+    const auto sweep = [&](int sub_tile) { return sweep_residual(problem, row, sub_tile); };
+    if (!sweep_residuals(problem, chain, shared, sweep)) return;
+    if (total_mass(problem, walk) <= kLeastSingleResidual) measure_exactly(problem, row, walk);
+    finish(params, row, chain, draw_residual(problem, params, row, PlainLeft{}, chain, walk));
     return;
   }
-  const auto sweep = [&](int sub_tile) { return sweep_residual(problem, row, sub_tile); };
-  if (!sweep_together(problem, chain, shared, sweep)) return;
-  if (total_mass(problem, walk) <= kLeastSingleResidual) {
-    measure_exactly(problem, row, walk);
+  if (chain.emits && is_late(row)) {
+    const int64_t place = chain.b * problem.rows + chain.stop;
+    const auto sweep = [&](int sub_tile) { sweep_late(problem, row, place, sub_tile); };
+    if (!sweep_together(problem, chain, shared, sweep)) return;
+    combine_late(problem, row, place);
+    chain.status |= row_status(row) | member_status(row, true);
+  } else if (blockIdx.x != 0) {
+    return;
   }
-  finish(params, row, chain, draw_residual(problem, params, row, PlainLeft{}, chain, walk));
+  const int64_t token =
+      chain.emits ? draw_alone(problem, params, row, chain, walk) : int64_t{kPadding};
+  finish(params, row, chain, token);
 }
 
 // Of a decision that needs no sweep.
-__device__ int64_t draw_decided(const Problem& problem, const VerifyParams& params, const Row& row,
+__device__ int64_t draw_decided(const Problem& problem, const VerifyParams& params, Row& row,
                                 const Decision& decision, Chain& chain, Walk& walk) {
   if (decision.follows == Follows::kBest) return decision.best;
   const int64_t place = chain.b * problem.rows + chain.stop;
@@ -381,6 +453,7 @@ __device__ void resample_decided(const Problem& problem, const VerifyParams& par
     read_laws(problem, place, row, true);
   }
   __syncthreads();
+  if (chain.emits) chain.status |= member_status(row, true);
   if (blockIdx.x == 0) pad(params, chain);
   const bool sweeps = decision.follows == Follows::kLeft && row.proposer != kNobody && !row.empty &&
                       decision.judgement.left != Left::kTarget;
@@ -393,8 +466,10 @@ __device__ void resample_decided(const Problem& problem, const VerifyParams& par
     return;
   }
   const JudgedLeft left = {decision.judgement};
-  const auto sweep = [&](int sub_tile) { return sweep_exactly(problem, row, left, sub_tile); };
-  if (!sweep_together(problem, chain, shared, sweep)) return;
+  const auto sweep = [&](int sub_tile) {
+    return Residual{sweep_exactly(problem, row, left, sub_tile), 0};
+  };
+  if (!sweep_residuals(problem, chain, shared, sweep)) return;
   finish(params, row, chain, draw_residual(problem, params, row, left, chain, shared.walk));
 }
 
@@ -421,6 +496,9 @@ Problem problem_of(const VerifyParams& params) {
   problem.proposers = params.proposers;
   problem.draft_logits = params.draft_logits;
   problem.draft_temperature = params.draft_temperature;
+  problem.draft_lse = params.draft_lse;
+  // What sweeps nothing decides by single tokens; without drafts there is nothing to decide.
+  problem.late = !is_judged(params.rule) && !problem.collapsed && params.nodes > 0;
   return problem;
 }
 
@@ -439,7 +517,8 @@ int cuda_verify(const VerifyParams& params, void* workspace, size_t workspace_by
   if (problem.batch == 0) return 0;
   launch_stats(problem, stream);
   const bool dense = params.proposers.data != nullptr || params.draft_logits.data != nullptr;
-  const dim3 grid(dense ? tiles_of(problem) : 1, static_cast<unsigned>(problem.batch));
+  const dim3 grid(dense || problem.defers() ? tiles_of(problem) : 1,
+                  static_cast<unsigned>(problem.batch));
   if (!is_judged(params.rule)) {
     SPECENS_LAUNCH_EARLY(verify_resample<DecidedBy::kResample>, grid, dim3(kThreads),
                          sizeof(VerifyShared), stream, problem, params);

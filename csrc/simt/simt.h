@@ -689,6 +689,7 @@ inline void __pipeline_wait_prior(size_t keep) {
 
 // --- numbers ---
 
+using std::isfinite;
 using std::isinf;
 using std::isnan;
 

@@ -26,10 +26,12 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // A fiber costs ThreadSanitizer a millisecond. Among these a rule asks twice about a draft.
 constexpr int64_t kVocabularies[] = {3, 1025, 8200};
 constexpr uint64_t kFirst = 48, kSituations = 12;
+constexpr uint64_t kKnown = 20;  // a situation with rows that are known and swept late
 constexpr int kMostNodes = 1, kMostBatch = 1;
 #else
 constexpr int64_t kVocabularies[] = {2, 17, 100, 1000, 1024, 1025, 8191, 8193, 20000};
 constexpr uint64_t kFirst = 0, kSituations = 250;
+constexpr uint64_t kKnown = 250;
 constexpr int kMostNodes = 4, kMostBatch = 3;
 #endif
 
@@ -51,6 +53,20 @@ uint16_t to_bfloat16(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   if (std::isnan(value)) return 0x7FC0;
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+double value_at(const Logits& logits, int64_t offset) {
+  float value;
+  uint32_t bits = 0;
+  if (logits.dtype == DType::kFloat32) {
+    std::memcpy(&bits, static_cast<const char*>(logits.data) + offset * 4, 4);
+  } else {
+    uint16_t half;
+    std::memcpy(&half, static_cast<const char*>(logits.data) + offset * 2, 2);
+    bits = static_cast<uint32_t>(half) << 16;
+  }
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 // Logits of exactly as many bytes as are addressed.
@@ -91,6 +107,7 @@ struct Situation {
   std::vector<double> memory;
   std::vector<int32_t> top_k, tokens, proposers;
   std::vector<Rows> draft;
+  std::vector<float> lse, draft_lse;
   bool bonus;
   RuleId rule;
   double parameters[kMaxParameters] = {};
@@ -128,6 +145,7 @@ struct Situation {
     set_drafts();
     for (int64_t i = 0; i < batch * (nodes + 1) * 4; ++i) numbers.push_back(dice.uniform());
     set_rule(seed);
+    set_lse();
   }
 
   void set_rule(uint64_t seed) {
@@ -173,6 +191,37 @@ struct Situation {
     if (nodes > 0 && dice.happens(0.3)) draft.emplace_back(dice, batch, nodes, vocab_size);
   }
 
+  // Of rows in order; some are not told, none where a float is too coarse.
+  float told(const Logits& logits, int64_t row, float over) {
+    const float untold = std::nanf("");
+    double sum = 0.0, top = -kInf;
+    for (const bool sums : {false, true}) {
+      for (int64_t i = 0; i < vocab_size; ++i) {
+        const double value = value_at(logits, row * logits.row_stride + i) / over;
+        if (std::isnan(value)) continue;
+        if (sums && value > -kInf) sum += std::exp(value - top);
+        top = std::max(top, value);
+      }
+    }
+    const double found = top + std::log(sum);
+    return dice.happens(0.2) || !(std::fabs(found) < 1e4) ? untold : static_cast<float>(found);
+  }
+
+  void set_lse() {
+    if (!top_k.empty() || !top_p.empty() || !min_p.empty() || !dice.happens(0.8)) return;
+    if (ensemble.id == EnsembleId::kMixture && ensemble.warp_members) {
+      const size_t last = temperature.size() - 1;
+      for (int64_t row = 0; row < batch * rows; ++row) {
+        for (size_t k = 0; k < members.size(); ++k) {
+          lse.push_back(told(members[k].logits, row, temperature[std::min(k, last)]));
+        }
+      }
+    }
+    for (int64_t row = 0; row < batch * nodes && !draft.empty(); ++row) {
+      draft_lse.push_back(told(draft[0].logits, row, temperature[0]));
+    }
+  }
+
   SampleParams sample_params() const {
     SampleParams params = {};
     params.ensemble = ensemble;
@@ -197,11 +246,15 @@ struct Situation {
     if (!draft.empty()) params.draft_logits = draft[0].logits;
     params.uniforms = {numbers.data(), (nodes + 1) * 4, 4, 1};
     params.draft_temperature = {temperature.data(), 0, 0, 0};
+    const auto count = static_cast<int64_t>(members.size());
+    if (!lse.empty()) params.ensemble.lse = {lse.data(), rows * count, count, 1};
+    if (!draft_lse.empty()) params.draft_lse = {draft_lse.data(), nodes, 1, 0};
     return params;
   }
 };
 
 uint64_t current_seed = 0;
+int known_rows = 0;  // situations that have some
 
 void fail(const std::string& what) {
   std::fprintf(stderr, "FAILED: %s, seed %llu\n", what.c_str(),
@@ -319,6 +372,7 @@ void test(uint64_t seed) {
   current_seed = seed;
   setenv("SIMT_SEED", std::to_string(seed + 1).c_str(), 1);
   const Situation now(seed);
+  known_rows += !now.lse.empty() || !now.draft_lse.empty() ? 1 : 0;
   if (seed % 3 == 0) test_mix(now);
   if (seed % 3 == 1) test_sample(now);
   test_verify(now);
@@ -332,6 +386,8 @@ int main(int argc, char** argv) {
     return 0;
   }
   for (uint64_t seed = kFirst; seed < kFirst + kSituations; ++seed) test(seed);
-  std::printf("%llu situations\n", static_cast<unsigned long long>(kSituations));
+  test(kKnown);
+  std::printf("%llu situations, %d with known rows\n", static_cast<unsigned long long>(kSituations),
+              known_rows);
   return 0;
 }
