@@ -617,7 +617,7 @@ SPECENS_HOST_DEVICE double block_step(double reach, double p, double q) {
 // Chance that a block ends no earlier than here; `mass_left` = sum max(reach p - q, 0) over the
 // row after x_i.
 SPECENS_HOST_DEVICE double block_threshold(double reach, double mass_left) {
-  return mass_left > 0.0 ? mass_left / (mass_left + 1.0 - reach) : (reach >= 1.0 ? 1.0 : 0.0);
+  return mass_left > 0.0 ? mass_left / (mass_left + (1.0 - reach)) : (reach >= 1.0 ? 1.0 : 0.0);
 }
 
 // --- names ---

@@ -123,11 +123,11 @@ struct VerifyParams {
   Logits draft_logits;     // (B, N or N + 1, V); null data: none
   Values<float> draft_temperature;
   Values<float> draft_lse = {nullptr, 0, 0, 0};  // (B, N or N + 1), as `Ensemble::lse`
-  int64_t* tokens;        // (B, N + 1)
-  float* log_probs;       // (B, N + 1)
-  int32_t* num_accepted;  // (B,)
-  int32_t* path;          // (B, N)
-  int32_t* status;        // (B,)
+  int64_t* tokens;                               // (B, N + 1)
+  float* log_probs;                              // (B, N + 1)
+  int32_t* num_accepted;                         // (B,)
+  int32_t* path;                                 // (B, N)
+  int32_t* status;                               // (B,)
 };
 
 // `threads` bounds the team; results do not depend on it.

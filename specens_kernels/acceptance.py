@@ -308,7 +308,7 @@ def block_step(reach: float, ratio: float) -> float:
 
 def block_threshold(reach: float, mass_left: float) -> float:
     """Chance that a block ends no earlier than here; `mass_left` = sum max(reach p - q, 0)."""
-    return mass_left / (mass_left + 1 - reach) if mass_left > 0 else float(reach >= 1)
+    return mass_left / (mass_left + (1 - reach)) if mass_left > 0 else float(reach >= 1)
 
 
 def _k_seq(at: Situation) -> Judgement:

@@ -172,7 +172,7 @@ class Law {
   double inverse_temperature_;
   Filter filter_;
   double lse_;  // as it was given, else NaN
-  bool hard_;  // temperature 0: the largest values share the mass
+  bool hard_;   // temperature 0: the largest values share the mass
   bool infinite_wins_;
   bool repaired_;  // what `repair` found is taken care of
   bool infinite_;  // the largest value is +inf; `top_` is then 0

@@ -350,7 +350,7 @@ def block_step(reach, p, q):
 @triton.jit
 def block_threshold(reach, mass_left):
     """Chance that a block ends no earlier than here."""
-    share = mass_left / tl.where(mass_left > 0, mass_left + 1.0 - reach, 1.0)
+    share = mass_left / tl.where(mass_left > 0, mass_left + (1.0 - reach), 1.0)
     return tl.where(mass_left > 0, share, tl.where(reach >= 1.0, 1.0, 0.0))
 
 
