@@ -20,6 +20,7 @@ from .laws import (
     folded_value,
     is_bare,
     is_greedy,
+    is_unswept,
     least_plausible,
     load_raw,
     mass_below,
@@ -88,9 +89,9 @@ def _own_peaks(law, proposal, work, row, b, tile, source, proposer, raw):
 
 
 @triton.jit
-def _separate_peaks(law, proposal, work, row, b, t, tile, proposer):
-    """Of separate draft logits, for the rows that have some."""
-    if proposer == law.members:
+def _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy):
+    """Of separate draft logits, for the rows that have some and need it."""
+    if (proposer == law.members) & (is_unswept(law, proposal, b, t, proposer, greedy) == 0):
         offsets, mask = tile_tokens(law, tile, law.width)
         pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
         raw = load_raw(pointer, offsets, mask)
@@ -133,7 +134,7 @@ def mixture_stats(law, proposal, work):
     if proposal is not None:
         if proposal.logits is not None:
             if source == law.members:
-                _separate_peaks(law, proposal, work, row, b, t, tile, proposer)
+                _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy)
 
 
 @triton.jit
@@ -194,7 +195,7 @@ def product_stats(law, proposal, work):
     if proposal is not None:
         if proposal.logits is not None:
             if source == 1:
-                _separate_peaks(law, proposal, work, row, b, t, tile, proposer)
+                _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy)
 
 
 @triton.jit

@@ -41,6 +41,7 @@ from .judge import judge, judgement
 from .laws import (
     SUB_TILE,
     is_greedy,
+    known_flags,
     load_laws,
     log_prob,
     look,
@@ -261,6 +262,8 @@ def emit(law, proposal, work, verdict):
             )
             status |= tl.where(emptied, EMPTY_RESIDUAL, 0)
         drawn_log_prob = log_prob(law, load_laws(law, work, row), b, stop, drawn)
+        if law.lse is not None:
+            status |= known_flags(law, work, row, b, stop, greedy)
     t = tl.arange(0, verdict.steps)
     kept = t < stop
     tokens = tl.load(
@@ -301,14 +304,11 @@ def verify(
         raise Unsupported("trees have no Triton kernel")
     if acceptance not in rules.RULES:
         raise Unsupported(f"rule {acceptance!r} has no Triton kernel")
-    if lse is not None or draft_lse is not None:
-        raise Unsupported("known log-sum-exps have no Triton kernel")
     rule = rules.RULES[acceptance]
     batch, nodes = draft_tokens.shape
-    made = law_arguments(logits, law)
-    proposal = proposal_arguments(
-        draft_tokens, proposers, draft_logits, draft_temperature, law, ACCEPTANCE_RULES[acceptance]
-    )
+    made = law_arguments(logits, law, lse=lse)
+    drafts = (proposers, draft_logits, draft_temperature, draft_lse)
+    proposal = proposal_arguments(draft_tokens, *drafts, law, ACCEPTANCE_RULES[acceptance])
     work = workspace(made, batch)
     verdict = _verdict(made, numbers, batch, nodes, rule, parameters, memory, bonus)
     many = len(logits) > 3
