@@ -89,7 +89,7 @@ def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"logits of torch\.float64"):
         kernels.sample([rows.double()], numbers, law_tensors(1), -1)
     tokens = torch.zeros(1, 0, dtype=torch.int64)
-    rest = (None, None, None, law_tensors(1))
+    rest = (*(None,) * 5, law_tensors(1))
     with pytest.raises(NotImplementedError, match="trees have no Triton kernel"):
         kernels.verify(
             [rows], tokens, numbers, torch.tensor([[-1]]), *rest, "greedy", (), None, True

@@ -50,7 +50,9 @@ class Verdict(NamedTuple):
     """Arguments of the walk, what it leaves for each row, and its results.
 
     scalars: (rows, 2) float64 scale and bound of what a rule leaves; None if it is not judged.
-    residuals: (B, sub-tiles) float64 mass that a rejected dense draft leaves.
+    residuals: (B, sub-tiles) float64 mass that a rejected dense draft leaves. wholes: of the target
+        there; None if every drafted row is swept. flags: (B, sub-tiles) status bits of what is only
+        swept at the chain's end; None if nothing is.
     """
 
     numbers: Any
@@ -66,6 +68,8 @@ class Verdict(NamedTuple):
     draft_log_probs: Any
     scalars: Any
     residuals: Any
+    wholes: Any
+    flags: Any
     tokens: Any
     log_probs: Any
     num_accepted: Any

@@ -220,6 +220,15 @@ def load_raw(pointer, offsets, mask):
 
 
 @triton.jit
+def flags_of(raw):
+    """Status bits of a sub-tile, or of each of several; one sum counts NaNs and infinities."""
+    oddities = tl.where(raw != raw, 1, tl.where(raw == float("inf"), 1 << 16, 0))
+    counts = tl.sum(oddities, len(raw.shape) - 1)
+    nan = tl.where((counts & 0xFFFF) != 0, NAN_LOGITS, 0)
+    return nan | tl.where(counts >= 1 << 16, INFINITE_LOGITS, 0)
+
+
+@triton.jit
 def clean(raw):
     return tl.where(raw != raw, -float("inf"), raw)
 
@@ -265,11 +274,9 @@ def log_mass_of(value, laws, source: tl.constexpr):
 
 
 @triton.jit
-def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
-    """What the target is made of, and the proposal's logits.
-
-    A mixture's masses; of a product or a mixture that is warped, the values before that.
-    """
+def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
+    """`scores`, and the target's status bits where rows may be known."""
+    flags = tl.full((), 0, tl.int32)
     if law.kind == "mixture":
         found = tl.zeros(offsets.shape, DTYPE)
     else:
@@ -282,7 +289,10 @@ def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constex
             read = read | (proposer == k)
         if law.plausible and k == 0:
             read = yes()
-        value = clean(load_raw(member_row(law, b, t, k), offsets, mask & read))
+        raw = load_raw(member_row(law, b, t, k), offsets, mask & read)
+        if law.late and law.lse is not None:
+            flags |= tl.where(laws[2][k] != 0, flags_of(raw), 0)
+        value = clean(raw)
         if proposal is not None:
             drafted = tl.where(proposer == k, value, drafted)
         if law.kind == "product":
@@ -299,17 +309,38 @@ def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constex
         if proposal.logits is not None:
             pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
             drafted = clean(load_raw(pointer, offsets, mask & (proposer == law.members)))
+    return found, drafted, flags
+
+
+@triton.jit
+def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
+    """What the target is made of, and the proposal's logits.
+
+    A mixture's masses; of a product or a mixture that is warped, the values before that.
+    """
+    found, drafted, _flags = flagged_scores(
+        law, proposal, laws, b, t, proposer, offsets, mask, DTYPE
+    )
     return found, drafted
+
+
+@triton.jit
+def flagged_look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
+    """`look`, and the target's status bits where rows may be known."""
+    found, drafted, flags = flagged_scores(
+        law, proposal, laws, b, t, proposer, offsets, mask, DTYPE
+    )
+    if law.kind != "mixture":
+        found = mass_of(found, laws, law.members + 1, DTYPE)
+    if proposal is not None:
+        drafted = mass_of(drafted, laws, law.members, DTYPE)
+    return found, drafted, flags
 
 
 @triton.jit
 def look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
     """Masses of tokens under the target and under the proposal."""
-    found, drafted = scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE)
-    if law.kind != "mixture":
-        found = mass_of(found, laws, law.members + 1, DTYPE)
-    if proposal is not None:
-        drafted = mass_of(drafted, laws, law.members, DTYPE)
+    found, drafted, _flags = flagged_look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE)
     return found, drafted
 
 
@@ -545,9 +576,7 @@ def measure(law, proposal, work, row, b, t, proposer, greedy):
     else:
         laws, empty, status = member_laws(law, work, row, b, t, greedy)
         alive = empty == 0
-    laws, draft_status = proposal_laws(
-        law, proposal, work, row, b, t, proposer, greedy, laws
-    )
+    laws, draft_status = proposal_laws(law, proposal, work, row, b, t, proposer, greedy, laws)
     if law.kind == "mixture":
         lse = tl.full((), 0.0, tl.float64)
         if law.weights is None:

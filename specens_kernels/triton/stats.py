@@ -16,10 +16,12 @@ from .laws import (
     SUB_TILE,
     clean,
     coefficient_of,
+    flags_of,
     fold_in,
     folded_value,
     is_bare,
     is_greedy,
+    is_late,
     is_unswept,
     least_plausible,
     load_raw,
@@ -99,24 +101,42 @@ def _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy):
 
 
 @triton.jit
+def _peaks_of_member(law, work, row, b, t, tile, greedy, k: tl.constexpr, WIDTH: tl.constexpr):
+    """Its logits as they are."""
+    offsets, mask = tile_tokens(law, tile, WIDTH)
+    raw = load_raw(member_row(law, b, t, k), offsets, mask)
+    temperature, hard = member_temperature(law, b, k, greedy)
+    cutoff = tl.full((), -float("inf"), tl.float32)
+    if law.by_member:
+        cutoff = stored_cutoff(law, work, row, k)
+    _store_peaks(law, work, row, tile, k, clean(raw), 1.0 / temperature, hard, cutoff)
+    return raw
+
+
+@triton.jit
 def _member_peaks(law, proposal, work, row, b, t, tile, proposer, greedy, k: tl.constexpr):
     drafts = no()
     if proposal is not None:
         drafts = proposer == k
-    if (weight_of(law, b, t, k) != 0) | drafts:
-        offsets, mask = tile_tokens(law, tile, law.width)
-        raw = load_raw(member_row(law, b, t, k), offsets, mask)
-        values = clean(raw)
-        temperature, hard = member_temperature(law, b, k, greedy)
-        cutoff = tl.full((), -float("inf"), tl.float32)
-        if law.by_member:
-            cutoff = stored_cutoff(law, work, row, k)
-        _store_peaks(law, work, row, tile, k, values, 1.0 / temperature, hard, cutoff)
+    late = is_late(law, proposal, b, t, k, greedy)
+    if ((weight_of(law, b, t, k) != 0) | drafts) & (late == 0):
+        raw = _peaks_of_member(law, work, row, b, t, tile, greedy, k, law.width)
         _store_flags(law, work, row, tile, k, _any(raw != raw), _any(raw == float("inf")))
         if proposal is not None:
             if law.kind == "warped":
                 if drafts:
                     _own_peaks(law, proposal, work, row, b, tile, law.members, proposer, raw)
+
+
+@triton.jit
+def late_peaks(law, proposal, work, row, b, t, tile, greedy):
+    """Of the members that were not swept, in a narrow tile; status bits of its sub-tiles."""
+    flags = tl.zeros((law.narrow,), tl.int32)
+    for k in tl.static_range(law.members):
+        if is_late(law, proposal, b, t, k, greedy) & (weight_of(law, b, t, k) != 0):
+            raw = _peaks_of_member(law, work, row, b, t, tile, greedy, k, law.narrow)
+            flags |= flags_of(raw)
+    return flags
 
 
 @triton.jit
