@@ -177,12 +177,16 @@ def known_proposal_lse(law, proposal, b, t, proposer, greedy):
 
 @triton.jit
 def is_late(law, proposal, b, t, k, greedy):
-    """Whether a member's row is swept only if the chain ends there."""
+    """Whether a member's row is swept only if the chain ends there.
+
+    The bonus row is not late any more where no proposal is given.
+    """
+    late = no()
     if law.late:
-        bonus = (t == proposal.nodes) & (greedy == 0)
-        return bonus | (known_lse(law, b, t, k, greedy) < float("inf"))
-    else:
-        return no()
+        late = known_lse(law, b, t, k, greedy) < float("inf")
+        if proposal is not None:
+            late = late | ((t == proposal.nodes) & (greedy == 0))
+    return late
 
 
 @triton.jit
@@ -432,10 +436,11 @@ def reciprocal(value):
 
 
 @triton.jit
-def member_laws(law, work, row, b, t, greedy):
+def member_laws(law, proposal, work, row, b, t, greedy):
     """`laws` of the members of a mixture, whether none has mass, and their status bits.
 
-    Of members whose log-sum-exp is known the bits count only where a token is drawn.
+    Of members whose log-sum-exp is known the bits count only where a token is drawn. Rows that were
+    not swept have mass, but only those that are known have a law.
     """
     tops = ()
     inverses = ()
@@ -450,12 +455,10 @@ def member_laws(law, work, row, b, t, greedy):
         temperature, hard = member_temperature(law, b, k, greedy)
         inverse = 1.0 / temperature.to(tl.float64)
         lse = known_lse(law, b, t, k, greedy)
-        swept = used
-        if law.late:
-            swept = swept & (lse == float("inf"))
-        top, mass = _measure(law, work, row, k, inverse, hard, swept)
+        late = is_late(law, proposal, b, t, k, greedy)
+        top, mass = _measure(law, work, row, k, inverse, hard, used & (late == 0))
+        alive = alive | (used & (late | (top > -float("inf"))))
         if law.lse is not None:
-            alive = alive | (used & ((swept == 0) | (top > -float("inf"))))
             top, mass = _normalised(top, mass, lse, inverse)
         cutoff = tl.full((), -float("inf"), tl.float32)
         if law.by_member:
@@ -464,7 +467,8 @@ def member_laws(law, work, row, b, t, greedy):
         # Nothing reaches it, though the member is read where it proposes.
         top = tl.where(used, top, float("inf"))
         share += tl.where(used, weight, 0.0)
-        status |= _flags(law, work, row, k, (weight != 0) & (lse == float("inf")))
+        wanted = (weight != 0) & (late == 0) & (lse == float("inf"))
+        status |= _flags(law, work, row, k, wanted)
         tops = tops + (top,)
         inverses = inverses + (inverse,)
         shares = shares + (tl.where(used, weight, 0.0) * reciprocal(mass),)
@@ -472,7 +476,7 @@ def member_laws(law, work, row, b, t, greedy):
     scales = ()
     for k in tl.static_range(law.members):
         scales = scales + (shares[k] * reciprocal(share),)
-    if law.lse is None:
+    if law.lse is None and not law.late:
         alive = share > 0
     return (tops, inverses, scales, cutoffs), alive == 0, status
 
@@ -574,7 +578,7 @@ def measure(law, proposal, work, row, b, t, proposer, greedy):
         empty = no()
         status = _flags(law, work, row, law.members + 1, yes())
     else:
-        laws, empty, status = member_laws(law, work, row, b, t, greedy)
+        laws, empty, status = member_laws(law, proposal, work, row, b, t, greedy)
         alive = empty == 0
     laws, draft_status = proposal_laws(law, proposal, work, row, b, t, proposer, greedy, laws)
     if law.kind == "mixture":

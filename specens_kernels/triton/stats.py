@@ -225,7 +225,7 @@ def warped_stats(law, work):
     b, t = row // law.rows, row % law.rows
     greedy = is_greedy(law, b)
     if is_bare(law, b, greedy) == 0:
-        laws, _empty, _status = member_laws(law, work, row, b, t, greedy)
+        laws, _empty, _status = member_laws(law, None, work, row, b, t, greedy)
         zero = tl.full((), 0.0, tl.float64)
         laws = with_source(laws, zero, zero, zero, zero)
         offsets, mask = tile_tokens(law, tile, law.narrow)

@@ -86,7 +86,10 @@ def _is_kept(law, proposal, verdict, laws, b, t, proposer, token):
 
 
 @triton.jit
-def _decide_row(law, proposal, work, verdict, row, b, t):
+def decide(law, proposal, work, verdict):
+    """Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // law.rows, row % law.rows
     greedy, proposer, laws, empty, status, token, valid, emits = read_row(
         law, proposal, work, verdict, row, b, t
     )
@@ -108,21 +111,6 @@ def _decide_row(law, proposal, work, verdict, row, b, t):
     tl.store(verdict.outcomes + row, tl.where(kept, KEPT, outcome))
     tl.store(verdict.best + row, best)
     tl.store(verdict.statuses + row, status)
-
-
-@triton.jit
-def decide(law, proposal, work, verdict):
-    """Grid: rows."""
-    row = tl.program_id(0).to(tl.int64)
-    b, t = row // law.rows, row % law.rows
-    if law.late:
-        if (t == proposal.nodes) & (is_greedy(law, b) == 0):
-            tl.store(verdict.outcomes + row, TARGET)
-            tl.store(verdict.statuses + row, 0)
-        else:
-            _decide_row(law, proposal, work, verdict, row, b, t)
-    else:
-        _decide_row(law, proposal, work, verdict, row, b, t)
 
 
 @triton.jit
@@ -310,7 +298,7 @@ def emit(law, proposal, work, verdict):
         greedy = is_greedy(law, b)
         proposer = proposer_of(law, proposal, b, stop, greedy)
         if law.late:
-            if stop == proposal.nodes:
+            if (stop == proposal.nodes) & (outcome == TARGET):
                 laws, _empty, _lse, _status, _bits = measure(
                     law, None, work, row, b, stop, -1, greedy
                 )
