@@ -144,13 +144,20 @@ def made(ensemble: str, members: int, **options: Any) -> tuple[list[torch.Tensor
     return logits, law.tensors("report", 1, NODES + 1, members, device, VOCAB_SIZE)
 
 
-def verifies(logits: list[torch.Tensor], law: Any, rule: str = "rejection") -> None:
-    """One `verify`, whose drafts are the last member's."""
+def verifies(
+    logits: list[torch.Tensor], law: Any, rule: str = "rejection", known: bool = False
+) -> None:
+    """One `verify`, whose drafts are the last member's; with `known`, a separate draft's, and all
+    log-sum-exps are."""
     acceptance = Acceptance.parse(rule)
     tokens = torch.empty(1, NODES, dtype=torch.int64, device="meta")
     numbers = torch.empty(1, NODES + 1, 4, device="meta")
+    drafts: tuple[Any, ...] = (torch.empty_like(tokens), *(None,) * 4)
+    if known:
+        lse = torch.empty(1, NODES + 1, len(logits), device="meta")
+        drafts = (None, logits[0], None, lse, lse[..., 0])
     kernels.verify(
-        logits, tokens, numbers, None, torch.empty_like(tokens), None, None, law,
+        logits, tokens, numbers, None, *drafts, law,
         acceptance.rule.name, acceptance.parameters, None, True,
     )  # fmt: skip
 
@@ -168,6 +175,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for ensemble, members in (("mixture", 1), ("mixture", 2), ("mixture", 3), ("product", 2)):
         yield f"{ensemble} M={members}", partial(verifies, *made(ensemble, members))
     yield "product M=3", partial(verifies, *made("product", 3))
+    yield "known M=3", partial(verifies, *made("mixture", 3), known=True)
     for ensemble in ("mixture", "product"):
         yield f"{ensemble} {MOST}", partial(verifies, *made(ensemble, 8))
     filters = {"scope": "ensemble", "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01}

@@ -26,7 +26,10 @@ triton_guard.install()
 @pytest.mark.parametrize("members", [1, 2, 3])
 @pytest.mark.parametrize("ensemble", ["mixture", "product"])
 def test_a_verification_reads_every_row_once(ensemble: str, members: int) -> None:
-    """And has four launches; a second look is for the stop row, and for the token's sub-tile."""
+    """And has four launches; a second look is for the stop row, and for the token's sub-tile.
+
+    A mixture's bonus row is read where every draft was kept.
+    """
     vocab_size, nodes = 20_000, 2
     logits = [torch.randn(1, nodes + 1, vocab_size).bfloat16() for _ in range(members)]
     tokens = logits[-1][:, :nodes].float().argmax(-1)
@@ -37,10 +40,35 @@ def test_a_verification_reads_every_row_once(ensemble: str, members: int) -> Non
         verify(logits, tokens, numbers, law, proposers=proposers)
     assert sum(kernel.launches for kernel in traffic.values()) == 4
     row = 2 * vocab_size
-    rows = members * (nodes + 1) * row
+    rows = members * (nodes + (ensemble == "product")) * row
     sweep = traffic[f"{ensemble}_stats"].loaded
     assert rows <= sweep < rows * 1.01
     assert traffic["residual"].loaded < members * row * 1.03
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize("told", ["lse", "draft_lse", "both"])
+def test_a_known_row_is_read_where_the_chain_ends_alone(told: str, kept: int) -> None:
+    vocab_size, nodes, members = 20_000, 2, 2
+    logits = [torch.randn(1, nodes + 1, vocab_size).bfloat16() for _ in range(members)]
+    apart = torch.randn(1, nodes, vocab_size).bfloat16()
+    lse = torch.stack([one.float().logsumexp(-1) for one in logits], -1)
+    known = {"lse": lse, "draft_lse": apart.float().logsumexp(-1)}
+    if told != "both":
+        known = {told: known[told]}
+    tokens = apart.float().argmax(-1)
+    numbers = torch.zeros(1, nodes + 1, 4)
+    numbers[0, kept + 1 :, 0] = 1 - 2.0**-24
+    with specens_kernels.backend("triton"), counted() as traffic:
+        found = verify(logits, tokens, numbers, Law((0.5, 0.5)), draft_logits=apart, **known)
+    assert found.num_accepted == kept
+    assert sum(kernel.launches for kernel in traffic.values()) == 4
+    row = 2 * vocab_size
+    swept = {"lse": nodes, "draft_lse": members * nodes, "both": 0}[told]
+    assert swept <= traffic["mixture_stats"].loaded / row < swept + 0.05
+    last = members + (kept < nodes)
+    assert last <= traffic["residual"].loaded / row < last + 0.1
+    assert traffic["decide"].loaded + traffic["emit"].loaded < row / 2
 
 
 @pytest.mark.parametrize(

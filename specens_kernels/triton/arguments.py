@@ -33,6 +33,8 @@ class Law(NamedTuple):
     kind: "mixture" (of warped members), "warped" (a mixture of bare members, warped as a whole) or
         "product". by_member: whether members are warped.
     first, columns: the first member's column of the temperature, and how many there are.
+    lse: (B, T, M) float32 log-sum-exps of the members; None if none is known. late: whether rows
+        that are known, and the bonus row, are swept only where a token is drawn; `verify` says so.
     rows: of each sequence. sub_tiles: of a row, in whole tiles of `width`; tiles: at least as many
         tiles, a power of two. narrow: sub-tiles of a program that computes in double precision.
     """
@@ -54,6 +56,10 @@ class Law(NamedTuple):
     min_p: Any
     min_p_batch: Any
     log_plausibility: Any
+    lse: Any
+    lse_batch: Any
+    lse_row: Any
+    lse_member: Any
     vocab_size: Any
     rows: Any
     sub_tiles: Any
@@ -66,6 +72,7 @@ class Law(NamedTuple):
     columns: Any
     filtered: Any
     plausible: Any
+    late: Any
     width: Any
     narrow: Any
     tiles: Any
@@ -75,7 +82,9 @@ class Proposal(NamedTuple):
     """What the draft tokens were drawn from: members, separate logits, or points.
 
     greedy: whether the rule collapses the target. at_zero: whether it asks for the draft's law at
-        temperature 0, too; a draft is a point there otherwise.
+        temperature 0, too; a draft is a point there otherwise. Only such a rule may ask for the
+        probability of the draft's best token.
+    lse: (B, N or N + 1) float32 log-sum-exps of separate logits; None if none is known.
     """
 
     tokens: Any
@@ -89,6 +98,9 @@ class Proposal(NamedTuple):
     row_stride: Any
     temperature: Any
     temperature_batch: Any
+    lse: Any
+    lse_batch: Any
+    lse_row: Any
     nodes: Any
     greedy: Any
     at_zero: Any
@@ -120,7 +132,9 @@ def check_device(device: torch.device) -> None:
         raise Unsupported("CPU tensors have no Triton kernel, but with TRITON_INTERPRET=1")
 
 
-def law_arguments(logits: Sequence[Tensor], law: LawTensors, member: int = -1) -> Law:
+def law_arguments(
+    logits: Sequence[Tensor], law: LawTensors, member: int = -1, lse: Tensor | None = None
+) -> Law:
     """The law of all members, or of one alone."""
     check_device(logits[0].device)
     batch, rows = logits[0].shape[:2]
@@ -167,6 +181,10 @@ def law_arguments(logits: Sequence[Tensor], law: LawTensors, member: int = -1) -
         min_p=law.min_p,
         min_p_batch=strides[2],
         log_plausibility=tl.constexpr(math.log(law.plausibility) if plausible else 0.0),
+        lse=lse,
+        lse_batch=0 if lse is None else lse.stride(0),
+        lse_row=0 if lse is None else lse.stride(1),
+        lse_member=0 if lse is None else lse.stride(2),
         vocab_size=law.vocab_size,
         rows=rows,
         sub_tiles=tiles * width,
@@ -179,6 +197,7 @@ def law_arguments(logits: Sequence[Tensor], law: LawTensors, member: int = -1) -
         columns=tl.constexpr(columns),
         filtered=tl.constexpr(any(value is not None for value in filters)),
         plausible=tl.constexpr(plausible),
+        late=tl.constexpr(False),
         width=tl.constexpr(width),
         narrow=tl.constexpr(min(width, 2)),
         tiles=tl.constexpr(triton.next_power_of_2(tiles)),
@@ -212,6 +231,7 @@ def proposal_arguments(
     proposers: Tensor | None,
     logits: Tensor | None,
     temperature: Tensor | None,
+    lse: Tensor | None,
     law: LawTensors,
     rule: AcceptanceRule,
 ) -> Proposal:
@@ -233,6 +253,9 @@ def proposal_arguments(
         row_stride=0 if logits is None else logits.stride(1),
         temperature=temperature,
         temperature_batch=_batch_stride(temperature),
+        lse=lse,
+        lse_batch=0 if lse is None else lse.stride(0),
+        lse_row=0 if lse is None else lse.stride(1),
         nodes=nodes,
         greedy=tl.constexpr(rule.greedy),
         at_zero=tl.constexpr(rule.needs_draft),

@@ -13,6 +13,8 @@ import triton.language as tl
 from .laws import (
     clean,
     is_greedy,
+    known_lse,
+    known_proposal_lse,
     load_laws,
     load_raw,
     look,
@@ -48,7 +50,9 @@ class Verdict(NamedTuple):
     """Arguments of the walk, what it leaves for each row, and its results.
 
     scalars: (rows, 2) float64 scale and bound of what a rule leaves; None if it is not judged.
-    residuals: (B, sub-tiles) float64 mass that a rejected dense draft leaves.
+    residuals: (B, sub-tiles) float64 mass that a rejected dense draft leaves. wholes: of the target
+        there; None if every drafted row is swept. flags: (B, sub-tiles) status bits of what is only
+        swept at the chain's end; None if nothing is.
     """
 
     numbers: Any
@@ -64,6 +68,8 @@ class Verdict(NamedTuple):
     draft_log_probs: Any
     scalars: Any
     residuals: Any
+    wholes: Any
+    flags: Any
     tokens: Any
     log_probs: Any
     num_accepted: Any
@@ -151,23 +157,29 @@ def _member_sum(law, laws, b, t, k: tl.constexpr):
 
 
 @triton.jit
-def _refined_members(law, laws, b, t):
+def _refined_members(law, laws, b, t, greedy):
     share = tl.full((), 0.0, tl.float64)
     for k in tl.static_range(law.members):
         share += tl.where(laws[2][k] != 0, weight_of(law, b, t, k), 0.0)
     for k in tl.static_range(law.members):
-        mass = _member_sum(law, laws, b, t, k)
-        factor = weight_of(law, b, t, k) * reciprocal(share) * reciprocal(mass)
+        factor = tl.full((), 1.0, tl.float64)
+        if known_lse(law, b, t, k, greedy) == float("inf"):
+            mass = _member_sum(law, laws, b, t, k)
+            factor = weight_of(law, b, t, k) * reciprocal(share) * reciprocal(mass)
         laws = _rescaled(law, laws, k, factor)
     return laws
 
 
 @triton.jit
 def refined_laws(law, proposal, work, row, b, t, proposer):
-    """`laws` of one row with normalisers in double precision, which replace those in memory."""
+    """`laws` of one row with normalisers in double precision, which replace those in memory.
+
+    Those that were given stay.
+    """
     laws = load_laws(law, work, row)
+    greedy = is_greedy(law, b)
     if law.kind != "product":
-        laws = _refined_members(law, laws, b, t)
+        laws = _refined_members(law, laws, b, t, greedy)
     if law.kind == "warped":
         laws = _loosened(law, laws)
     target_mass = tl.full((), 0.0, tl.float64)
@@ -177,7 +189,8 @@ def refined_laws(law, proposal, work, row, b, t, proposer):
         target, draft = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
         target_mass += tl.sum(target, 0)
         draft_mass += tl.sum(draft, 0)
-    laws = _rescaled(law, laws, law.members, reciprocal(draft_mass))
+    known = known_proposal_lse(law, proposal, b, t, proposer, greedy) < float("inf")
+    laws = _rescaled(law, laws, law.members, tl.where(known, 1.0, reciprocal(draft_mass)))
     if law.kind != "mixture":
         laws = _rescaled(law, laws, law.members + 1, reciprocal(target_mass))
     store_laws(law, work, row, laws)

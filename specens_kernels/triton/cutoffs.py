@@ -242,7 +242,7 @@ def _bare_laws(law, work, row, b, t, greedy):
     """`laws` of what a law of scope "ensemble" folds."""
     zero = tl.full((), 0.0, tl.float64)
     if law.kind == "warped":
-        laws, _empty, _status = member_laws(law, work, row, b, t, greedy)
+        laws, _empty, _status = member_laws(law, None, work, row, b, t, greedy)
     else:
         laws, _alive = term_laws(law, work, row, b, t, greedy)
     return with_source(laws, zero, zero, zero, zero)

@@ -139,6 +139,77 @@ def least_plausible(law, work, row):
         return tl.full((), -float("inf"), tl.float32)
 
 
+# --- known log-sum-exps ---------------------------------------------------------------------------
+
+
+@triton.jit
+def _if_known(lse, hard, greedy):
+    """A log-sum-exp as it was given; +inf where it does not count."""
+    lse = lse.to(tl.float64)
+    counts = (tl.abs(lse) < float("inf")) & (hard == 0) & (greedy == 0)
+    return tl.where(counts, lse, float("inf"))
+
+
+@triton.jit
+def known_lse(law, b, t, k, greedy):
+    """Of a member's row; +inf where it is not known."""
+    if law.lse is None:
+        return tl.full((), float("inf"), tl.float64)
+    else:
+        at = law.lse + b * law.lse_batch + t * law.lse_row + k * law.lse_member
+        _temperature, hard = own_temperature(law, b, k, greedy)
+        return _if_known(tl.load(at), hard, greedy)
+
+
+@triton.jit
+def known_proposal_lse(law, proposal, b, t, proposer, greedy):
+    """Of what a dense proposal was drawn from; +inf where it is not known."""
+    if proposal.logits is None:
+        lse = known_lse(law, b, t, tl.maximum(proposer, 0), greedy)
+        return tl.where(proposer >= 0, lse, float("inf"))
+    elif proposal.lse is None:
+        return tl.full((), float("inf"), tl.float64)
+    else:
+        at = proposal.lse + b * proposal.lse_batch + t * proposal.lse_row
+        _temperature, hard = proposal_temperature(law, proposal, b, proposer)
+        return _if_known(tl.load(at, mask=proposer >= 0, other=float("inf")), hard, greedy)
+
+
+@triton.jit
+def is_late(law, proposal, b, t, k, greedy):
+    """Whether a member's row is swept only if the chain ends there.
+
+    The bonus row is not late any more where no proposal is given.
+    """
+    late = no()
+    if law.late:
+        late = known_lse(law, b, t, k, greedy) < float("inf")
+        if proposal is not None:
+            late = late | ((t == proposal.nodes) & (greedy == 0))
+    return late
+
+
+@triton.jit
+def is_unswept(law, proposal, b, t, proposer, greedy):
+    """Whether nobody asks for more of a separate draft than single tokens."""
+    if proposal.lse is None or proposal.at_zero:
+        return no()
+    else:
+        return known_proposal_lse(law, proposal, b, t, proposer, greedy) < float("inf")
+
+
+@triton.jit
+def _normalised(top, mass, lse, inverse):
+    """Top and mass relative to it; by the log-sum-exp, where it is known.
+
+    Where the row was not swept, the top is a float32 near the likely tokens, as logits are.
+    """
+    known = lse < float("inf")
+    near = (lse / inverse).to(tl.float32).to(tl.float64)
+    top = tl.where(known & (tl.abs(top) == float("inf")), near, top)
+    return top, tl.where(known, tl.exp(lse - top * inverse), mass)
+
+
 # --- rows of logits -------------------------------------------------------------------------------
 
 
@@ -150,6 +221,15 @@ def member_row(law, b, t, k: tl.constexpr):
 @triton.jit
 def load_raw(pointer, offsets, mask):
     return tl.load(pointer + offsets, mask=mask, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def flags_of(raw):
+    """Status bits of a sub-tile, or of each of several; one sum counts NaNs and infinities."""
+    oddities = tl.where(raw != raw, 1, tl.where(raw == float("inf"), 1 << 16, 0))
+    counts = tl.sum(oddities, len(raw.shape) - 1)
+    nan = tl.where((counts & 0xFFFF) != 0, NAN_LOGITS, 0)
+    return nan | tl.where(counts >= 1 << 16, INFINITE_LOGITS, 0)
 
 
 @triton.jit
@@ -198,11 +278,9 @@ def log_mass_of(value, laws, source: tl.constexpr):
 
 
 @triton.jit
-def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
-    """What the target is made of, and the proposal's logits.
-
-    A mixture's masses; of a product or a mixture that is warped, the values before that.
-    """
+def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
+    """`scores`, and the target's status bits where rows may be known."""
+    flags = tl.full((), 0, tl.int32)
     if law.kind == "mixture":
         found = tl.zeros(offsets.shape, DTYPE)
     else:
@@ -215,7 +293,10 @@ def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constex
             read = read | (proposer == k)
         if law.plausible and k == 0:
             read = yes()
-        value = clean(load_raw(member_row(law, b, t, k), offsets, mask & read))
+        raw = load_raw(member_row(law, b, t, k), offsets, mask & read)
+        if law.late and law.lse is not None:
+            flags |= tl.where(laws[2][k] != 0, flags_of(raw), 0)
+        value = clean(raw)
         if proposal is not None:
             drafted = tl.where(proposer == k, value, drafted)
         if law.kind == "product":
@@ -232,17 +313,38 @@ def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constex
         if proposal.logits is not None:
             pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
             drafted = clean(load_raw(pointer, offsets, mask & (proposer == law.members)))
+    return found, drafted, flags
+
+
+@triton.jit
+def scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
+    """What the target is made of, and the proposal's logits.
+
+    A mixture's masses; of a product or a mixture that is warped, the values before that.
+    """
+    found, drafted, _flags = flagged_scores(
+        law, proposal, laws, b, t, proposer, offsets, mask, DTYPE
+    )
     return found, drafted
+
+
+@triton.jit
+def flagged_look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
+    """`look`, and the target's status bits where rows may be known."""
+    found, drafted, flags = flagged_scores(
+        law, proposal, laws, b, t, proposer, offsets, mask, DTYPE
+    )
+    if law.kind != "mixture":
+        found = mass_of(found, laws, law.members + 1, DTYPE)
+    if proposal is not None:
+        drafted = mass_of(drafted, laws, law.members, DTYPE)
+    return found, drafted, flags
 
 
 @triton.jit
 def look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.constexpr):
     """Masses of tokens under the target and under the proposal."""
-    found, drafted = scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE)
-    if law.kind != "mixture":
-        found = mass_of(found, laws, law.members + 1, DTYPE)
-    if proposal is not None:
-        drafted = mass_of(drafted, laws, law.members, DTYPE)
+    found, drafted, _flags = flagged_look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE)
     return found, drafted
 
 
@@ -310,6 +412,16 @@ def _measure(law, work, row, source, inverse, hard, alive):
 
 
 @triton.jit
+def known_flags(law, work, row, b, t, greedy):
+    """Status bits of members that are known and were swept all the same."""
+    status = tl.full((), 0, tl.int32)
+    for k in tl.static_range(law.members):
+        known = known_lse(law, b, t, k, greedy) < float("inf")
+        status |= _flags(law, work, row, k, known & (weight_of(law, b, t, k) != 0))
+    return status
+
+
+@triton.jit
 def _flags(law, work, row, source, wanted):
     tile = tl.arange(0, law.tiles)
     tiles = law.sub_tiles // law.width
@@ -324,20 +436,30 @@ def reciprocal(value):
 
 
 @triton.jit
-def member_laws(law, work, row, b, t, greedy):
-    """`laws` of the members of a mixture, whether none has mass, and their status bits."""
+def member_laws(law, proposal, work, row, b, t, greedy):
+    """`laws` of the members of a mixture, whether none has mass, and their status bits.
+
+    Of members whose log-sum-exp is known the bits count only where a token is drawn. Rows that were
+    not swept have mass, but only those that are known have a law.
+    """
     tops = ()
     inverses = ()
     shares = ()
     cutoffs = ()
     share = tl.full((), 0.0, tl.float64)
+    alive = no()
     status = tl.full((), 0, tl.int32)
     for k in tl.static_range(law.members):
         weight = weight_of(law, b, t, k)
         used = weight != 0
         temperature, hard = member_temperature(law, b, k, greedy)
         inverse = 1.0 / temperature.to(tl.float64)
-        top, mass = _measure(law, work, row, k, inverse, hard, used)
+        lse = known_lse(law, b, t, k, greedy)
+        late = is_late(law, proposal, b, t, k, greedy)
+        top, mass = _measure(law, work, row, k, inverse, hard, used & (late == 0))
+        alive = alive | (used & (late | (top > -float("inf"))))
+        if law.lse is not None:
+            top, mass = _normalised(top, mass, lse, inverse)
         cutoff = tl.full((), -float("inf"), tl.float32)
         if law.by_member:
             cutoff = stored_cutoff(law, work, row, k)
@@ -345,7 +467,8 @@ def member_laws(law, work, row, b, t, greedy):
         # Nothing reaches it, though the member is read where it proposes.
         top = tl.where(used, top, float("inf"))
         share += tl.where(used, weight, 0.0)
-        status |= _flags(law, work, row, k, weight != 0)
+        wanted = (weight != 0) & (late == 0) & (lse == float("inf"))
+        status |= _flags(law, work, row, k, wanted)
         tops = tops + (top,)
         inverses = inverses + (inverse,)
         shares = shares + (tl.where(used, weight, 0.0) * reciprocal(mass),)
@@ -353,7 +476,9 @@ def member_laws(law, work, row, b, t, greedy):
     scales = ()
     for k in tl.static_range(law.members):
         scales = scales + (shares[k] * reciprocal(share),)
-    return (tops, inverses, scales, cutoffs), share <= 0, status
+    if law.lse is None and not law.late:
+        alive = share > 0
+    return (tops, inverses, scales, cutoffs), alive == 0, status
 
 
 @triton.jit
@@ -417,7 +542,7 @@ def with_source(laws, top, inverse, scale, cutoff):
 
 
 @triton.jit
-def proposal_laws(law, proposal, work, row, b, proposer, laws):
+def proposal_laws(law, proposal, work, row, b, t, proposer, greedy, laws):
     """`laws` with the proposal's, and its status bits."""
     if proposal is None:
         zero = tl.full((), 0.0, tl.float64)
@@ -428,10 +553,20 @@ def proposal_laws(law, proposal, work, row, b, proposer, laws):
             source = tl.where(proposer >= 0, proposer, law.members)
         temperature, hard = proposal_temperature(law, proposal, b, proposer)
         inverse = 1.0 / temperature.to(tl.float64)
-        top, mass = _measure(law, work, row, source, inverse, hard, proposer >= 0)
+        lse = known_proposal_lse(law, proposal, b, t, proposer, greedy)
+        unknown = (proposer >= 0) & (lse == float("inf"))
+        swept = proposer >= 0
+        if proposal.logits is None:
+            if law.late:
+                swept = unknown
+        else:
+            swept = swept & (is_unswept(law, proposal, b, t, proposer, greedy) == 0)
+        top, mass = _measure(law, work, row, source, inverse, hard, swept)
+        if law.lse is not None or proposal.lse is not None:
+            top, mass = _normalised(top, mass, lse, inverse)
         cutoff = stored_cutoff(law, work, row, law.members)
         cutoff = tl.where(hard | (top == float("inf")), top, cutoff)
-        status = _flags(law, work, row, source, proposer >= 0)
+        status = _flags(law, work, row, source, unknown)
         return with_source(laws, top, inverse, reciprocal(mass), cutoff), status
 
 
@@ -443,9 +578,9 @@ def measure(law, proposal, work, row, b, t, proposer, greedy):
         empty = no()
         status = _flags(law, work, row, law.members + 1, yes())
     else:
-        laws, empty, status = member_laws(law, work, row, b, t, greedy)
+        laws, empty, status = member_laws(law, proposal, work, row, b, t, greedy)
         alive = empty == 0
-    laws, draft_status = proposal_laws(law, proposal, work, row, b, proposer, laws)
+    laws, draft_status = proposal_laws(law, proposal, work, row, b, t, proposer, greedy, laws)
     if law.kind == "mixture":
         lse = tl.full((), 0.0, tl.float64)
         if law.weights is None:

@@ -16,10 +16,13 @@ from .laws import (
     SUB_TILE,
     clean,
     coefficient_of,
+    flags_of,
     fold_in,
     folded_value,
     is_bare,
     is_greedy,
+    is_late,
+    is_unswept,
     least_plausible,
     load_raw,
     mass_below,
@@ -88,9 +91,9 @@ def _own_peaks(law, proposal, work, row, b, tile, source, proposer, raw):
 
 
 @triton.jit
-def _separate_peaks(law, proposal, work, row, b, t, tile, proposer):
-    """Of separate draft logits, for the rows that have some."""
-    if proposer == law.members:
+def _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy):
+    """Of separate draft logits, for the rows that have some and need it."""
+    if (proposer == law.members) & (is_unswept(law, proposal, b, t, proposer, greedy) == 0):
         offsets, mask = tile_tokens(law, tile, law.width)
         pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
         raw = load_raw(pointer, offsets, mask)
@@ -98,24 +101,42 @@ def _separate_peaks(law, proposal, work, row, b, t, tile, proposer):
 
 
 @triton.jit
+def _peaks_of_member(law, work, row, b, t, tile, greedy, k: tl.constexpr, WIDTH: tl.constexpr):
+    """Its logits as they are."""
+    offsets, mask = tile_tokens(law, tile, WIDTH)
+    raw = load_raw(member_row(law, b, t, k), offsets, mask)
+    temperature, hard = member_temperature(law, b, k, greedy)
+    cutoff = tl.full((), -float("inf"), tl.float32)
+    if law.by_member:
+        cutoff = stored_cutoff(law, work, row, k)
+    _store_peaks(law, work, row, tile, k, clean(raw), 1.0 / temperature, hard, cutoff)
+    return raw
+
+
+@triton.jit
 def _member_peaks(law, proposal, work, row, b, t, tile, proposer, greedy, k: tl.constexpr):
     drafts = no()
     if proposal is not None:
         drafts = proposer == k
-    if (weight_of(law, b, t, k) != 0) | drafts:
-        offsets, mask = tile_tokens(law, tile, law.width)
-        raw = load_raw(member_row(law, b, t, k), offsets, mask)
-        values = clean(raw)
-        temperature, hard = member_temperature(law, b, k, greedy)
-        cutoff = tl.full((), -float("inf"), tl.float32)
-        if law.by_member:
-            cutoff = stored_cutoff(law, work, row, k)
-        _store_peaks(law, work, row, tile, k, values, 1.0 / temperature, hard, cutoff)
+    late = is_late(law, proposal, b, t, k, greedy)
+    if ((weight_of(law, b, t, k) != 0) | drafts) & (late == 0):
+        raw = _peaks_of_member(law, work, row, b, t, tile, greedy, k, law.width)
         _store_flags(law, work, row, tile, k, _any(raw != raw), _any(raw == float("inf")))
         if proposal is not None:
             if law.kind == "warped":
                 if drafts:
                     _own_peaks(law, proposal, work, row, b, tile, law.members, proposer, raw)
+
+
+@triton.jit
+def late_peaks(law, proposal, work, row, b, t, tile, greedy):
+    """Of the members that were not swept, in a narrow tile; status bits of its sub-tiles."""
+    flags = tl.zeros((law.narrow,), tl.int32)
+    for k in tl.static_range(law.members):
+        if is_late(law, proposal, b, t, k, greedy) & (weight_of(law, b, t, k) != 0):
+            raw = _peaks_of_member(law, work, row, b, t, tile, greedy, k, law.narrow)
+            flags |= flags_of(raw)
+    return flags
 
 
 @triton.jit
@@ -133,7 +154,7 @@ def mixture_stats(law, proposal, work):
     if proposal is not None:
         if proposal.logits is not None:
             if source == law.members:
-                _separate_peaks(law, proposal, work, row, b, t, tile, proposer)
+                _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy)
 
 
 @triton.jit
@@ -194,7 +215,7 @@ def product_stats(law, proposal, work):
     if proposal is not None:
         if proposal.logits is not None:
             if source == 1:
-                _separate_peaks(law, proposal, work, row, b, t, tile, proposer)
+                _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy)
 
 
 @triton.jit
@@ -204,7 +225,7 @@ def warped_stats(law, work):
     b, t = row // law.rows, row % law.rows
     greedy = is_greedy(law, b)
     if is_bare(law, b, greedy) == 0:
-        laws, _empty, _status = member_laws(law, work, row, b, t, greedy)
+        laws, _empty, _status = member_laws(law, None, work, row, b, t, greedy)
         zero = tl.full((), 0.0, tl.float64)
         laws = with_source(laws, zero, zero, zero, zero)
         offsets, mask = tile_tokens(law, tile, law.narrow)

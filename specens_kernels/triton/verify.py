@@ -4,7 +4,8 @@
 `decide` has one program for each row: totals, then the draft token's coin against a few gathered
 logits. For rules that look at more, `judge` of judge.py stands in its place. The first row whose
 child is not kept is where the sequence stops. `residual` weighs what a rejected dense draft leaves
-of that row alone, a program for each tile. `emit` draws, one program for each sequence.
+of that row alone, a program for each tile, or sweeps what was put off until the row was known.
+`emit` draws, one program for each sequence.
 """
 
 from collections.abc import Sequence
@@ -39,29 +40,37 @@ from .chain import (
 )
 from .judge import judge, judgement
 from .laws import (
+    EMPTY_LAW,
+    INFINITE_LOGITS,
+    NAN_LOGITS,
     SUB_TILE,
+    flagged_look,
     is_greedy,
+    known_flags,
     load_laws,
     log_prob,
     look,
+    maximum,
+    measure,
     most_probable,
     pick,
     pick_sub_tile,
     proposer_of,
+    store_laws,
     sub_tile_ids,
     sub_tile_masses,
     sub_tile_tokens,
     total,
     yes,
 )
-from .stats import NARROW_WARPS, tile_tokens
+from .stats import NARROW_WARPS, late_peaks, tile_tokens
 from .sweep import sweep
 
 # Chosen so that nothing spills, or little with eight members; benchmarks/gpu_report.py shows it.
 DECIDE_WARPS = 16
 JUDGE_WARPS = 8
 EMIT_WARPS = 4
-WARPS_OF_MANY = 8  # of both, for more than three members
+WARPS_OF_MANY = 8  # of both for more than three members, of `emit` where log-sum-exps are known
 
 
 @triton.jit
@@ -124,14 +133,17 @@ def _scalars(verdict, row):
 
 @triton.jit
 def _left(law, proposal, verdict, laws, b, t, proposer, token, row, offsets, mask):
-    """Masses that a rejected dense draft leaves; of a rule that compares, in double precision."""
+    """What a rejected dense draft leaves of the target's masses, the masses, and status bits.
+
+    Of a rule that compares, in double precision.
+    """
     scale, bound = _scalars(verdict, row)
     if verdict.scalars is None:
-        p, q = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float32)
-        return verdict.rule.left(p, q, offsets == token, scale, bound)
+        p, q, flags = flagged_look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float32)
+        return verdict.rule.left(p, q, offsets == token, scale, bound), p, flags
     else:
-        p, q = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
-        return verdict.rule.left(p, q, offsets == token, scale, bound)
+        p, q, flags = flagged_look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
+        return verdict.rule.left(p, q, offsets == token, scale, bound), p, flags
 
 
 @triton.jit
@@ -139,17 +151,26 @@ def residual(law, proposal, work, verdict):
     """Grid: sequences, narrow tiles."""
     b, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     stop, outcome = _stop(law, verdict, b)
+    row = b * law.rows + stop
+    at = b * law.sub_tiles + tile * law.narrow + tl.arange(0, law.narrow)
+    if law.late:
+        if (outcome == TARGET) | (outcome == POINT):
+            greedy = is_greedy(law, b)
+            flags = late_peaks(law, proposal, work, row, b, stop, tile, greedy)
+            tl.store(verdict.flags + at, flags)
     if outcome == DENSE:
         greedy = is_greedy(law, b)
-        row = b * law.rows + stop
         proposer = proposer_of(law, proposal, b, stop, greedy)
         laws = load_laws(law, work, row)
         offsets, mask = tile_tokens(law, tile, law.narrow)
         token = draft_token(proposal, b, stop)
-        left = _left(law, proposal, verdict, laws, b, stop, proposer, token, row, offsets, mask)
-        masses = tl.sum(left, 1).to(tl.float64)
-        at = b * law.sub_tiles + tile * law.narrow + tl.arange(0, law.narrow)
-        tl.store(verdict.residuals + at, masses)
+        left, whole, flags = _left(
+            law, proposal, verdict, laws, b, stop, proposer, token, row, offsets, mask
+        )
+        tl.store(verdict.residuals + at, tl.sum(left, 1).to(tl.float64))
+        if verdict.wholes is not None:
+            tl.store(verdict.wholes + at, tl.sum(whole, 1).to(tl.float64))
+            tl.store(verdict.flags + at, flags)
 
 
 # --- nearly equal laws ----------------------------------------------------------------------------
@@ -184,6 +205,31 @@ def _residual_masses(law, verdict, b):
 
 
 @triton.jit
+def _whole_masses(law, work, verdict, row, b, t, laws, greedy, outcome):
+    """Sub-tile masses of the target."""
+    if verdict.wholes is not None:
+        ids, exists = sub_tile_ids(law)
+        if outcome == DENSE:
+            whole = tl.load(verdict.wholes + b * law.sub_tiles + ids, mask=exists, other=0.0)
+        else:
+            whole = sub_tile_masses(law, work, row, b, t, laws, greedy, True)
+        return whole
+    else:
+        return sub_tile_masses(law, work, row, b, t, laws, greedy, True)
+
+
+@triton.jit
+def _late_flags(law, verdict, b, outcome):
+    """Status bits of what `residual` has read."""
+    ids, exists = sub_tile_ids(law)
+    wanted = exists & (outcome != BEST)
+    if verdict.wholes is None:
+        wanted = wanted & (outcome != DENSE)
+    flags = tl.load(verdict.flags + b * law.sub_tiles + ids, mask=wanted, other=0)
+    return maximum(flags & NAN_LOGITS) | maximum(flags & INFINITE_LOGITS)
+
+
+@triton.jit
 def _without_point(law, verdict, laws, row, b, t, token, masses):
     """Sub-tile masses of a target when a draft token that was a point mass is rejected."""
     scale, bound = _scalars(verdict, row)
@@ -198,10 +244,10 @@ def _without_point(law, verdict, laws, row, b, t, token, masses):
 
 @triton.jit
 def _drawn(law, proposal, work, verdict, row, b, t, proposer, greedy, outcome):
-    """A token from the target or from what is left of it; and whether nothing was left."""
+    """A token from the target or from what is left of it; and the status bits."""
     laws = load_laws(law, work, row)
     token = tl.maximum(draft_token(proposal, b, t), 0).to(tl.int32)
-    whole = sub_tile_masses(law, work, row, b, t, laws, greedy, True)
+    whole = _whole_masses(law, work, verdict, row, b, t, laws, greedy, outcome)
     masses = whole
     if outcome == DENSE:
         masses = _residual_masses(law, verdict, b)
@@ -221,7 +267,10 @@ def _drawn(law, proposal, work, verdict, row, b, t, proposer, greedy, outcome):
         left = verdict.rule.left(target, draft, drafted, scale, bound)
         target = tl.where(outcome == TARGET, target, left)
     third = tl.load(numbers + 3 * verdict.numbers_word).to(tl.float64)
-    return sub_tile * SUB_TILE + pick(target, third), emptied
+    status = tl.where(emptied, EMPTY_RESIDUAL, 0)
+    if verdict.wholes is not None:
+        status = tl.where(total(whole) > 0, status, EMPTY_LAW)
+    return sub_tile * SUB_TILE + pick(target, third), status
 
 
 @triton.jit
@@ -248,6 +297,13 @@ def emit(law, proposal, work, verdict):
     if outcome != NOTHING:
         greedy = is_greedy(law, b)
         proposer = proposer_of(law, proposal, b, stop, greedy)
+        if law.late:
+            if (stop == proposal.nodes) & (outcome == TARGET):
+                laws, _empty, _lse, _status, _bits = measure(
+                    law, None, work, row, b, stop, -1, greedy
+                )
+                store_laws(law, work, row, laws)
+                tl.debug_barrier()
         if outcome == DENSE:
             if total(_residual_masses(law, verdict, b)) < LEAST_SINGLE_RESIDUAL:
                 token = draft_token(proposal, b, stop)
@@ -256,11 +312,15 @@ def emit(law, proposal, work, verdict):
         if outcome == BEST:
             drawn = tl.load(verdict.best + row)
         else:
-            drawn, emptied = _drawn(
+            drawn, bits = _drawn(
                 law, proposal, work, verdict, row, b, stop, proposer, greedy, outcome
             )
-            status |= tl.where(emptied, EMPTY_RESIDUAL, 0)
+            status |= bits
         drawn_log_prob = log_prob(law, load_laws(law, work, row), b, stop, drawn)
+        if law.late:
+            status |= _late_flags(law, verdict, b, outcome)
+        elif law.lse is not None:
+            status |= known_flags(law, work, row, b, stop, greedy)
     t = tl.arange(0, verdict.steps)
     kept = t < stop
     tokens = tl.load(
@@ -301,14 +361,15 @@ def verify(
         raise Unsupported("trees have no Triton kernel")
     if acceptance not in rules.RULES:
         raise Unsupported(f"rule {acceptance!r} has no Triton kernel")
-    if lse is not None or draft_lse is not None:
-        raise Unsupported("known log-sum-exps have no Triton kernel")
     rule = rules.RULES[acceptance]
     batch, nodes = draft_tokens.shape
-    made = law_arguments(logits, law)
-    proposal = proposal_arguments(
-        draft_tokens, proposers, draft_logits, draft_temperature, law, ACCEPTANCE_RULES[acceptance]
-    )
+    made = law_arguments(logits, law, lse=lse)
+    drafts = (proposers, draft_logits, draft_temperature, draft_lse)
+    proposal = proposal_arguments(draft_tokens, *drafts, law, ACCEPTANCE_RULES[acceptance])
+    if rule.judge is None and acceptance != "greedy" and nodes > 0:
+        puts_off = lse is not None or (bonus and _is_dense(proposal))
+        late = puts_off and made.kind.value == "mixture" and not made.filtered.value
+        made = made._replace(late=tl.constexpr(late))
     work = workspace(made, batch)
     verdict = _verdict(made, numbers, batch, nodes, rule, parameters, memory, bonus)
     many = len(logits) > 3
@@ -320,11 +381,12 @@ def verify(
         else:
             rows = 1 if rule.walks else made.rows
             judge[(batch, rows)](made, proposal, work, verdict, num_warps=JUDGE_WARPS)
-        if _is_dense(proposal) and rule.left is not None and acceptance != "greedy":
+        leaves = _is_dense(proposal) and rule.left is not None and acceptance != "greedy"
+        if leaves or made.late.value:
             tiles = made.sub_tiles // made.narrow.value
             residual[(batch, tiles)](made, proposal, work, verdict, num_warps=NARROW_WARPS)
     if batch > 0:
-        warps = WARPS_OF_MANY if many else EMIT_WARPS
+        warps = WARPS_OF_MANY if many or lse is not None else EMIT_WARPS
         emit[(batch,)](made, proposal, work, verdict, num_warps=warps)
     return verdict.tokens, verdict.log_probs, verdict.num_accepted, verdict.path, verdict.status
 
@@ -350,6 +412,7 @@ def _verdict(
 ) -> Verdict:
     device = numbers.device
     rows = batch * law.rows
+    known = law.late.value and law.lse is not None
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -369,6 +432,8 @@ def _verdict(
         draft_log_probs=empty(rows, dtype=torch.float32),
         scalars=None if rule.judge is None else empty(rows, 2, dtype=torch.float64),
         residuals=empty(batch, law.sub_tiles, dtype=torch.float64),
+        wholes=empty(batch, law.sub_tiles, dtype=torch.float64) if known else None,
+        flags=empty(batch, law.sub_tiles) if law.late.value else None,
         tokens=empty(batch, nodes + 1, dtype=torch.int64),
         log_probs=empty(batch, nodes + 1, dtype=torch.float32),
         num_accepted=empty(batch),
