@@ -180,6 +180,8 @@ def mentored_law(target: Tensor, draft: Tensor, divergence: float) -> Tensor:
             b = (rest / (room - q[j]).clamp(min=0)).clamp(1, _MOST_B)
         return b, p[i] * a.log() + nats[j] - nats[i] + rest * b.log()
 
+    if not bool(ratio[-1] > 0):  # nothing can be made of such a target
+        return target
     low, high = ratio[ratio > 0][0].log().clamp(max=0), torch.zeros_like(p[0])  # of a
     for _ in range(60):
         middle = (low + high) / 2

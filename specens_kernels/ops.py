@@ -63,7 +63,8 @@ class Sample(NamedTuple):
 
     tokens: (B, T) int64.
     log_probs: (B, T) float32. Log-probability of each token under the law it was drawn from.
-    lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for a mixture of scope "member".
+    lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for a mixture of several members
+        of scope "member".
     status: (B, T) int32. `Status` bits.
     """
 
@@ -172,7 +173,11 @@ def sample(
     _check_uniforms("sample", uniforms, batch, rows, logits[0].device)
     if member is not None and not 0 <= member < len(logits):
         raise ValueError(f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}")
-    return Sample(*_call_sample(tensors, uniforms, parameters, -1 if member is None else member))
+    if member is None:
+        # The same law, but one that has a log-sum-exp, which `verify` can be told.
+        single = len(logits) == 1 and law.scope == "member" and law.ensemble == "mixture"
+        member = 0 if single and not isinstance(law.weights, Tensor) else -1
+    return Sample(*_call_sample(tensors, uniforms, parameters, member))
 
 
 def verify(
@@ -215,9 +220,10 @@ def verify(
             law that the children of node i were drawn from.
         draft_temperature: () or (B,) float. The draft's; None is the law's for the first member.
         lse: (B, N+1, M) float32; (B, N, M) if not `bonus`. Log-sum-exp of each member's logits over
-            its temperature, as a fused LM head, or `sample` of the proposer, has found it; what is
-            not finite is not known. A row that is known is read only where a token is drawn, and
-            what is wrong with it is reported there only. For mixtures of scope "member" without
+            its temperature, as a fused LM head has found it, or `sample` of that member alone; what
+            is not finite is not known. A row that is known is read only where a token is drawn, and
+            what is wrong with it is reported there only. It is taken as it is: a wrong one, 0 for
+            instance, makes a wrong law and sets no bit. For mixtures of scope "member" without
             filters; nothing is taken from it where the temperature is 0.
         draft_lse: (B, N) or (B, N+1) float32, as `draft_logits`. The same of the draft's. A larger
             one makes the draft's law sum to less than 1: that of drafts which could be withdrawn.

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from specens.methods import METHODS
+
 # transformers and torch.compile warn as they like.
 pytestmark = pytest.mark.filterwarnings("default")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -256,6 +258,12 @@ def test_training_tables_are_made_of_what_was_found(command: str) -> None:
     assert saved["tables"] == {name: table}
     assert saved["headline"] == headline
     assert {found["command"] for found in saved["rows"]} == {f"train {command}"}
+
+
+def test_every_method_has_been_measured() -> None:
+    saved = json.loads((BENCHMARKS / "results" / "bench_methods.json").read_text())
+    shown = {row[0].strip("`") for row in saved["tables"]["methods"]["rows"]}
+    assert shown == set(METHODS)
 
 
 def test_report_fills_and_checks(

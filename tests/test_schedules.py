@@ -399,7 +399,7 @@ def test_a_cut_by_the_token_takes_no_filters(models):
     decoder = SpeculativeDecoder(
         models[:1], schedule="companion", draft=[models[1], models[2]], cut="token"
     )
-    with pytest.raises(ValueError, match=r"^generate: top_k: expected none for cut 'token'"):
+    with pytest.raises(ValueError, match=r"^generate: top_k: expected none for a companion"):
         write(decoder, top_k=5)
 
 

@@ -872,6 +872,21 @@ def test_a_row_that_is_known_is_read_where_a_token_is_drawn_only(backend: str) -
     assert found.status.tolist() == [Status.NAN_LOGITS] * 4
 
 
+@pytest.mark.parametrize("law", [Law(temperature=0.7), Law(HALVES, temperature=0.7)])
+def test_what_sample_has_found_can_be_told(backend: str, law: Law) -> None:
+    logits = [2 * torch.randn(6, 3, 30) for _ in law.weights]
+    alone = None if len(logits) == 1 else 1
+    drafted = sample([one[:, :2] for one in logits], torch.rand(6, 2, 4), law, member=alone)
+    torch.testing.assert_close(drafted.lse, known_lse([logits[-1][:, :2]], 0.7)[..., 0])
+    numbers = coins(6, 2, 0.6)
+    target = [torch.randn(6, 3, 30)]
+    options = {"draft_logits": logits[-1], "draft_temperature": torch.tensor(0.7)}
+    expected = verify(target, drafted.tokens, numbers, Law(), **options)
+    padded = torch.cat((drafted.lse, torch.full((6, 1), NAN)), 1)
+    found = verify(target, drafted.tokens, numbers, Law(), draft_lse=padded, **options)
+    assert torch.equal(found.tokens, expected.tokens)
+
+
 def test_what_is_not_finite_is_not_known(backend: str) -> None:
     logits = [torch.randn(1, 2, 9)]
     numbers, token = coins(1, 1, 0.3), torch.tensor([[4]])

@@ -357,6 +357,8 @@ def _read_config(
     law: dict[str, Any],
 ) -> dict[str, Any]:
     """What `tune` has written: models, drafts, threads, law, and the best candidate."""
+    from specens_kernels import Acceptance
+
     from .measuring import stop_of
     from .tuning import Candidate
 
@@ -376,6 +378,8 @@ def _read_config(
             raise ValueError("its best candidate has drafts that are not listed")
         if "stop" in saved["best"].arguments:
             stop_of(saved["best"].arguments["stop"])
+        if "acceptance" in saved["best"].arguments:
+            Acceptance.parse(str(saved["best"].arguments["acceptance"]))
         return {name: saved[name] for name in ("models", "drafts", "threads", "law", "best")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

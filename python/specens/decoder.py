@@ -355,8 +355,8 @@ class SpeculativeDecoder:
             raise ValueError(f"generate: do_sample: expected True for schedule {name!r}, got False")
         if isinstance(self.schedule, Companion) and self.schedule.cut == "token" and warp.filters:
             raise ValueError(
-                f"generate: {warp.filters[0]}: expected none for cut 'token', whose drafts' laws "
-                "are not to be filtered again"
+                f"generate: {warp.filters[0]}: expected none for a companion that cuts by the "
+                "token (cut='token'), whose drafts' laws are not to be filtered again"
             )
         # What is looked up has no model; it is counted last.
         looked_up = ["lookup"] if isinstance(self.schedule, Lookup) else []
