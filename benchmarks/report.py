@@ -33,7 +33,8 @@ def tables(results: Path) -> dict[str, str]:
 def _markdown(table: dict[str, Any]) -> str:
     columns = table["columns"]
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *table["rows"]]
-    text = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    escaped = ([str(cell).replace("|", r"\|") for cell in cells] for cells in lines)
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
     caption = table["caption"]
     return f"{caption[:1].upper()}{caption[1:]}:\n\n{text}"
 
