@@ -149,8 +149,9 @@ _MOST_B = 2.0**42
 def mentored_law(target: Tensor, draft: Tensor, divergence: float) -> Tensor:
     """(V,): the law h nearest to q with KL(p || h) <= divergence, as Mentored decoding has it.
 
-    h = median(p / b, q, p / a) with a <= 1 <= b: b makes it sum to 1, and a is as small as the
-    divergence allows. Where KL(p || q) <= divergence, h = q; where the divergence is 0, h = p.
+    h = median(p / b, q, p / a) with a <= 1 <= b: b makes it sum to what q sums to, if to anything,
+    and a is as small as the divergence allows. Where KL(p || q) <= divergence, h = q; where the
+    divergence is 0, h = p.
     """
     if divergence == 0:
         return target
@@ -165,10 +166,14 @@ def mentored_law(target: Tensor, draft: Tensor, divergence: float) -> Tensor:
     p, q = upto(target), upto(draft)
     nats = upto(torch.where(target / draft < torch.inf, _kl(target, draft), 0.0))
 
+    # A draft that may be withdrawn sums to less; what is nearer to 1 than this is rounding.
+    is_less = (q[-1] > 0) & ((q[-1] - 1).abs() > 2.0**-40)
+    whole = torch.where(is_less, q[-1], 1.0)
+
     def bounds(a: Tensor) -> tuple[Tensor, Tensor]:
         """b, and KL(p || h), for this a."""
         i = int(torch.searchsorted(ratio, a, right=True))
-        room = 1 - p[i] / a + q[i]
+        room = whole - p[i] / a + q[i]
         # Were b the ratio at j or above: how much the law would sum to.
         sums = q[i:-1] + (p[-1] - p[i:-1]) / ratio[i:]
         sums = sums.where(ratio[i:] < torch.inf, 0.0)
