@@ -121,7 +121,7 @@ def test_a_draft_from_the_target_is_always_accepted(
     backend: str, scope: str, temperature: float, filters: dict[str, Any], coin: float | None
 ) -> None:
     """From `sample` to `verify` with one seed, as a decoder does it."""
-    batch, nodes = 6, 3
+    batch, nodes = (2 if backend == "triton" else 6), 3  # its interpreter is slow
     logits = [3 * torch.randn(batch, nodes + 1, 1100)]
     law = Law(temperature=temperature, scope=scope, **filters)
     seeds, positions = torch.arange(batch), torch.arange(nodes + 1)[None]
@@ -496,9 +496,10 @@ def test_no_proposer_is_a_point_mass(backend: str) -> None:
 
 
 def test_lenience(backend: str) -> None:
-    logits = [torch.randn(50, 3, 30) for _ in range(2)]
+    batch = 15 if backend == "triton" else 50  # its interpreter is slow
+    logits = [torch.randn(batch, 3, 30) for _ in range(2)]
     draft = logits[1][:, :2].argmax(-1)
-    numbers = torch.rand(50, 3, 4)
+    numbers = torch.rand(batch, 3, 4)
     proposers = ints(1, 1)
 
     def accepted(**options: Any) -> Verdict:
@@ -508,9 +509,8 @@ def test_lenience(backend: str) -> None:
     few, more = accepted(), accepted(acceptance=Acceptance("lenient", lenience=0.5))
     assert (more.num_accepted >= few.num_accepted).all()
     assert more.num_accepted.sum() > few.num_accepted.sum()
-    assert (
-        accepted(acceptance=Acceptance("lenient", lenience=0.01)).num_accepted.tolist() == [2] * 50
-    )
+    all_kept = accepted(acceptance=Acceptance("lenient", lenience=0.01))
+    assert all_kept.num_accepted.tolist() == [2] * batch
 
 
 # --- greedy ---------------------------------------------------------------------------------------
@@ -821,14 +821,12 @@ def known_lse(logits: list[Tensor], temperature: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize("vocab_size", [30, 2500])
-@pytest.mark.parametrize("coin", [0.0, 0.4, TOP])
-def test_log_sum_exps_that_are_known_change_nothing(
-    backend: str, vocab_size: int, coin: float
-) -> None:
+def test_log_sum_exps_that_are_known_change_nothing(backend: str, vocab_size: int) -> None:
     shared = 2 * torch.randn(6, 4, vocab_size)
     logits = [shared + torch.randn_like(shared) for _ in range(3)]
     apart = shared + torch.randn_like(shared)
-    numbers = coins(6, 3, coin)
+    numbers = coins(6, 3, 0.0)
+    numbers[2:, 1:, 0] = torch.tensor([0.4, 0.4, TOP, TOP])[:, None]
     law = Law((0.5, 0.3, 0.2), temperature=0.8)
     lse = known_lse(logits, 0.8)
     half = lse.masked_fill(torch.rand(lse.shape) < 0.5, NAN)
@@ -913,13 +911,14 @@ def test_where_the_temperature_is_0_nothing_is_taken_from_them(backend: str) -> 
         assert torch.equal(found.num_accepted, expected.num_accepted)
 
 
-@pytest.mark.parametrize("corrected", [True, False])
-def test_a_draft_that_may_be_withdrawn_is_exact_if_its_law_says_so(
-    backend: str, corrected: bool
-) -> None:
-    # A draft x of q is withdrawn where keeps(x) is false. Then q'(x) = q(x) keeps(x) is what it was
-    # drawn from: less than 1 in all, and a withdrawn token has no mass in it, so it is rejected.
-    vocab_size, grid = 5, 128
+def withdrawn_distance(grid: int, *, corrected: bool) -> float:
+    """How far the law of a token is from the target's if its draft may be withdrawn.
+
+    A draft x of q is withdrawn where keeps(x) is false. Then q'(x) = q(x) keeps(x) is what it was
+    drawn from: less than 1 in all, and a withdrawn token has no mass in it, so it is rejected. If
+    not `corrected`, nothing is said of it, and what follows is drawn as if nothing was proposed.
+    """
+    vocab_size = 5
     target, draft = torch.randn(vocab_size), torch.randn(vocab_size)
     keeps = torch.tensor([True, False, True, False, True])
     q, law = draft.double().softmax(-1), torch.zeros(vocab_size).double()
@@ -944,8 +943,16 @@ def test_a_draft_that_may_be_withdrawn_is_exact_if_its_law_says_so(
         drawn = verdict.tokens[grid:, 0].bincount(minlength=vocab_size) / grid
         law[token] += q[token] * kept
         law += q[token] * (1 - kept) * drawn
-    distance = (law - target.double().softmax(-1)).abs().sum() / 2
-    assert (distance < 2 / grid) == corrected
+    return float((law - target.double().softmax(-1)).abs().sum() / 2)
+
+
+def test_a_draft_that_may_be_withdrawn_is_exact_if_its_law_says_so(backend: str) -> None:
+    grid = 16 if backend == "triton" else 128  # its interpreter is slow
+    assert withdrawn_distance(grid, corrected=True) < 2 / grid
+
+
+def test_a_draft_that_may_be_withdrawn_must_say_so() -> None:
+    assert withdrawn_distance(128, corrected=False) > 8 / 128
 
 
 @pytest.mark.parametrize(
