@@ -221,6 +221,8 @@ class Run:
         self.finished: list[Row] = []
         self._laws = [_Laws() for _ in self.members]
         self._scores = [_Laws() for _ in self.members]
+        # Of one turn: what `compare` has compared, and the laws of drafts that could stay.
+        self._compared: tuple[Tensor, Tensor] | None = None
         self._staying: dict[Row, Tensor] = {}
         self._proposer_tensors: dict[tuple[tuple[int, ...], ...], Tensor] = {}
         self._start_random(seeds)
@@ -417,6 +419,7 @@ class Run:
         """
         if self.law.temperature == 0:
             return  # then the text is the ensemble's, whatever was proposed
+        assert self._compared is not None, "compare comes first"
         mine, theirs = self._compared
         ratios = (theirs - mine).clamp_(max=0).exp_().nan_to_num_()
         width = ratios.shape[1]
@@ -486,6 +489,7 @@ class Run:
         for verification in self.schedule.turn(self):
             emitted.update(self._commit(verification, self._verify(verification)))
         self._roll_back()
+        self._compared = None  # as wide as the vocabulary
         self.statistics.turns += 1
         for laws in (*self._laws, *self._scores):
             laws.forget()
