@@ -2,17 +2,17 @@
 """Every method on one pair of models: speed, acceptance, and how far from the target its text is.
 
 Methods whose law is one target's, exactly or not, are compared with that target alone; methods
-whose law is an ensemble's, with the plain ensemble. All write the same prompts with the same seeds
-and take turns. `divergence` is the total variation between the law of a drafted token's place and
-the law that was asked for, in [0, 1], computed in closed form from the models' laws along text of
-the target's; it is 0 where a method is exact. A second table compares
+whose law is an ensemble's, with the plain ensemble. All write the same prompts with the same seeds,
+others in each round, and take turns. `divergence` is the total variation between the law of a
+drafted token's place and the law that was asked for, in [0, 1], computed in closed form from the
+models' laws along text of the target's; it is 0 where a method is exact. A second table compares
 ways of sampling a mixture. The plot shows speed against divergence. To add a method, add it to
 `specens.methods`.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from specens import SpeculativeDecoder, family, terminal
-from specens.benchmark import compare, sampling, workload
+from specens.benchmark import Row, compare, sampling, workload
 from specens.members import member
 from specens.methods import METHODS, Method, build
+from specens.statistics import Statistics
 from specens.weights import last_hidden
 from specens_kernels import Acceptance
 from specens_kernels.acceptance import Situation
@@ -151,7 +152,7 @@ def method_rows(
         for decoder in decoders.values():
             gate(decoder, prompts[0])
         works = {name: workload(one, prompts, **arguments) for name, one in decoders.items()}
-        for found in compare(works, options.rounds):
+        for found in measured(f"methods beside {first}", works, options.rounds):
             method = METHODS.get(found.name)
             far = 0.0
             if method is not None and not method.lossless:
@@ -160,6 +161,12 @@ def method_rows(
             row = found.as_dict() | {"method": found.name, "lossless": exact, "divergence": far}
             rows.append(row | {"baseline": first})
     return rows
+
+
+def measured(label: str, works: dict[str, Callable[[], Statistics]], rounds: int) -> list[Row]:
+    """The rows of contestants, with a bar for whoever waits."""
+    with terminal.progress(label, len(works) * (rounds + 1)) as step:
+        return compare(works, rounds, progress=step)
 
 
 def gate(decoder: SpeculativeDecoder, prompt: Tensor) -> None:
@@ -300,7 +307,7 @@ def mixture_rows(
             for key, one in schedules.items()
         }
         costs = forward_times(models)
-        for found in compare(works, options.rounds):
+        for found in measured(name, works, options.rounds):
             row = found.as_dict() | {"pair": name, "schedule": found.name, "forward_ms": costs}
             rows.append(row)
     return rows

@@ -18,15 +18,19 @@ from torch import Tensor
 from toys import logits_after, noisy, prompts, sequence_law, toy
 
 from specens import SpeculativeDecoder
+from specens import decoder as decoder_module
 from specens import run as run_module
 from specens.run import Row, Run
 from specens.schedules import (
+    KEPT,
     SCHEDULES,
     Alternating,
     ConfidenceStop,
     EntropyStop,
     LearnedStop,
+    LookAhead,
     Survival,
+    Verification,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -407,15 +411,56 @@ def test_survival_starts_with_the_companion_and_follows_outcomes():
     survival = Survival()
     assert survival.chance(0.6) == pytest.approx(0.6)
     assert survival.chance(0.6, 0.9) == pytest.approx(0.9)
-    for _ in range(100):  # the first is kept, the second refused, and the third never reached
+    for _ in range(200):  # the first is kept, the second refused, and the third never reached
         survival.ask([(0.6, 0.9), (0.6, 0.1), (0.1, 0.1)], 10)
         survival.learn(12)
-        survival.learn(13)  # nothing was asked since
-    assert survival.outcomes == {(2, 3): (100, 100), (2, 0): (100, 0)}
-    assert survival.chance(0.6, 0.9) > 0.99
-    assert survival.chance(0.6, 0.1) < 0.01
+    assert survival.outcomes.keys() == {(2, 3), (2, 0)}
+    assert survival.chance(0.6, 0.9) == pytest.approx(1, abs=0.01)
+    assert survival.chance(0.6, 0.1) == pytest.approx(0, abs=0.01)
     assert survival.chance(0.6) == pytest.approx(0.5, abs=0.01)
     assert survival.chance(0.1) == pytest.approx(0.1)
+    tested = survival.outcomes[2, 3][0]
+    survival.learn(13)  # nothing was asked since, and what was seen counts less
+    assert 0.9 * tested < survival.outcomes[2, 3][0] < tested
+    for _ in range(400):
+        survival.learn(13)
+    assert survival.chance(0.6) == pytest.approx(0.6, abs=0.01)
+
+
+def test_survival_looks_at_nothing_beyond_the_first_refused_token():
+    found = []
+    for beyond in ((0.1, 0.1), (0.9, 0.9)):
+        survival = Survival()
+        survival.ask([(0.6, 0.9), (0.6, 0.1), beyond], 10)
+        survival.learn(12)
+        found.append(survival)
+    assert found[0].outcomes == found[1].outcomes
+
+
+def test_looking_ahead_goes_by_what_was_kept(models, monkeypatch):
+    """A proposer that is always right goes far, one that is seldom right does not; rows differ."""
+    monkeypatch.setattr(decoder_module, "best_ahead", lambda *_: round(8 * _[-1]))
+    calls = {}
+    for name, other in (("itself", models[0]), ("another", models[1])):
+        settings = {"weights": [0.3, 0.7], "schedule": "lookahead", "proposer": 0}
+        decoder = SpeculativeDecoder([models[0], other], **settings)
+        assert decoder.schedule.aheads == (0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8)
+        write(decoder, max_new_tokens=300)
+        calls[name] = decoder.statistics.calls[1]
+        fixed = SpeculativeDecoder([models[0], other], ahead=6, **settings)
+        write(fixed, max_new_tokens=300)
+        if name == "itself":
+            assert calls[name] < fixed.statistics.calls[1]
+        else:
+            assert sum(decoder.statistics.drafted) < sum(fixed.statistics.drafted)
+    assert calls["itself"] < calls["another"]
+    together = write(decoder, (3, 6, 1), max_new_tokens=30)
+    inputs = prompts((3, 6, 1), VOCAB_SIZE)["input_ids"]
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 30}
+    for row, length in enumerate((3, 6, 1)):
+        prompt = inputs[row : row + 1, 6 - length :]
+        alone = decoder.generate(prompt, **options, seed=row, attention_mask=prompt >= 0)
+        assert torch.equal(together[row, 6:], alone[0, length:])
 
 
 def test_a_cut_does_not_know_the_token_it_takes_back():
@@ -533,6 +578,33 @@ def test_a_bonus_token_must_come_from_the_ensemble(models, monkeypatch):
     found = p_values(case.texts(models, 1000), joint)
     assert found[0, 1] > HONEST, found  # drafted tokens are right
     assert found[1, 2] < WRONG, found
+
+
+@pytest.mark.slow
+def test_looking_ahead_may_learn_but_not_look(models, monkeypatch):
+    """By what became of earlier tokens it may ask sooner, but not by a token that it has drawn."""
+    # One refusal is enough to ask at once, for as long as these texts last.
+    monkeypatch.setattr(decoder_module, "best_ahead", lambda *_: 3 if _[-1] >= KEPT else 0)
+    case = Case("mixture", 3, "lookahead", {"proposer": 1})
+    assert set(case.decoder(models).schedule.aheads) == {0, 3}
+    joint = case.joint(models)
+    found = p_values(case.texts(models), joint)
+    assert min(found.values()) > HONEST, found
+    right = LookAhead.turn
+
+    def looking(self: LookAhead, run: Run) -> list[Verification]:
+        (said,) = right(self, run)
+        counts, components = list(said.num_drafts), list(said.components)
+        for k, row in enumerate(said.rows):
+            refusable = counts[k] > 0 and components[k][0] != self.proposer
+            if refusable and run.text[row.index, row.pad + row.length] < 2:
+                counts[k], components[k] = 0, components[k][:1]
+                row.pending.clear()
+        return [dataclasses.replace(said, num_drafts=counts, components=components)]
+
+    monkeypatch.setattr(LookAhead, "turn", looking)
+    found = p_values(case.texts(models), joint)
+    assert min(found.values()) < WRONG, found
 
 
 @pytest.mark.slow

@@ -418,11 +418,16 @@ def test_members_are_tried_in_turn(size: int) -> None:
 
 
 def test_models_of_one_size_need_no_lookahead_and_cheap_ones_do() -> None:
-    assert tuning.best_ahead(0.5, 1.0) == 0
-    assert tuning.best_ahead(1.0, 1.0) == 0
-    found = [tuning.best_ahead(0.5, cost) for cost in (0.5, 0.2, 0.05, 0.01)]
-    assert found == sorted(found)
-    assert found[-1] > 1
+    assert tuning.best_ahead(0.5, 1.0, 0.0, 1.0) == 0
+    assert tuning.best_ahead(1.0, 0.1, 0.0, 1.0) == 0
+    for found in (
+        [tuning.best_ahead(0.5, cost, 0.1, 0.7) for cost in (0.5, 0.2, 0.05, 0.01)],
+        [tuning.best_ahead(0.5, 0.1, cost, 0.7) for cost in (0.8, 0.4, 0.1, 0.0)],
+        [tuning.best_ahead(0.5, 0.1, 0.1, kept) for kept in (0.1, 0.5, 0.7, 0.9)],
+    ):
+        assert found == sorted(found)
+        assert found[0] < found[-1]
+        assert found[-1] > 1
 
 
 def test_a_draft_is_not_worth_a_time_that_it_cannot_save() -> None:

@@ -209,15 +209,18 @@ def workload(
 
     Args:
         decoder: what writes.
-        prompts: (1, S) int64 tensors. Prompt i uses `seed` + i, in every round.
+        prompts: (1, S) int64 tensors. Prompt i uses `seed` + i in the first round, and seeds that
+            were not used before in the next: texts differ in how well they can be drafted, and a
+            few of them say little.
         arguments: for `SpeculativeDecoder.generate`.
     """
+    seeds = itertools.count(seed)
 
     def work() -> Statistics:
         found = []
-        for i, prompt in enumerate(prompts):
+        for prompt in prompts:
             mask = torch.ones_like(prompt)
-            decoder.generate(prompt, attention_mask=mask, seed=seed + i, **arguments)
+            decoder.generate(prompt, attention_mask=mask, seed=next(seeds), **arguments)
             assert decoder.statistics is not None
             found.append(decoder.statistics)
         return total(found)

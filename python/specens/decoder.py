@@ -156,9 +156,10 @@ class SpeculativeDecoder:
                 tokenizer, and proposes the tokens that both have; needs `tokenizers`.
             stop: "speculative": when the draft ends before its number of tokens: a `DraftStop`.
             ahead: "lookahead": tokens of other members that are proposed before these are asked.
-                None goes by the members' sizes; members of one size then take 0.
-            token_cost: "companion": >= 0. Time that a draft token adds to its verification, as a
-                part of what a verification without any takes; None is 0.1.
+                None goes by the members' sizes and by how many of them have been kept; members of
+                one size then take 0.
+            token_cost: "companion", "lookahead": >= 0. Time that a draft token adds to its
+                verification, as a part of what a verification without any takes; None is 0.1.
             cut: "companion": what decides whether a token is worth its verification. "law": the law
                 that it was drawn from. "token": the token itself, too, which says more; for the
                 rule "rejection", and without filters. None is "law".
@@ -411,7 +412,7 @@ class SpeculativeDecoder:
             ("order", order, ("alternating",)),
             ("stop", stop, ("speculative",)),
             ("ahead", ahead, ("lookahead",)),
-            ("token_cost", token_cost, ("companion",)),
+            ("token_cost", token_cost, ("companion", "lookahead")),
             ("cut", cut, ("companion",)),
         ):
             if value is not None and name not in users:
@@ -426,6 +427,9 @@ class SpeculativeDecoder:
             raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
         if not single and name in ("speculative", "companion", "lookup", "lookahead"):
             raise _wrong("num_speculative_tokens", "one integer", num_speculative_tokens)
+        cost: Any = 0.1 if token_cost is None else token_cost
+        if not isinstance(cost, Real) or not 0 <= float(cost) < math.inf:
+            raise _wrong("token_cost", "a number >= 0", repr(cost))
         size = self.num_ensemble
         if name == "plain":
             return Plain()
@@ -436,16 +440,13 @@ class SpeculativeDecoder:
         if name == "speculative":
             return Speculative(self._proposer(proposer), gammas[0], stop)
         if name == "companion":
-            cost: Any = 0.1 if token_cost is None else token_cost
-            if not isinstance(cost, Real) or not 0 <= float(cost) < math.inf:
-                raise _wrong("token_cost", "a number >= 0", repr(cost))
             if cut is not None:
                 _check_name("cut", cut, CUTS)
             if cut == "token" and self.acceptance.rule.name != "rejection":
                 raise _wrong("acceptance", "'rejection' for cut 'token'", self.acceptance.rule.name)
             return Companion(size, size + 1, gammas[0], float(cost), cut or "law")
         if name == "lookahead":
-            return self._look_ahead(self._proposer(proposer), ahead, gammas[0])
+            return self._look_ahead(self._proposer(proposer), ahead, gammas[0], float(cost))
         if name == "hierarchy":
             levels = len(self.models) - size
             gammas = [gammas[0] * (i + 1) for i in range(levels)] if single else gammas
@@ -475,14 +476,18 @@ class SpeculativeDecoder:
             raise _wrong("proposer", f"None with a draft, else 0 to {size - 1}", proposer)
         return int(proposer)
 
-    def _look_ahead(self, proposer: int, ahead: int | None, most: int) -> LookAhead:
-        if ahead is not None and (not _is_integer(ahead) or ahead < 0):
-            raise _wrong("ahead", "a count >= 0", ahead)
-        if ahead is None:
-            sizes = [_num_parameters(model) for model in self.models[: self.num_ensemble]]
-            cost = sizes[proposer] * (len(sizes) - 1) / max(sum(sizes) - sizes[proposer], 1)
-            ahead = best_ahead(self.weights[proposer], cost)
-        return LookAhead(proposer, int(ahead), most)
+    def _look_ahead(
+        self, proposer: int, ahead: int | None, most: int, token_cost: float
+    ) -> LookAhead:
+        if ahead is not None:
+            if not _is_integer(ahead) or ahead < 0:
+                raise _wrong("ahead", "a count >= 0", ahead)
+            return LookAhead(proposer, (int(ahead),), most)
+        sizes = [_num_parameters(model) for model in self.models[: self.num_ensemble]]
+        cost = sizes[proposer] * (len(sizes) - 1) / max(sum(sizes) - sizes[proposer], 1)
+        share = self.weights[proposer]
+        aheads = [best_ahead(share, cost, token_cost, tenths / 10) for tenths in range(11)]
+        return LookAhead(proposer, tuple(aheads), most)
 
     def _bind(self, head: WeightHead) -> None:
         """Have each member multiply its share of the head with its last hidden states."""

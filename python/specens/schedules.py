@@ -182,13 +182,17 @@ class LookAhead:
     draws that one itself: nothing is proposed in vain at its end.
 
     proposer: who proposes; the cheapest member.
-    ahead: how many tokens of other members it proposes before they are asked; at 0 none can be
-        refused, and each token costs one call, as in `Component`.
+    aheads: how many tokens of other members it proposes before they are asked, by how likely one of
+        them is kept: the first is for 0, the last for 1, the others in between. At 0 tokens none
+        can be refused, and each costs one call, as in `Component`. A single number is for all.
     most: tokens that a proposal has at most.
+
+    How likely a token is kept is learned from what became of the row's earlier ones, never from
+    tokens that are still to be verified: the text stays exact.
     """
 
     proposer: int
-    ahead: int
+    aheads: tuple[int, ...]
     most: int = 16
 
     @property
@@ -200,10 +204,14 @@ class LookAhead:
         """Propose up to a token of another member; ask those whose tokens are among them."""
         components = []
         for row in run.rows:
+            row.survival.learn(row.length)
             mine = run.components(row, max(min(self.most + 1, run.room(row)), 1))
             others = [at for at, member in enumerate(mine) if member != self.proposer]
-            end = others[self.ahead] if len(others) > self.ahead else len(mine) - 1
+            ahead = self._ahead(row)
+            end = others[ahead] if len(others) > ahead else len(mine) - 1
             components.append(mine[: end + 1])
+            said = [1.0 if member == self.proposer else KEPT for member in mine[:end]]
+            row.survival.ask([(one, one) for one in said], row.length)
         counts = [len(mine) - 1 for mine in components]
         run.propose(self.proposer, run.rows, counts)
         for member in run.ensemble:
@@ -216,6 +224,10 @@ class LookAhead:
             if asked:
                 run.feed(member, asked)
         return [Verification(run.rows, counts, bonus=True, components=components)]
+
+    def _ahead(self, row: "Row") -> int:
+        """Tokens of other members to propose to the row."""
+        return self.aheads[round(row.survival.chance(KEPT) * (len(self.aheads) - 1))]
 
 
 @dataclass(frozen=True)
@@ -321,18 +333,19 @@ class Speculative:
 
 @dataclass
 class Survival:
-    """How often drafts of one row are kept, given what draft and companion say of them.
+    """How often drafts of one row are kept, given what is known of them before they are verified.
 
-    Of a draft token, `shared` is the sum over the vocabulary of min(P_draft, P_companion), which
-    the prefix decides alone, and `ratio` is min(1, P_companion / P_draft) of the token itself,
-    whose mean over the draft's law is `shared`. Estimates start there, and outcomes move them, in
-    cells of shared and ratio. Each row has its own, so that its text does not depend on its batch.
+    Of a draft token with a companion, `shared` is the sum over the vocabulary of
+    min(P_draft, P_companion), which the prefix decides alone, and `ratio` is
+    min(1, P_companion / P_draft) of the token itself, whose mean over the draft's law is `shared`.
+    Estimates start there, and outcomes move them, in cells of shared and ratio; the older an
+    outcome is, the less. Each row has its own, so that its text does not depend on its batch.
 
     outcomes: (tested, kept) tokens of each cell.
     asked: (shared, ratio) of the tokens that were last verified; length: committed ones before.
     """
 
-    outcomes: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    outcomes: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
     asked: Sequence[tuple[float, float]] = ()
     length: int = 0
 
@@ -342,6 +355,10 @@ class Survival:
 
     def learn(self, length: int) -> None:
         """Note its outcome, after which `length` tokens are committed, the one added among them."""
+        self.outcomes = {
+            cell: (tested * _FADING, kept * _FADING)
+            for cell, (tested, kept) in self.outcomes.items()
+        }
         accepted = length - self.length - 1
         # Nothing beyond the first refused token: what the text does not show must not decide what
         # becomes of it, for its numbers are used again.
@@ -404,8 +421,11 @@ class Survival:
         return len(said), needed
 
 
-# Cells of a `Survival`, along each side, and how many outcomes its first estimates weigh.
-BINS, _PRIOR = 4, 4.0
+# Cells of a `Survival`, along each side; how many outcomes its first estimates weigh; and what an
+# outcome still weighs a turn later, so that texts may change.
+BINS, _PRIOR, _FADING = 4, 4.0, 0.98
+# How likely another member's token is kept, as long as nothing is known.
+KEPT = 0.7
 CUTS = ("law", "token")
 
 

@@ -225,26 +225,26 @@ def lookahead(profile: Profile, proposer: int, ahead: int, most: int = 16) -> fl
     return seconds / tokens
 
 
-def best_ahead(share: float, cost: float, acceptance: float = 0.7, most: int = _MOST_AHEAD) -> int:
-    """The `ahead` of `LookAhead` with the least expected time per token.
+def best_ahead(share: float, cost: float, token_cost: float, acceptance: float) -> int:
+    """How far `schedules.LookAhead` writes ahead with the least expected time per token.
 
     Args:
         share: weight of the proposer in the mixture.
-        cost: time of its forward, relative to the others' together.
+        cost: time of its forward, relative to that of the others.
+        token_cost: time that a proposed token adds to the others' forward, relative to it.
         acceptance: chance that a token proposed for another member is kept.
-        most: highest number considered.
     """
     if share >= 1:
         return 0
     profile = Profile(
         names=("proposer", "others"),
         weights=(share, 1 - share),
-        forwards=(((1, cost),), ((1, 1.0),)),
+        forwards=(((1, cost),), ((1, 1.0), (2, 1.0 + token_cost))),
         draw=0.0,
         verify=((0, 0.0),),
         kept=(((1.0,), (acceptance,), (1.0,)),) * 2,
     )
-    return min(range(most + 1), key=lambda ahead: lookahead(profile, 0, ahead, 2 * _MOST_AHEAD))
+    return min(range(_MOST_AHEAD + 1), key=lambda ahead: lookahead(profile, 0, ahead))
 
 
 def speculative(profile: Profile, proposer: int, gamma: int) -> float:
