@@ -208,7 +208,8 @@ def test_models_and_prompts_go_to_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_help_names_every_schedule() -> None:
     shown = " ".join(run("generate", "--help").output.split())
-    assert f"{', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}, which None is" in shown
+    *others, last = SCHEDULES
+    assert f"{', '.join(others)} or {last}, which None is" in shown
 
 
 def test_a_hierarchy_takes_any_number_of_drafts() -> None:

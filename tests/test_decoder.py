@@ -37,7 +37,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from specens import SpeculativeDecoder, SpeculativeOutput, Statistics
 from specens import run as run_module
 from specens.run import Run
-from specens.schedules import Alternating, Speculative
+from specens.schedules import Alternating, LookAhead, Speculative
 from specens_kernels import Acceptance, Law, mix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,6 +111,22 @@ def test_the_cheapest_member_drafts():
     fast = SpeculativeDecoder([small], schedule="speculative", draft=large)
     assert fast.schedule == Speculative(1, 4)
     assert SpeculativeDecoder(members).weights == (1 / 3, 1 / 3, 1 / 3)
+
+
+def test_looking_ahead_goes_by_every_members_size():
+    """Who asks another member runs it: four that are asked cost more than one."""
+    cheap = toy(0, VOCAB_SIZE, hidden_size=8)
+    dear = [toy(seed, VOCAB_SIZE, hidden_size=64, num_hidden_layers=2) for seed in range(1, 5)]
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (cheap, dear[0])]
+    assert sizes[1] > 20 * sizes[0]
+    two = SpeculativeDecoder([cheap, dear[0]], weights=[0.2, 0.8], schedule="lookahead")
+    five = SpeculativeDecoder([cheap, *dear], schedule="lookahead")
+    assert two.schedule.proposer == five.schedule.proposer == 0
+    assert sum(five.schedule.aheads) < sum(two.schedule.aheads)
+    fixed = SpeculativeDecoder([cheap, *dear], schedule="lookahead", ahead=3)
+    assert fixed.schedule == LookAhead(0, (3,), 16)
+    with pytest.raises(ValueError, match=r"^decoder: token_cost: expected None beside ahead"):
+        SpeculativeDecoder([cheap, *dear], schedule="lookahead", ahead=3, token_cost=0.2)
 
 
 # --- greedy text ----------------------------------------------------------------------------------
@@ -506,6 +522,17 @@ def test_the_users_own_lengths_and_ends_take_precedence(models):
         expected = models[0].generate(**settings, **criteria)
         assert not torch.equal(expected, models[0].generate(**settings, eos_token_id=[1]))
         same(decoder(models, 1, "draft").generate(**settings, **criteria), expected)
+
+
+@pytest.mark.parametrize("schedule", ["plain", "component", *SCHEDULES])
+def test_a_prompt_beyond_the_maximum_length_gets_one_token(schedule, models):
+    """As in transformers, whose criteria are asked after each token."""
+    inputs = prompts((9,), VOCAB_SIZE)
+    own = {"max_new_tokens": 30, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(5)])}
+    assert models[0].generate(**inputs, **own, do_sample=False).shape == (1, 10)
+    sampled = schedule == "component"
+    text = decoder(models, 2, schedule).generate(**inputs, **own, do_sample=sampled)
+    assert text.shape == (1, 10)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -1058,11 +1085,13 @@ def test_a_call_leaves_no_memory_behind(kind, mode, fails):
         ),
         (
             {"schedule": "component", "ensemble": "product"},
-            "decoder: schedule: expected a mixture of scope 'member' for 'component', got product",
+            "decoder: schedule: expected a mixture of scope 'member' for 'component', "
+            "got a product of scope 'member'",
         ),
         (
             {"schedule": "component", "scope": "ensemble"},
-            "decoder: schedule: expected a mixture of scope 'member' for 'component', got .*",
+            "decoder: schedule: expected a mixture of scope 'member' for 'component', "
+            "got a mixture of scope 'ensemble'",
         ),
         (
             {"num_speculative_tokens": 0},

@@ -18,9 +18,9 @@ from torch import Tensor
 from toys import logits_after, noisy, prompts, sequence_law, toy
 
 from specens import SpeculativeDecoder
-from specens import decoder as decoder_module
 from specens import run as run_module
-from specens.run import Row, Run
+from specens import schedules as schedules_module
+from specens.run import Occurrences, Row, Run
 from specens.schedules import (
     KEPT,
     SCHEDULES,
@@ -374,13 +374,16 @@ def test_a_companion_writes_the_plain_greedy_text(cost, cut, models):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": None}, r"draft: expected the one that proposes and its companion .*, got none"),
-        ({"draft": [0]}, r"draft: expected the one that proposes and .*, got LlamaForCausalLM$"),
+        ({"draft": None}, r"draft: expected two models, the one that proposes and .*, got none"),
+        ({"draft": [0]}, r"draft: expected two models, .*, got LlamaForCausalLM$"),
         ({"token_cost": -0.1}, r"token_cost: expected a number >= 0, got -0.1"),
         ({"token_cost": math.nan}, r"token_cost: expected a number >= 0, got nan"),
         ({"num_speculative_tokens": [2]}, r"num_speculative_tokens: expected one integer, got"),
         ({"schedule": "plain", "draft": None}, r"token_cost: expected None for schedule 'plain'"),
-        ({"schedule": "speculative"}, r"draft: expected one model for schedule 'speculative'"),
+        (
+            {"schedule": "speculative"},
+            r"draft: expected one model at most for schedule 'speculative'",
+        ),
         ({"cut": "words"}, r"cut: unknown name 'words'; known names: law, token"),
         (
             {"cut": "token", "acceptance": "block"},
@@ -439,7 +442,7 @@ def test_survival_looks_at_nothing_beyond_the_first_refused_token():
 
 def test_looking_ahead_goes_by_what_was_kept(models, monkeypatch):
     """A proposer that is always right goes far, one that is seldom right does not; rows differ."""
-    monkeypatch.setattr(decoder_module, "best_ahead", lambda *_: round(8 * _[-1]))
+    monkeypatch.setattr(schedules_module, "best_ahead", lambda *given: round(8 * given[4]))
     calls = {}
     for name, other in (("itself", models[0]), ("another", models[1])):
         settings = {"weights": [0.3, 0.7], "schedule": "lookahead", "proposer": 0}
@@ -477,6 +480,31 @@ def test_a_cut_does_not_know_the_token_it_takes_back():
             other[at + 1 :] = torch.rand(5 - at, 2, generator=dice).tolist()
             assert (Survival().cut(other, 0.3) > at) == (cut > at)
     assert len(cuts) > 3
+
+
+def test_a_lookup_finds_the_latest_of_the_longest():
+    """As a search of the whole text would, while the text grows."""
+
+    def searched(tokens: list[int], longest: int, count: int) -> list[int]:
+        size = len(tokens)
+        for length in range(min(longest, size - 1), 0, -1):
+            for start in range(size - length - 1, -1, -1):
+                if tokens[start : start + length] == tokens[size - length :]:
+                    return tokens[start + length : start + length + count]
+        return []
+
+    dice = torch.Generator().manual_seed(0)
+    lengths = set()
+    for longest in (1, 2, 3, 5):
+        text = torch.randint(4, (60,), generator=dice).tolist()
+        occurrences, size = Occurrences(), 1
+        while size <= len(text):
+            found = occurrences.continuation(text[:size], longest, 4)
+            assert found == searched(text[:size], longest, 4)
+            lengths.add(len(found))
+            size += int(torch.randint(3, (), generator=dice))
+    assert lengths >= {0, 4}
+    assert Occurrences().continuation([1, 2, 1], 3, -1) == []
 
 
 def num_laws(run: Run, member: int, row: Row) -> int:
@@ -584,7 +612,7 @@ def test_a_bonus_token_must_come_from_the_ensemble(models, monkeypatch):
 def test_looking_ahead_may_learn_but_not_look(models, monkeypatch):
     """By what became of earlier tokens it may ask sooner, but not by a token that it has drawn."""
     # One refusal is enough to ask at once, for as long as these texts last.
-    monkeypatch.setattr(decoder_module, "best_ahead", lambda *_: 3 if _[-1] >= KEPT else 0)
+    monkeypatch.setattr(schedules_module, "best_ahead", lambda *given: 3 * (given[4] >= KEPT))
     case = Case("mixture", 3, "lookahead", {"proposer": 1})
     assert set(case.decoder(models).schedule.aheads) == {0, 3}
     joint = case.joint(models)

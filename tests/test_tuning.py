@@ -417,17 +417,38 @@ def test_members_are_tried_in_turn(size: int) -> None:
         assert found["alternating"].seconds == pytest.approx(best)
 
 
+def test_blocks_that_are_always_kept_take_turns_for_ever() -> None:
+    """Where nothing is replaced the start does not count: the time of a rotation per token."""
+    here = profile()
+    sure = replace(here, kept=(((1.0,),) * 7,) * 6)
+    almost = replace(here, kept=(((1 - 1e-8,),) * 7,) * 6)
+    order, gammas = (1, 0, 2), (2, 1, 3)
+    found = tuning.alternating(sure, order, gammas)
+    assert found == pytest.approx(tuning.alternating(almost, order, gammas), rel=1e-5)
+    assert found > sum(here.forward(m, 1) for m in range(MEMBERS)) / sum(gammas)
+
+
 def test_models_of_one_size_need_no_lookahead_and_cheap_ones_do() -> None:
-    assert tuning.best_ahead(0.5, 1.0, 0.0, 1.0) == 0
-    assert tuning.best_ahead(1.0, 0.1, 0.0, 1.0) == 0
+    def best(share: float, cost: float, token_cost: float, kept: float) -> int:
+        return tuning.best_ahead((share, 1 - share), (cost, 1.0), 0, token_cost, kept, 16)
+
+    assert best(0.5, 1.0, 0.0, 1.0) == 0
+    assert best(1.0, 0.1, 0.0, 1.0) == 0
     for found in (
-        [tuning.best_ahead(0.5, cost, 0.1, 0.7) for cost in (0.5, 0.2, 0.05, 0.01)],
-        [tuning.best_ahead(0.5, 0.1, cost, 0.7) for cost in (0.8, 0.4, 0.1, 0.0)],
-        [tuning.best_ahead(0.5, 0.1, 0.1, kept) for kept in (0.1, 0.5, 0.7, 0.9)],
+        [best(0.5, cost, 0.1, 0.7) for cost in (0.5, 0.2, 0.05, 0.01)],
+        [best(0.5, 0.1, cost, 0.7) for cost in (0.8, 0.4, 0.1, 0.0)],
+        [best(0.5, 0.1, 0.1, kept) for kept in (0.1, 0.5, 0.7, 0.9)],
     ):
         assert found == sorted(found)
         assert found[0] < found[-1]
         assert found[-1] > 1
+
+
+def test_looking_ahead_counts_every_member_that_is_asked() -> None:
+    """One cheap member and four dear ones: a second foreign token is mostly another member's."""
+    weights, costs = (0.2,) * 5, (0.1, 1.0, 1.0, 1.0, 1.0)
+    assert tuning.best_ahead(weights, costs, 0, 0.1, 0.7, 16) == 0
+    assert tuning.best_ahead((0.2, 0.8), (0.1, 1.0), 0, 0.1, 0.7, 16) >= 2
 
 
 def test_a_draft_is_not_worth_a_time_that_it_cannot_save() -> None:

@@ -8,12 +8,10 @@ What is checked about the user's arguments is checked here.
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -25,26 +23,21 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specens_kernels import ENSEMBLES, Acceptance, Law, Status
 
+from .arguments import Asked, integers, unknown, wrong
 from .drafts import Translated
 from .members import ReplayMember, member, unwrapped
 from .processors import Stopper, Warp, per_row, split
 from .run import Run
 from .schedules import (
-    CUTS,
     SCHEDULES,
-    Alternating,
     Companion,
     Component,
     DraftStop,
-    Hierarchy,
     LookAhead,
     Lookup,
-    Plain,
-    Schedule,
-    Speculative,
+    made,
 )
 from .statistics import Statistics
-from .tuning import best_ahead
 from .vocabulary import shared_vocabulary
 from .weights import WeightHead, hidden_size
 
@@ -143,9 +136,10 @@ class SpeculativeDecoder:
                 "hierarchy" or "alternating"; see `schedules.py`.
             num_speculative_tokens: >= 1. Tokens per proposal; for "alternating" also one number per
                 member, in `order` (a single number is the first one's; the others propose 1); for
-                "hierarchy" one per draft. None is 4 for "speculative" and "lookup", 8 for
-                "companion", 16 for "lookahead" and 1 for "alternating", which then never makes more
-                calls than "plain"; the other schedules take None only.
+                "hierarchy" one per draft (a single number is the first one's; the i-th then has i
+                times as many). None is 4 for "speculative", "lookup" and "hierarchy", 8 for
+                "companion", 16 for "lookahead" and 1 for "alternating", which then makes no more
+                calls for one sequence than "plain"; "plain" and "component" take None only.
             proposer: "speculative", "lookahead": the member that drafts. None is the cheapest, or
                 `draft`.
             order: "alternating": the rotation, default proposer first. None is cheapest first.
@@ -180,7 +174,7 @@ class SpeculativeDecoder:
             ValueError: an argument is out of range, or the vocabularies disagree.
         """
         if isinstance(members, torch.nn.Module):
-            raise _wrong("members", "a list of models", type(members).__name__)
+            raise wrong("members", "a list of models", type(members).__name__)
         drafts = _drafts(draft)
         models = [*members, *drafts]
         if not members:
@@ -190,34 +184,32 @@ class SpeculativeDecoder:
         given = None if isinstance(weights, WeightHead) else weights
         self.weights = tuple([1 / size] * size if given is None else map(float, given))
         if len(self.weights) != size:
-            raise _wrong("weights", f"{size} numbers", f"{len(self.weights)}")
-        _check_name("schedule", schedule, SCHEDULES)
-        _check_name("ensemble", ensemble, ENSEMBLES)
-        if schedule == "hierarchy":
-            if not drafts:
-                raise _wrong("draft", "at least one model for schedule 'hierarchy'", "none")
-        elif schedule == "companion":
-            if len(drafts) != 2:
-                expected = "the one that proposes and its companion for schedule 'companion'"
-                raise _wrong("draft", expected, _names(drafts) or "none")
-        elif drafts and (schedule != "speculative" or len(drafts) > 1):
-            expected = "one model" if schedule == "speculative" else "None"
-            raise _wrong("draft", f"{expected} for schedule {schedule!r}", _names(drafts))
-        if schedule in ("component", "lookahead") and (ensemble != "mixture" or scope != "member"):
-            raise _wrong("schedule", f"a mixture of scope 'member' for {schedule!r}", ensemble)
+            raise wrong("weights", f"{size} numbers", f"{len(self.weights)}")
+        if schedule not in SCHEDULES:
+            raise unknown("schedule", schedule, SCHEDULES)
+        if ensemble not in ENSEMBLES:
+            raise unknown("ensemble", ensemble, ENSEMBLES)
+        entry = SCHEDULES[schedule]
+        if not entry.fewest_drafts <= len(drafts) <= entry.most_drafts:
+            expected = f"{entry.drafts} for schedule {schedule!r}"
+            raise wrong("draft", expected, _names(drafts) or "none")
+        if entry.mixture and (ensemble != "mixture" or scope != "member"):
+            found = f"a {ensemble} of scope {scope!r}"
+            raise wrong("schedule", f"a mixture of scope 'member' for {schedule!r}", found)
         self.ensemble, self.scope, self.plausibility = ensemble, scope, float(plausibility)
-        self.acceptances = _acceptances(acceptance, len(drafts) if schedule == "hierarchy" else 1)
+        self.acceptances = _acceptances(acceptance, len(drafts) if entry.levels else 1)
         self.acceptance, self.seed = self.acceptances[-1], seed
         if bonus not in ("ensemble", "last"):
-            raise _wrong("bonus", "'ensemble' or 'last'", repr(bonus))
+            raise wrong("bonus", "'ensemble' or 'last'", repr(bonus))
         self.bonus_weights = None if bonus == "ensemble" else (*[0.0] * (size - 1), 1.0)
         for argument, used in (("weights", self.head), ("bonus", self.bonus_weights)):
-            if used is not None and schedule not in ("plain", "speculative", "lookup"):
-                expected = "'plain', 'speculative' or 'lookup'"
-                raise _wrong("schedule", f"{expected} for such {argument}", repr(schedule))
+            if used is not None and not entry.by_position:
+                known = [repr(name) for name, one in SCHEDULES.items() if one.by_position]
+                expected = f"{', '.join(known[:-1])} or {known[-1]} for such {argument}"
+                raise wrong("schedule", expected, repr(schedule))
         if self.head is not None and (size != 2 or self.head.ensemble != ensemble):
             expected = f"two members and ensemble {self.head.ensemble!r} for this head"
-            raise _wrong("weights", expected, f"{size} and {ensemble!r}")
+            raise wrong("weights", expected, f"{size} and {ensemble!r}")
         compared = _compared(draft_vocabulary, size, drafts, tokenizers)
         self.vocab_size = shared_vocabulary(
             models[:compared], None if tokenizers is None else tokenizers[:compared]
@@ -231,9 +223,19 @@ class SpeculativeDecoder:
             assert tokenizers is not None
             pair = tokenizers[0], tokenizers[i]
             self.members[i] = Translated(self.members[i], *pair, self.vocab_size)
-        self.schedule = self._schedule(
-            schedule, num_speculative_tokens, proposer, order, stop, ahead, token_cost, cut
+        asked = Asked(
+            sizes=[_num_parameters(model) for model in models],
+            weights=self.weights,
+            rule=self.acceptance.rule.name,
+            tokens=num_speculative_tokens,
+            proposer=proposer,
+            order=order,
+            stop=stop,
+            ahead=ahead,
+            token_cost=token_cost,
+            cut=cut,
         )
+        self.schedule = made(schedule, asked)
         if self.head is not None:
             self._bind(self.head)
         self._one_call = _OneCall()
@@ -362,7 +364,7 @@ class SpeculativeDecoder:
         # What is looked up has no model; it is counted last.
         looked_up = ["lookup"] if isinstance(self.schedule, Lookup) else []
         statistics = Statistics([*(m.name for m in self.members), *looked_up])
-        stopper = Stopper(stopping_criteria, generation_config)
+        stopper = Stopper(stopping_criteria, generation_config, width)
         run = Run(
             self.members,
             num_ensemble=self.num_ensemble,
@@ -395,111 +397,17 @@ class SpeculativeDecoder:
 
     # --- what a call is made of -------------------------------------------------------------------
 
-    def _schedule(
-        self,
-        name: str,
-        num_speculative_tokens: int | Sequence[int] | None,
-        proposer: int | None,
-        order: Sequence[int] | None,
-        stop: DraftStop | None,
-        ahead: int | None,
-        token_cost: float | None,
-        cut: str | None,
-    ) -> Schedule:
-        for argument, value, users in (
-            ("num_speculative_tokens", num_speculative_tokens, _DEFAULT_TOKENS),
-            ("proposer", proposer, ("speculative", "lookahead")),
-            ("order", order, ("alternating",)),
-            ("stop", stop, ("speculative",)),
-            ("ahead", ahead, ("lookahead",)),
-            ("token_cost", token_cost, ("companion", "lookahead")),
-            ("cut", cut, ("companion",)),
-        ):
-            if value is not None and name not in users:
-                raise _wrong(argument, f"None for schedule {name!r}", value)
-        if stop is not None and not callable(getattr(stop, "asks", None)):
-            raise _wrong("stop", "a DraftStop", repr(stop))
-        if num_speculative_tokens is None:
-            num_speculative_tokens = _DEFAULT_TOKENS.get(name, 1)
-        gammas = _integers(num_speculative_tokens)
-        single = not isinstance(num_speculative_tokens, Iterable)
-        if not gammas or min(gammas) < 1:
-            raise _wrong("num_speculative_tokens", "integers >= 1", num_speculative_tokens)
-        if not single and name in ("speculative", "companion", "lookup", "lookahead"):
-            raise _wrong("num_speculative_tokens", "one integer", num_speculative_tokens)
-        cost: Any = 0.1 if token_cost is None else token_cost
-        if not isinstance(cost, Real) or not 0 <= float(cost) < math.inf:
-            raise _wrong("token_cost", "a number >= 0", repr(cost))
-        size = self.num_ensemble
-        if name == "plain":
-            return Plain()
-        if name == "component":
-            return Component()
-        if name == "lookup":
-            return Lookup(gammas[0])
-        if name == "speculative":
-            return Speculative(self._proposer(proposer), gammas[0], stop)
-        if name == "companion":
-            if cut is not None:
-                _check_name("cut", cut, CUTS)
-            if cut == "token" and self.acceptance.rule.name != "rejection":
-                raise _wrong("acceptance", "'rejection' for cut 'token'", self.acceptance.rule.name)
-            return Companion(size, size + 1, gammas[0], float(cost), cut or "law")
-        if name == "lookahead":
-            return self._look_ahead(self._proposer(proposer), ahead, gammas[0], float(cost))
-        if name == "hierarchy":
-            levels = len(self.models) - size
-            gammas = [gammas[0] * (i + 1) for i in range(levels)] if single else gammas
-            if len(gammas) != levels:
-                raise _wrong(
-                    "num_speculative_tokens", f"1 or {levels} integers", num_speculative_tokens
-                )
-            return Hierarchy(tuple(range(size, len(self.models))), tuple(gammas))
-        by_cost = sorted(range(size), key=lambda m: _num_parameters(self.models[m]))
-        rotation = by_cost if order is None else _integers(order)
-        if rotation is None or sorted(rotation) != list(range(size)):
-            raise _wrong("order", f"every member 0 to {size - 1} once", order)
-        if single:
-            gammas = gammas + [1] * (size - 1)
-        if len(gammas) != size:
-            raise _wrong("num_speculative_tokens", f"1 or {size} integers", num_speculative_tokens)
-        return Alternating(tuple(rotation), tuple(gammas))
-
-    def _proposer(self, proposer: int | None) -> int:
-        """The index of the one that drafts: the separate draft, the member given, the cheapest."""
-        size = self.num_ensemble
-        if proposer is None:
-            if len(self.models) > size:
-                return size
-            return min(range(size), key=lambda m: _num_parameters(self.models[m]))
-        if len(self.models) > size or not _is_integer(proposer) or not 0 <= proposer < size:
-            raise _wrong("proposer", f"None with a draft, else 0 to {size - 1}", proposer)
-        return int(proposer)
-
-    def _look_ahead(
-        self, proposer: int, ahead: int | None, most: int, token_cost: float
-    ) -> LookAhead:
-        if ahead is not None:
-            if not _is_integer(ahead) or ahead < 0:
-                raise _wrong("ahead", "a count >= 0", ahead)
-            return LookAhead(proposer, (int(ahead),), most)
-        sizes = [_num_parameters(model) for model in self.models[: self.num_ensemble]]
-        cost = sizes[proposer] * (len(sizes) - 1) / max(sum(sizes) - sizes[proposer], 1)
-        share = self.weights[proposer]
-        aheads = [best_ahead(share, cost, token_cost, tenths / 10) for tenths in range(11)]
-        return LookAhead(proposer, tuple(aheads), most)
-
     def _bind(self, head: WeightHead) -> None:
         """Have each member multiply its share of the head with its last hidden states."""
         sizes = [hidden_size(model) for model in self.models[:2]]
         known = [head.draft_size, head.target_size]
         if sum(sizes) != head.delta.numel() or (None not in known and sizes != known):
             found = head.delta.numel() if None in known else f"{known[0]} + {known[1]}"
-            raise _wrong("weights", f"a head for {sizes[0]} + {sizes[1]}", found)
+            raise wrong("weights", f"a head for {sizes[0]} + {sizes[1]}", found)
         shares = torch.split(head.delta, sizes)
         for one, share in zip(self.members, shares, strict=False):
             if isinstance(one, ReplayMember):
-                raise _wrong("weights", "numbers for a model whose states are replayed", "a head")
+                raise wrong("weights", "numbers for a model whose states are replayed", "a head")
             one.score_by = share
 
     def _law(self, warp: Warp) -> Law:
@@ -530,7 +438,7 @@ class SpeculativeDecoder:
         if seed is None:
             seeds = torch.randint(2**63 - 1, (batch,))
         else:
-            given = _integers(seed)
+            given = integers(seed)
             if given is None:
                 raise ValueError(
                     f"generate: seed: expected an integer or {batch}, one a row, got {seed!r}"
@@ -617,17 +525,6 @@ class SpeculativeDecoder:
         )
 
 
-# Tokens per proposal where none are given.
-_DEFAULT_TOKENS = {
-    "speculative": 4,
-    "companion": 8,
-    "lookup": 4,
-    "lookahead": 16,
-    "hierarchy": 4,
-    "alternating": 1,
-}
-
-
 def _drafts(draft: Any) -> list[Any]:
     if draft is None:
         return []
@@ -639,14 +536,14 @@ def _compared(
 ) -> int:
     """How many models' tokenizers must agree: the members', or the drafts' too."""
     if draft_vocabulary not in ("same", "shared"):
-        raise _wrong("draft_vocabulary", "'same' or 'shared'", repr(draft_vocabulary))
+        raise wrong("draft_vocabulary", "'same' or 'shared'", repr(draft_vocabulary))
     if draft_vocabulary == "same":
         return size + len(drafts)
     if not drafts:
-        raise _wrong("draft_vocabulary", "'same' without a draft", "'shared'")
+        raise wrong("draft_vocabulary", "'same' without a draft", "'shared'")
     if tokenizers is None or len(tokenizers) != size + len(drafts):
         expected = f"{size + len(drafts)}, one per model, for draft_vocabulary 'shared'"
-        raise _wrong("tokenizers", expected, "None" if tokenizers is None else len(tokenizers))
+        raise wrong("tokenizers", expected, "None" if tokenizers is None else len(tokenizers))
     return size
 
 
@@ -659,12 +556,12 @@ def _acceptances(given: Any, levels: int) -> list[Acceptance]:
     if isinstance(given, (str, Acceptance)):
         return [Acceptance()] * (levels - 1) + [Acceptance.of(given)]
     if not isinstance(given, (list, tuple)):
-        raise _wrong("acceptance", "a rule or a list of them", repr(given))
+        raise wrong("acceptance", "a rule or a list of them", repr(given))
     if len(given) != levels:
-        raise _wrong("acceptance", f"one rule or a list of {levels}", len(given))
+        raise wrong("acceptance", f"one rule or a list of {levels}", len(given))
     found = [Acceptance.of(one) for one in given]
     if any(one.rule.remembers for one in found[:-1]):
-        raise _wrong("acceptance", "a rule without a memory below the last level", found)
+        raise wrong("acceptance", "a rule without a memory below the last level", found)
     return found
 
 
@@ -682,26 +579,3 @@ def _are_implied(position_ids: Tensor, lengths: Sequence[int], width: int) -> bo
 
 def _num_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _check_name(argument: str, name: str, known: Any) -> None:
-    if name not in known:
-        raise ValueError(
-            f"decoder: {argument}: unknown name {name!r}; known names: {', '.join(sorted(known))}"
-        )
-
-
-def _is_integer(value: object) -> bool:
-    """Of any library; a bool counts nothing."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _integers(values: Any) -> list[int] | None:
-    """Of one integer or several; None if something else is among them."""
-    values = values.tolist() if isinstance(values, Tensor) else values
-    listed = list(values) if isinstance(values, Iterable) else [values]
-    return [int(value) for value in listed] if all(map(_is_integer, listed)) else None
-
-
-def _wrong(argument: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"decoder: {argument}: expected {expected}, got {got}")

@@ -22,7 +22,7 @@ from specens_kernels import Acceptance, Law, mix
 from .benchmark import Row, compare, sampling, workload
 from .decoder import SpeculativeDecoder
 from .relaxation import check_lossy, relaxed, written
-from .run import Run, continuation
+from .run import Occurrences, Run
 from .schedules import (
     ConfidenceStop,
     DraftStop,
@@ -615,13 +615,14 @@ class _LookUps:
     def __init__(self, text: Sequence[int], begin: int, most: int) -> None:
         self.seconds: list[float] = []
         self._tokens = text[begin:]
+        self._occurrences = Occurrences()
         self._found = [self._look_up(text[:at], most) for at in range(begin, len(text))]
         # Per place, the chances of as many proposals as are known to follow the text, and one more.
         self._chances: list[list[float]] = [[] for _ in self._found]
 
     def _look_up(self, text: Sequence[int], most: int) -> list[int]:
         began = time.perf_counter()
-        found = continuation(text, Lookup(most).longest, most)
+        found = self._occurrences.continuation(text, Lookup(most).longest, most)
         self.seconds.append(time.perf_counter() - began)
         return found
 

@@ -206,7 +206,10 @@ class Member(ABC):
     def _call_and_score(self, row: Tensor, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
         with last_hidden(self.model) as collected:
             logits = self._logits(tokens, arguments)
-        self.scores = (collected[-1].float() * row.to(collected[-1].device)).sum(-1)
+        hidden = collected[-1]
+        if row.device != hidden.device:
+            row = self.score_by = row.to(hidden.device)  # once
+        self.scores = (hidden.float() * row).sum(-1)
         return logits
 
     def _logits(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -141,14 +141,19 @@ class Stopper:
 
     End-of-sequence tokens and the maximum length are plain comparisons on the host. Any other
     criterion is asked token by token, with the row's text so far, left padding included.
+
+    max_length: columns that a row has at most. A prompt that is longer gets one token, as in
+        transformers, whose criteria are asked after each.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, generation_config: Any) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, generation_config: Any, width: int) -> None:
+        """`width`: columns of the prompts."""
         # The user's own criteria of these types replace those of the generation config.
         ends = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
         self.eos = frozenset(token for tensor in ends for token in tensor.view(-1).tolist())
         lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        self.max_length = int(min(lengths, default=generation_config.max_length))
+        longest = int(min(lengths, default=generation_config.max_length))
+        self.max_length = max(longest, width + 1)
         self.others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
 
     def cut(self, tokens: list[int], text: Tensor, length: int) -> tuple[int, bool]:

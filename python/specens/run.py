@@ -59,7 +59,8 @@ class Row:
     ended: whether an end-of-sequence token is among the pending ones that were checked.
     memory: of an acceptance rule that remembers.
     judged: how often drafts of the row were verified.
-    survival: what a schedule that cuts proposals has learned of the row.
+    survival: what a schedule has learned of the fate of the row's proposals.
+    occurrences: of its tokens, where they are looked up.
     """
 
     index: int
@@ -72,11 +73,44 @@ class Row:
     memory: float = 0.0
     judged: int = 0
     survival: Survival = field(default_factory=Survival)
+    occurrences: "Occurrences" = field(default_factory=lambda: Occurrences())
 
     @property
     def end(self) -> int:
         """Tokens, pending ones included."""
         return self.length + len(self.pending)
+
+
+class Occurrences:
+    """Where each token of a text that grows has occurred."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, list[int]] = {}
+        self._known = 0
+
+    def continuation(self, tokens: Sequence[int], longest: int, count: int) -> list[int]:
+        """What followed the latest earlier occurrence of the longest possible end of `tokens`.
+
+        Args:
+            tokens: the text; longer than the last time, or the same.
+            longest: tokens of the end that are looked for at most, >= 1.
+            count: tokens to return at most.
+        """
+        size = len(tokens)
+        for at in range(self._known, size):
+            self._places.setdefault(tokens[at], []).append(at)
+        self._known = size
+        places = self._places[tokens[-1]]
+        best, follows = 0, size
+        for at in (places[i] for i in range(len(places) - 2, -1, -1)):
+            length = 1
+            while length < min(longest, at + 1) and tokens[at - length] == tokens[~length]:
+                length += 1
+            if length > best:
+                best, follows = length, at + 1
+            if best == longest:
+                break
+        return list(tokens[follows : follows + max(count, 0)])
 
 
 @dataclass(slots=True)
@@ -206,6 +240,7 @@ class Run:
         self.schedule, self.acceptances = schedule, acceptances
         self.acceptance = acceptances[-1]
         self.head, self.bonus_weights = head, bonus_weights
+        self._head_bias = None if head is None else head.bias.to(input_ids.device)
         self.processors = processors if any(len(p) > 0 for p in processors) else None
         self.stopper = stopper
         self.statistics = statistics
@@ -224,7 +259,7 @@ class Run:
         # Of one turn: what `compare` has compared, and the laws of drafts that could stay.
         self._compared: tuple[Tensor, Tensor] | None = None
         self._staying: dict[Row, Tensor] = {}
-        self._proposer_tensors: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+        self._proposer_tensors: dict[tuple[int, ...], Tensor] = {}
         self._start_random(seeds)
         self._prefill(input_ids)
 
@@ -241,14 +276,7 @@ class Run:
         # A rule that judges several tokens at once has looked at numbers of tokens that it did not
         # keep: what replaces them needs others.
         self._fresh = any(acceptance.rule.block for acceptance in self.acceptances)
-        coins = uniforms(seeds.cpu(), self._blocks_at.cpu(), Stream.COMPONENT)[..., 0]
-        weights = self.law.weights
-        if isinstance(weights, Tensor) or len(self.ensemble) == 1:
-            self._components = torch.zeros_like(coins, dtype=torch.int64)
-        else:
-            shares = torch.tensor(weights, dtype=torch.float64).cumsum(0)
-            self._components = torch.searchsorted(shares, coins.double(), right=True)
-            self._components.clamp_(max=len(weights) - 1)
+        self._components: list[list[int]] | None = None
 
     def _numbers(
         self, stream: Stream, index: int, rows: Sequence[Row], begins: list[int], count: int
@@ -287,8 +315,20 @@ class Run:
 
     def components(self, row: Row, count: int) -> list[int]:
         """The members that the row's next tokens are drawn from; known before any model runs."""
+        if self._components is None:
+            self._components = self._draw_components()
         at = row.length - 1 - self._base[row.index]
-        return [int(m) for m in self._components[row.index, at : at + count]]
+        return self._components[row.index][at : at + count]
+
+    def _draw_components(self) -> list[list[int]]:
+        """Of each row, the members that all of its tokens are drawn from."""
+        weights = self.law.weights
+        assert not isinstance(weights, Tensor), "weights that are known beforehand"
+        shares = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+        coins = uniforms(self._seeds.cpu(), self._blocks_at.cpu(), Stream.COMPONENT)[..., 0]
+        drawn = torch.searchsorted(shares, coins.double(), right=True)
+        found: list[list[int]] = drawn.clamp_(max=len(weights) - 1).tolist()
+        return found
 
     def propose(
         self,
@@ -318,7 +358,8 @@ class Run:
     def look_up(self, rows: Sequence[Row], count: int, longest: int) -> None:
         """Append what followed the latest earlier occurrence of each row's last tokens."""
         for row in rows:
-            found = continuation(row.tokens, longest, min(count, self.room(row) - 1))
+            most = min(count, self.room(row) - 1)
+            found = row.occurrences.continuation(row.tokens, longest, most)
             if found:
                 self._write([row], [row.end], torch.tensor([found], device=self.device))
                 row.pending += [POINT_MASS] * len(found)
@@ -505,6 +546,9 @@ class Run:
             if max(counts) > 0:
                 tokens = self._tokens(self.rows, [0] * len(counts), max(counts))
                 model.forward(tokens, counts, keep_last=1)
+        if self.device.type != "cpu":
+            # Else its time would be counted where the loop first waits for the device.
+            torch.accelerator.synchronize(self.device)
         self.statistics.prefill_seconds = time.perf_counter() - began
 
     def _verify(self, verification: Verification) -> Verdict:
@@ -604,7 +648,8 @@ class Run:
             weights = weights.expand(len(rows), width, -1).clone()
         else:
             draft, target = (self._scores[m].take(rows, begins, width)[..., 0] for m in (0, 1))
-            draft_weight = torch.sigmoid(draft + target + self.head.bias.to(self.device))
+            assert self._head_bias is not None
+            draft_weight = torch.sigmoid(draft + target + self._head_bias)
             weights = torch.stack((draft_weight, 1 - draft_weight), -1)
         if self.bonus_weights is not None:
             places = torch.arange(len(rows)), torch.tensor(counts)
@@ -711,12 +756,13 @@ class Run:
 
     def _proposers(self, owners: list[list[int]], width: int) -> Tensor:
         """(R or 1, width) int32: which member each draft was drawn from."""
-        if all(mine == owners[0] for mine in owners):
-            owners = owners[:1]
-        key = tuple(tuple(mine) for mine in owners)
-        if key not in self._proposer_tensors:
+        if any(mine != owners[0] for mine in owners):
             padded = [mine + [PADDING] * (width - len(mine)) for mine in owners]
-            tensor = torch.tensor(padded, dtype=torch.int32, device=self.device)
+            return torch.tensor(padded, dtype=torch.int32, device=self.device)
+        # One pattern for all rows is one of a few that come again.
+        key = tuple(owners[0])
+        if key not in self._proposer_tensors:
+            tensor = torch.tensor(owners[:1], dtype=torch.int32, device=self.device)
             self._proposer_tensors[key] = tensor
         return self._proposer_tensors[key]
 
@@ -742,17 +788,6 @@ class Run:
                     )
                 logits[k, j] = scores[0]
         return logits
-
-
-def continuation(tokens: Sequence[int], longest: int, count: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest possible end of `tokens`."""
-    size = len(tokens)
-    for length in range(min(longest, size - 1), 0, -1):
-        end = tokens[size - length :]
-        for start in range(size - length - 1, -1, -1):
-            if tokens[start : start + length] == end:
-                return list(tokens[start + length : start + length + max(count, 0)])
-    return []
 
 
 def _to_host(verdict: Verdict) -> tuple[list[list[int]], list[int], list[int]]:

@@ -2,18 +2,22 @@
 """Schedules: who proposes, how many tokens, who verifies, turn by turn.
 
 A schedule is asked once a turn, with the run in hand (`run.Run`): it makes members propose and
-score, through `run.propose`, `run.feed`, `run.draw`, `run.check`, `run.compare`, `run.drop` and
-`run.look_up`, and returns what is to be verified. It never looks at a token. To add a schedule, add
-a class here and its name to `SCHEDULES`.
+score (`run.propose`, `run.feed`, `run.draw`, `run.check`, `run.compare`, `run.look_up`), or takes
+back what they proposed (`run.drop`, `run.withdraw`), and returns what is to be verified. It never
+looks at a token. To add a schedule, add a class here that can be made of what was `Asked`, and its
+entry in `SCHEDULES`.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+from .arguments import Asked, integers, is_integer, unknown, wrong
+from .tuning import best_ahead
 
 if TYPE_CHECKING:
     from .run import Row, Run
@@ -140,6 +144,11 @@ class Plain:
 
     lookahead: int = 0
 
+    @classmethod
+    def of(cls, asked: Asked) -> "Plain":
+        """See `Asked`."""
+        return cls()
+
     def turn(self, run: "Run") -> list[Verification]:
         """Score the last committed token with every member."""
         for member in run.ensemble:
@@ -153,11 +162,18 @@ class Component:
 
     Exact for mixtures of scope "member" at temperature > 0, since which member a token comes from
     does not depend on the text. Members catch up on what they have missed when they are next drawn.
+    Where a member's law is empty, its logits NaN, the other schedules go by the other members; this
+    one draws it all the same, and a bit of the status says so.
 
     Source: Mixture-model-like ensemble, arXiv:2605.00419.
     """
 
     lookahead: int = 0
+
+    @classmethod
+    def of(cls, asked: Asked) -> "Component":
+        """See `Asked`."""
+        return cls()
 
     def turn(self, run: "Run") -> list[Verification]:
         """Score with the members drawn."""
@@ -194,6 +210,23 @@ class LookAhead:
     proposer: int
     aheads: tuple[int, ...]
     most: int = 16
+
+    @classmethod
+    def of(cls, asked: Asked) -> "LookAhead":
+        """See `Asked`."""
+        proposer, most, ahead = asked.the_proposer, asked.token, asked.ahead
+        if ahead is not None:
+            if not is_integer(ahead) or ahead < 0:
+                raise wrong("ahead", "a count >= 0", ahead)
+            if asked.token_cost is not None:
+                raise wrong("token_cost", "None beside ahead", asked.token_cost)
+            return cls(proposer, (int(ahead),), most)
+        costs = [size / max(asked.sizes) for size in asked.sizes]
+        aheads = [
+            best_ahead(asked.weights, costs, proposer, asked.the_token_cost, tenths / 10, most)
+            for tenths in range(11)
+        ]
+        return cls(proposer, tuple(aheads), most)
 
     @property
     def lookahead(self) -> int:
@@ -242,6 +275,11 @@ class Lookup:
     num_speculative_tokens: int
     longest: int = 3
 
+    @classmethod
+    def of(cls, asked: Asked) -> "Lookup":
+        """See `Asked`."""
+        return cls(asked.token)
+
     @property
     def lookahead(self) -> int:
         """Tokens proposed per turn."""
@@ -271,6 +309,14 @@ class Hierarchy:
 
     drafts: tuple[int, ...]
     gammas: tuple[int, ...]
+
+    @classmethod
+    def of(cls, asked: Asked) -> "Hierarchy":
+        """See `Asked`."""
+        drafts = range(asked.num_members, len(asked.sizes))
+        levels = len(drafts)
+        gammas = asked.tokens_for(levels, lambda one: [one * (i + 1) for i in range(levels)])
+        return cls(tuple(drafts), gammas)
 
     @property
     def lookahead(self) -> int:
@@ -311,6 +357,13 @@ class Speculative:
     proposer: int
     num_speculative_tokens: int
     stop: DraftStop | None = None
+
+    @classmethod
+    def of(cls, asked: Asked) -> "Speculative":
+        """See `Asked`."""
+        if asked.stop is not None and not callable(getattr(asked.stop, "asks", None)):
+            raise wrong("stop", "a DraftStop", repr(asked.stop))
+        return cls(asked.the_proposer, asked.token, asked.stop)
 
     @property
     def lookahead(self) -> int:
@@ -454,6 +507,17 @@ class Companion:
     token_cost: float
     cut: str = "law"
 
+    @classmethod
+    def of(cls, asked: Asked) -> "Companion":
+        """See `Asked`."""
+        cut = "law" if asked.cut is None else asked.cut
+        if cut not in CUTS:
+            raise unknown("cut", cut, CUTS)
+        if cut == "token" and asked.rule != "rejection":
+            raise wrong("acceptance", "'rejection' for cut 'token'", asked.rule)
+        draft = asked.num_members
+        return cls(draft, draft + 1, asked.token, asked.the_token_cost, cut)
+
     @property
     def lookahead(self) -> int:
         """Tokens proposed per turn."""
@@ -509,6 +573,15 @@ class Alternating:
     order: tuple[int, ...]
     gammas: tuple[int, ...]
 
+    @classmethod
+    def of(cls, asked: Asked) -> "Alternating":
+        """See `Asked`."""
+        size = asked.num_members
+        order = asked.cheapest_first if asked.order is None else integers(asked.order)
+        if order is None or sorted(order) != list(range(size)):
+            raise wrong("order", f"every member 0 to {size - 1} once", asked.order)
+        return cls(tuple(order), asked.tokens_for(size, lambda one: [one] + [1] * (size - 1)))
+
     @property
     def lookahead(self) -> int:
         """Every slot's proposal can be pending at once, and one more."""
@@ -549,13 +622,65 @@ class Alternating:
             row.slot = following
 
 
-SCHEDULES = (
-    "plain",
-    "component",
-    "lookahead",
-    "speculative",
-    "companion",
-    "lookup",
-    "hierarchy",
-    "alternating",
-)
+@dataclass(frozen=True)
+class Entry:
+    """A schedule by its name.
+
+    make: what makes it of what was asked.
+    tokens: `num_speculative_tokens` where none is given; None where none can be.
+    takes: the decoder's arguments that it goes by, beside that one.
+    fewest_drafts, most_drafts: models outside the ensemble that it takes.
+    drafts: how many these are, in words.
+    levels: whether its drafts verify one another, each by a rule of its own.
+    mixture: whether it draws members, which makes sense for sampled mixtures of scope "member".
+    by_position: whether the members' weights may change from position to position.
+    """
+
+    make: Callable[[Asked], Schedule]
+    tokens: int | None = None
+    takes: tuple[str, ...] = ()
+    fewest_drafts: int = 0
+    most_drafts: float = 0
+    drafts: str = "None"
+    levels: bool = False
+    mixture: bool = False
+    by_position: bool = False
+
+
+SCHEDULES = {
+    "plain": Entry(Plain.of, by_position=True),
+    "component": Entry(Component.of, mixture=True),
+    "lookahead": Entry(LookAhead.of, 16, ("proposer", "ahead", "token_cost"), mixture=True),
+    "speculative": Entry(
+        Speculative.of, 4, ("proposer", "stop"), 0, 1, "one model at most", by_position=True
+    ),
+    "companion": Entry(
+        Companion.of,
+        8,
+        ("token_cost", "cut"),
+        2,
+        2,
+        "two models, the one that proposes and its companion,",
+    ),
+    "lookup": Entry(Lookup.of, 4, by_position=True),
+    "hierarchy": Entry(Hierarchy.of, 4, (), 1, math.inf, "one model at least", levels=True),
+    "alternating": Entry(Alternating.of, 1, ("order",)),
+}
+
+
+def made(name: str, asked: Asked) -> Schedule:
+    """The schedule of that name.
+
+    Raises:
+        ValueError: it does not take an argument that was given, or takes another value of it.
+    """
+    entry = SCHEDULES[name]
+    for argument in ("proposer", "order", "stop", "ahead", "token_cost", "cut"):
+        value = getattr(asked, argument)
+        if value is not None and argument not in entry.takes:
+            raise wrong(argument, f"None for schedule {name!r}", value)
+    if asked.tokens is None:
+        asked = replace(asked, tokens=entry.tokens)
+    elif entry.tokens is None:
+        raise wrong("num_speculative_tokens", f"None for schedule {name!r}", asked.tokens)
+    return entry.make(asked)

@@ -189,7 +189,7 @@ def component(profile: Profile) -> float:
 
 
 def lookahead(profile: Profile, proposer: int, ahead: int, most: int = 16) -> float:
-    """Tokens' members are drawn beforehand; see `schedules.LookAhead` for the arguments.
+    """Tokens' members are drawn beforehand; `schedules.LookAhead` with one number of `aheads`.
 
     Another member's token is kept with the mean chance of all of them. Tokens that a member has
     missed while it was not asked are not counted.
@@ -225,26 +225,35 @@ def lookahead(profile: Profile, proposer: int, ahead: int, most: int = 16) -> fl
     return seconds / tokens
 
 
-def best_ahead(share: float, cost: float, token_cost: float, acceptance: float) -> int:
+def best_ahead(
+    weights: Sequence[float],
+    costs: Sequence[float],
+    proposer: int,
+    token_cost: float,
+    acceptance: float,
+    most: int,
+) -> int:
     """How far `schedules.LookAhead` writes ahead with the least expected time per token.
 
     Args:
-        share: weight of the proposer in the mixture.
-        cost: time of its forward, relative to that of the others.
-        token_cost: time that a proposed token adds to the others' forward, relative to it.
+        weights: of the members. costs: time of a forward of each, in any unit.
+        proposer: which of them proposes.
+        token_cost: time that a proposed token adds to another's forward, relative to it.
         acceptance: chance that a token proposed for another member is kept.
+        most: tokens proposed at most.
     """
-    if share >= 1:
+    if weights[proposer] >= 1:
         return 0
+    size = len(weights)
     profile = Profile(
-        names=("proposer", "others"),
-        weights=(share, 1 - share),
-        forwards=(((1, cost),), ((1, 1.0), (2, 1.0 + token_cost))),
+        names=tuple(map(str, range(size))),
+        weights=tuple(weights),
+        forwards=tuple(((1, cost), (2, cost * (1 + token_cost))) for cost in costs),
         draw=0.0,
         verify=((0, 0.0),),
-        kept=(((1.0,), (acceptance,), (1.0,)),) * 2,
+        kept=(((acceptance,),) * (size + 1),) * size,
     )
-    return min(range(_MOST_AHEAD + 1), key=lambda ahead: lookahead(profile, 0, ahead))
+    return min(range(_MOST_AHEAD + 1), key=lambda a: lookahead(profile, proposer, a, most))
 
 
 def speculative(profile: Profile, proposer: int, gamma: int) -> float:
@@ -370,16 +379,20 @@ def alternating(profile: Profile, order: Sequence[int], gammas: Sequence[int]) -
     seconds = profile.proposal(order[0]) + rest[0] + profile.check(gammas[0])
     for slot in range(1, size):
         seconds += score(slot, sum(gammas[:slot])) + (rest[slot] if slot < size - 1 else 0.0)
-    tokens, going = emitted[0], whole[0]
-    for turn in itertools.count(1):
-        if going < 1e-9 or turn > 10_000:
-            break
+    # Of one rotation after the first block; each further one is as long, but rarer.
+    more_seconds = more_tokens = 0.0
+    going = 1.0
+    for turn in range(1, size + 1):
         slot = turn % size
         pending = sum(gammas) - gammas[slot - 1]
-        seconds += going * (rest[slot - 2] + score(slot - 1, pending) + profile.check(gammas[slot]))
-        tokens += going * emitted[slot]
+        check = profile.check(gammas[slot])
+        more_seconds += going * (rest[slot - 2] + score(slot - 1, pending) + check)
+        more_tokens += going * emitted[slot]
         going *= whole[slot]
-    return seconds / tokens
+    if going > 1 - 1e-9:  # nothing is ever replaced
+        return more_seconds / more_tokens
+    rotations = whole[0] / (1 - going)
+    return (seconds + rotations * more_seconds) / (emitted[0] + rotations * more_tokens)
 
 
 # --- the search -----------------------------------------------------------------------------------
