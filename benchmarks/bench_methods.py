@@ -32,6 +32,7 @@ from specens_kernels.acceptance import Situation
 # Tokens of the draft's law that are looked at; the rest of its mass is treated as they are.
 _CANDIDATES = 128
 _TARGET_ALONE = "target alone"
+PARTS = ("all", "methods", "mixtures")
 # Methods with something that is trained for the family alone: a head.
 _FAMILY_ONLY = {"diversed"}
 
@@ -44,6 +45,8 @@ def main() -> int:
     parser.add_argument("--draft", default="family:draft")
     parser.add_argument("--members", default="family:code,family:prose", help="of an ensemble")
     parser.add_argument("--name", help="of other models: results are bench_methods_NAME")
+    parser.add_argument("--dtype", choices=terminal.DTYPES, default="auto", help="of the weights")
+    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="which table to measure")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="written for each prompt")
     options = parser.parse_args()
@@ -53,36 +56,37 @@ def main() -> int:
     names = [options.target, options.qualifier, options.draft, *options.members.split(",")]
     if options.name is None and not all(map(is_shipped, names)):
         parser.error("--name: expected one beside other models than the family's, got none")
+    if options.save and options.name is None and options.part != PARTS[0]:
+        parser.error("--part: expected all where the family's results are saved, got a part")
     suffix = "" if options.name is None else f"_{options.name}"
-    models, tokenizers = terminal.load("bench_methods", names)
+    models, tokenizers = terminal.load("bench_methods", names, dtype=options.dtype)
     cast = Cast(models, tokenizers)
     prompts = [terminal.encode("bench_methods", tokenizers[0], one) for one in family.PROMPTS]
-    rows = method_rows(cast, prompts, options)
-    mixtures = mixture_rows(cast, prompts, options)
-    tables = {
-        f"methods{suffix}": {
-            "caption": f"every method, sampled, {options.tokens} tokens for each of "
-            f"{len(prompts)} prompts, {options.threads[0]} thread",
+    rows, mixtures, tables = [], [], {}
+    how = f"{str(cast.target.dtype).removeprefix('torch.')}, {options.tokens} tokens for each of "
+    how += f"{len(prompts)} prompts, threads: {options.threads[0]}"
+    if options.part != "mixtures":
+        rows = method_rows(cast, prompts, options)
+        print(harness.table(COLUMNS, [cells(row) for row in rows]), end="\n\n", flush=True)
+        tables[f"methods{suffix}"] = {
+            "caption": f"every method, sampled, {how}",
             "columns": ("method", "law of the text", "needs", "use it for", *COLUMNS[3:]),
             "rows": [described(row) for row in rows if row["method"] in METHODS],
-        },
-        f"mixtures{suffix}": {
-            "caption": "schedules that sample one mixture, the same prompts",
+        }
+    if options.part != "methods":
+        mixtures = mixture_rows(cast, prompts, options)
+        print(harness.table(MIXTURE_COLUMNS, [mixture_cells(row) for row in mixtures]))
+        tables[f"mixtures{suffix}"] = {
+            "caption": f"schedules that sample one mixture, {how}",
             "columns": MIXTURE_COLUMNS,
             "rows": [mixture_cells(row) for row in mixtures],
-        },
-    }
-    print(harness.table(COLUMNS, [cells(row) for row in rows]), end="\n\n")
-    print(harness.table(MIXTURE_COLUMNS, [mixture_cells(row) for row in mixtures]))
-    if options.save:
+        }
+    if options.save and rows:
         draw(rows, harness.RESULTS / f"bench_methods{suffix}.png")
-    exact = [row for row in rows if row["lossless"]]
-    relaxed = [row for row in rows if not row["lossless"]]
-    headline = {
-        "methods": sum(row["method"] in METHODS for row in rows),
-        "fastest_exact": max(exact, key=lambda row: row["ratio"])["method"],
-        "fastest_relaxed": max(relaxed, key=lambda row: row["ratio"])["method"],
-    }
+    headline = {"methods": sum(row["method"] in METHODS for row in rows)}
+    for kind, exact in (("fastest_exact", True), ("fastest_relaxed", False)):
+        among = [row for row in rows if row["lossless"] == exact]
+        headline[kind] = max(among, key=lambda row: row["ratio"])["method"] if among else None
     for part in ("target", "qualifier", "draft", "members"):
         asked = getattr(options, part).split(",")
         setattr(

@@ -20,7 +20,8 @@ from toys import logits_after, noisy, prompts, sequence_law, toy
 from specens import SpeculativeDecoder
 from specens import run as run_module
 from specens import schedules as schedules_module
-from specens.run import Occurrences, Row, Run
+from specens.rows import Occurrences, Row
+from specens.run import Run
 from specens.schedules import (
     KEPT,
     SCHEDULES,

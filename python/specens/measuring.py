@@ -22,7 +22,8 @@ from specens_kernels import Acceptance, Law, mix
 from .benchmark import Row, compare, sampling, workload
 from .decoder import SpeculativeDecoder
 from .relaxation import check_lossy, relaxed, written
-from .run import Occurrences, Run
+from .rows import Occurrences
+from .run import Run
 from .schedules import (
     ConfidenceStop,
     DraftStop,

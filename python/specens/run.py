@@ -17,7 +17,7 @@ then its own proposals to the level above.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,166 +38,16 @@ from specens_kernels import (
 )
 from specens_kernels.acceptance import remember
 
+from .laws import Laws
 from .members import Member
 from .processors import Stopper
-from .schedules import BINS, DraftStop, Schedule, Survival, Verification
+from .rows import Row
+from .schedules import BINS, DraftStop, Schedule, Verification
 from .statistics import Statistics
 from .weights import WeightHead
 
 # Where numbers may not be used again, how often a row was judged is in these bits of a position.
 _JUDGED = 32
-
-
-@dataclass(eq=False)
-class Row:
-    """One sequence of the batch while it is being written.
-
-    index: which row of the user's batch. pad: columns of left padding before its text.
-    length: committed tokens, the prompt included. tokens: these, on the host.
-    pending: proposer of each pending token; POINT_MASS if it was looked up.
-    slot: place in the rotation of the member that scored last.
-    ended: whether an end-of-sequence token is among the pending ones that were checked.
-    memory: of an acceptance rule that remembers.
-    judged: how often drafts of the row were verified.
-    survival: what a schedule has learned of the fate of the row's proposals.
-    occurrences: of its tokens, where they are looked up.
-    """
-
-    index: int
-    pad: int
-    length: int
-    tokens: list[int]
-    pending: list[int] = field(default_factory=list)
-    slot: int = 0
-    ended: bool = False
-    memory: float = 0.0
-    judged: int = 0
-    survival: Survival = field(default_factory=Survival)
-    occurrences: "Occurrences" = field(default_factory=lambda: Occurrences())
-
-    @property
-    def end(self) -> int:
-        """Tokens, pending ones included."""
-        return self.length + len(self.pending)
-
-
-class Occurrences:
-    """Where each token of a text that grows has occurred."""
-
-    def __init__(self) -> None:
-        self._places: dict[int, list[int]] = {}
-        self._known = 0
-
-    def continuation(self, tokens: Sequence[int], longest: int, count: int) -> list[int]:
-        """What followed the latest earlier occurrence of the longest possible end of `tokens`.
-
-        Args:
-            tokens: the text; longer than the last time, or the same.
-            longest: tokens of the end that are looked for at most, >= 1.
-            count: tokens to return at most.
-        """
-        size = len(tokens)
-        for at in range(self._known, size):
-            self._places.setdefault(tokens[at], []).append(at)
-        self._known = size
-        places = self._places[tokens[-1]]
-        best, follows = 0, size
-        for at in (places[i] for i in range(len(places) - 2, -1, -1)):
-            length = 1
-            while length < min(longest, at + 1) and tokens[at - length] == tokens[~length]:
-                length += 1
-            if length > best:
-                best, follows = length, at + 1
-            if best == longest:
-                break
-        return list(tokens[follows : follows + max(count, 0)])
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """The logits of one forward: row k's are the laws of tokens first[k] to first[k] + count[k]."""
-
-    logits: Tensor  # (R, q, V)
-    places: dict[Row, tuple[int, int, int]]  # row -> (k, first, count)
-
-
-class _Laws:
-    """What one member has said about the tokens that are not committed yet."""
-
-    def __init__(self) -> None:
-        self.chunks: list[_Chunk] = []
-
-    def add(self, rows: Sequence[Row], first: list[int], counts: list[int], logits: Tensor) -> None:
-        places = {row: (k, first[k], counts[k]) for k, row in enumerate(rows)}
-        self.chunks.append(_Chunk(logits, places))
-
-    def drop(self, row: Row) -> None:
-        """Drop all that was said of the row: its pending tokens were replaced, or it ended."""
-        for chunk in self.chunks:
-            chunk.places.pop(row, None)
-
-    def cut(self, row: Row, length: int) -> None:
-        """Drop what was said after the row's first `length` tokens: the next one was replaced."""
-        for chunk in self.chunks:
-            if row in chunk.places:
-                place, first, held = chunk.places[row]
-                chunk.places[row] = (place, first, max(min(held, length + 1 - first), 0))
-
-    def forget(self) -> None:
-        """Drop the forwards that only speak of tokens committed since."""
-        self.chunks = [
-            chunk
-            for chunk in self.chunks
-            if any(first + n > row.length for row, (_, first, n) in chunk.places.items())
-        ]
-
-    def take(self, rows: Sequence[Row], begins: list[int], count: int) -> Tensor:
-        """(R, count, V): the laws of tokens begins[k] on; a view where one forward gave them all.
-
-        Where a row has fewer laws than `count`, the rest of its rows hold anything.
-        """
-        newest = self.chunks[-1]
-        if len(rows) == newest.logits.shape[0] == 1:
-            _, first, held = newest.places.get(rows[0], (0, 0, 0))
-            if 0 <= (offset := begins[0] - first) <= held - count:
-                logits = newest.logits
-                return logits if logits.shape[1] == count else logits.narrow(1, offset, count)
-        pieces = [self._pieces(row, begin, count) for row, begin in zip(rows, begins, strict=True)]
-        head = pieces[0]
-        if sum(size for *_, size in head) == count and all(
-            len(mine) == len(head)
-            and all(
-                a[0] is b[0] and a[2:] == b[2:] and a[1] == k and len(a[0].logits) == len(rows)
-                for a, b in zip(mine, head, strict=True)
-            )
-            for k, mine in enumerate(pieces)
-        ):
-            parts = [chunk.logits[:, at : at + size] for chunk, _, at, size in head]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        sample_chunk = next(mine for mine in pieces if mine)[0][0].logits
-        laws = sample_chunk.new_empty(len(rows), count, sample_chunk.shape[-1])
-        for k, mine in enumerate(pieces):
-            column = 0
-            for chunk, place, at, size in mine:
-                laws[k, column : column + size] = chunk.logits[place, at : at + size]
-                column += size
-        return laws
-
-    def _pieces(self, row: Row, begin: int, count: int) -> list[tuple[_Chunk, int, int, int]]:
-        """(chunk, its row, first column, columns) that give the laws from `begin`, newest wins."""
-        pieces = []
-        at = begin
-        while at < begin + count:
-            for chunk in reversed(self.chunks):
-                place, first, held = chunk.places.get(row, (0, 0, 0))
-                if first <= at < first + held:
-                    size = min(first + held, begin + count) - at
-                    pieces.append((chunk, place, at - first, size))
-                    at += size
-                    break
-            else:
-                break
-        return pieces
 
 
 class Run:
@@ -254,8 +104,8 @@ class Run:
         texts = input_ids.tolist()
         self.rows = [Row(b, width - n, n, texts[b][width - n :]) for b, n in enumerate(lengths)]
         self.finished: list[Row] = []
-        self._laws = [_Laws() for _ in self.members]
-        self._scores = [_Laws() for _ in self.members]
+        self._laws = [Laws() for _ in self.members]
+        self._scores = [Laws() for _ in self.members]
         # Of one turn: what `compare` has compared, and the laws of drafts that could stay.
         self._compared: tuple[Tensor, Tensor] | None = None
         self._staying: dict[Row, Tensor] = {}

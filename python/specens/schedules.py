@@ -20,7 +20,8 @@ from .arguments import Asked, integers, is_integer, unknown, wrong
 from .tuning import best_ahead
 
 if TYPE_CHECKING:
-    from .run import Row, Run
+    from .rows import Row
+    from .run import Run
 
 
 @dataclass(frozen=True)
