@@ -70,9 +70,15 @@ def main() -> int:
         print(harness.table(COLUMNS, [cells(row) for row in rows]), end="\n\n", flush=True)
         tables[f"methods{suffix}"] = {
             "caption": f"every method, sampled, {how}",
-            "columns": ("method", "law of the text", "needs", "use it for", *COLUMNS[3:]),
-            "rows": [described(row) for row in rows if row["method"] in METHODS],
+            "columns": COLUMNS,
+            "rows": [cells(row) for row in rows],
         }
+        if options.name is None:  # for the README
+            words = ("method", "law of the text", "needs", "use it for")
+            tables["methods"] |= {
+                "columns": (*words, *COLUMNS[3:]),
+                "rows": [described(row) for row in rows if row["method"] in METHODS],
+            }
     if options.part != "methods":
         mixtures = mixture_rows(cast, prompts, options)
         print(harness.table(MIXTURE_COLUMNS, [mixture_cells(row) for row in mixtures]))
