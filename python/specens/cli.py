@@ -227,7 +227,8 @@ def generate(
 ) -> None:
     """Continue a prompt. The text goes to standard output, the statistics to standard error.
 
-    Nothing but the options here shapes the text: the models' own generation configs do not.
+    Nothing but the options here shapes the text. Of the models' own generation configs only the
+    first one's end-of-sequence tokens count and, without --stop, its stop strings.
     """
     from . import terminal
 

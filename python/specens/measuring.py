@@ -308,7 +308,7 @@ def _texts(
     for i, prompt in enumerate(prompts):
         mask = torch.ones_like(prompt)
         text = decoder.generate(
-            prompt, attention_mask=mask, seed=seed + i, max_time=limit, **options
+            prompt, attention_mask=mask, seed=seed + i, **{**options, "max_time": limit}
         )
         texts.append((text, prompt.shape[1]))
         if limit_s is not None and time.perf_counter() - began > limit_s:
