@@ -322,13 +322,29 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     assert "line 2" in complaint(run("generate", "--lines", "--file", tmp_path / "lines"))
 
 
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["quantised", "mlspecqd"])
+def test_what_is_not_installed_is_one_line(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    line = complaint(run("generate", "x", "--method", method))
+    assert line.endswith(
+        "quantised: torchao: expected it installed (pip install torchao), got none"
+    )
+
+
+@pytest.mark.parametrize("kind", [ValueError, ImportError, NotImplementedError])
+def test_what_is_refused_is_one_line_and_what_is_unexpected_keeps_its_traceback(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
-        raise ValueError("zip() argument 2 is shorter than argument 1")
+        raise kind(words)
 
     monkeypatch.setattr("specens.terminal.read_prompts", fail)
+    words = "generate: mode: expected greedy_search,\ngot beam_search"
+    line = complaint(run("generate", "x"))
+    assert line == "specens: error: generate: mode: expected greedy_search, got beam_search"
+    words = "zip() argument 2 is shorter than argument 1"
     result = run("generate", "x")
-    assert isinstance(result.exception, ValueError)
+    assert isinstance(result.exception, kind)
     assert result.exit_code == 1
 
 

@@ -24,8 +24,9 @@ from .training import commands as training
 
 # The class is public in click, but typer has a copy of click that does not export it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-# How this library words a ValueError about an argument; see CONTRIBUTING.md.
+# How this library words what it refuses, and the types that it has; see CONTRIBUTING.md.
 _ABOUT_AN_ARGUMENT = re.compile(r"\w+: (.*?: )?(expected|unknown) ", re.DOTALL)
+_REFUSALS = (ValueError, ImportError, NotImplementedError)
 # Arguments of the library that have another name here.
 _OPTIONS = {
     "num_speculative_tokens": "--gamma",
@@ -48,7 +49,7 @@ class _OneLine(TyperGroup):
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context is not None else ""
             _fail(f"{getattr(error, 'format_message', error.__str__)()}{hint}")
-        except ValueError as error:
+        except _REFUSALS as error:
             if not _ABOUT_AN_ARGUMENT.match(str(error)):
                 raise
             _fail(_as_option(str(error)))
