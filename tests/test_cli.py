@@ -229,6 +229,31 @@ def test_the_device_is_an_option_of_generate() -> None:
     assert found["token_ids"] == results("def f(x):")[0]["token_ids"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), [1]),
+        (("--model", "family:code"), [1]),
+        (("--model", "family:code", "--schedule", "speculative", "--draft", "family:draft"), [1]),
+        (("--method", "speculative"), [1]),
+        (("--model", "FOLDER"), []),
+        (("--model", "family:code", "--model", "FOLDER"), []),
+        (("--method", "speculative", "--draft", "FOLDER"), []),
+        (("--model", "FOLDER", "--threads", "3"), [3]),
+        (("--threads", "3"), [3]),
+    ],
+    ids=str,
+)
+def test_the_family_alone_takes_one_thread(
+    arguments: Sequence[str], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    given = [str(family.path("draft")) if one == "FOLDER" else one for one in arguments]
+    results("def f(x):", *given, "--max-new-tokens", "1")
+    assert taken == expected
+
+
 def test_no_prompt_and_no_pipe_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="expected an argument, --file or a pipe, got none"):

@@ -115,7 +115,7 @@ _Device = Annotated[
 _Threads = Annotated[
     int | None,
     typer.Option(
-        min=1, help="CPU threads. None is torch's choice; 1 for the family, as small as it is."
+        min=1, help="CPU threads. None is 1 if all models are family:..., else torch's choice."
     ),
 ]
 _Scope = Annotated[
@@ -276,7 +276,6 @@ def generate(
     if chosen is not None and not models:
         models = [terminal.FAMILY_PREFIX + name for name in chosen.models]
         drafts = drafts or [terminal.FAMILY_PREFIX + name for name in chosen.drafts]
-        threads = threads or 1
     loaded, tokenizers = _load(
         "generate", models, drafts, dtype, device, trust_remote_code, threads
     )
@@ -778,12 +777,7 @@ def _load(
 
     names = list(models or [terminal.FAMILY_PREFIX + name for name in family.FAMILY])
     names += drafts or []
-    if threads is None and not models:
-        threads = 1
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    terminal.use_threads(threads, names)
     return terminal.load(
         command, names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
