@@ -742,6 +742,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "rate": (("diversed", "--rate", "0"), "rate: expected > 0, got 0"),
     "steps": (("diversed", "--steps", "0"), "--steps"),
     "no file": (("diversed", "--data", "/no/such.jsonl"), "No such file"),
+    "evaluation alone": (
+        ("diversed", "--evaluation", "x.jsonl", "--target", "/no/such"),
+        "train: --evaluation: expected --data beside it, got none",
+    ),
+    "evaluation of a draft alone": (
+        ("draft", "--evaluation", "x.jsonl", "--target", "/no/such"),
+        "train: --evaluation: expected --data beside it, got none",
+    ),
     "no model": (("diversed", "--target", "/no/such"), "expected a folder or a hub name"),
     "no member": (("diversed", "--draft", "family:poet"), "unknown name 'poet'"),
     "divergence": (("draft", "--divergence", "js_fsd"), "divergence: unknown name 'js_fsd'"),

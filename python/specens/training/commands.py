@@ -35,7 +35,7 @@ _Data = Annotated[
 ]
 _Evaluation = Annotated[
     Path | None,
-    typer.Option(help="JSON lines to measure on. None is every fifth line of --data."),
+    typer.Option(help="JSON lines to measure on, beside --data. None is every fifth line of it."),
 ]
 _Out = Annotated[Path, typer.Option(help="Folder for everything that is written.")]
 _Resume = Annotated[
@@ -138,6 +138,7 @@ def diversed(
     from .loop import Schedule, draw_curves
     from .rewards import reward_for
 
+    _check_evaluation(data, evaluation)
     settings = training.HeadSettings(
         ensemble=_ensemble(ensemble),
         temperature=temperature,
@@ -259,6 +260,7 @@ def draft(
     from .examples import held_out_texts, read_texts, token_windows
     from .loop import Schedule, draw_curves
 
+    _check_evaluation(data, evaluation)
     targets = target or ["family:code"]
     settings = distil.DraftSettings(
         divergence=divergence,
@@ -353,6 +355,11 @@ def _weights(text: str | None, count: int) -> tuple[float, ...]:
         raise ValueError(
             f"train: --weights: expected numbers with commas between, got {text!r}"
         ) from error
+
+
+def _check_evaluation(data: Path | None, evaluation: Path | None) -> None:
+    if evaluation is not None and data is None:
+        raise ValueError("train: --evaluation: expected --data beside it, got none")
 
 
 def _read(command: str, data: Path, evaluation: Path | None) -> tuple[list[Any], list[Any]]:
