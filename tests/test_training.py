@@ -695,6 +695,22 @@ def test_online_learns_where_the_draft_was_rejected_and_nowhere_else(
     assert row["trained_tokens"] == 48  # what was written, and not the prompts
 
 
+class Words:
+    """A tokenizer of 11 words, which is less than some models' logits have columns."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"w{i}": i for i in range(11)}
+
+
+def test_online_takes_models_that_are_padded_to_other_widths(tmp_path: Path) -> None:
+    options = {"tokenizers": [Words(), Words()]}
+    wide = toy(4, 13)
+    rows = learn(tmp_path, trainable(), [wide], online=True, steps=2, options=options)
+    assert all(row["trained_tokens"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="tokenizers: expected one per model"):
+        learn(tmp_path / "none", trainable(), [wide], online=True, steps=1)
+
+
 @pytest.mark.parametrize("way", ["text", "online", "selected"])
 def test_a_draft_that_was_resumed_is_the_same_to_the_bit(way: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"reference": toy(8)} if way == "selected" else {}
@@ -846,3 +862,21 @@ def test_train_draft_writes_a_draft_that_loads(tmp_path: Path) -> None:
         "draft", "--data", data, "--out", out, "--steps", "2", "--window-tokens", "32", "--resume"
     )
     assert again.exit_code == 0, again.output
+
+
+@pytest.mark.slow
+def test_train_draft_online_with_models_of_other_widths(tmp_path: Path) -> None:
+    (wide,), (tokenizer,) = terminal.load("test", ["family:draft"])
+    wide.resize_token_embeddings(4096 + 64, mean_resizing=False)
+    for one in (wide, tokenizer):
+        one.save_pretrained(tmp_path / "wide")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    text = (family.path("draft").parent / "train.py").read_text()
+    data.write_text("\n".join(json.dumps({"prompt": text}) for _ in range(2)))
+    result = run(
+        "draft", "--draft", tmp_path / "wide", "--online", "--data", data, "--out", out,
+        "--steps", "1", "--batch", "2", "--window-tokens", "16", "--new-tokens", "8",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["last_steps"]["trained_tokens"] > 0

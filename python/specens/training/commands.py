@@ -309,6 +309,7 @@ def draft(
             settings,
             folder,
             reference=None if reference is None else models[-1],
+            tokenizers=[*tokenizers[: len(targets)], tokenizer],
             names=names,
             resume=resume,
             progress=advance,
