@@ -602,7 +602,7 @@ def learn(tmp_path: Path, draft: Any, targets: list[Any], **changes: Any) -> lis
     settings = distil.DraftSettings(
         weights=changes.pop("weights", shares),
         windows_per_step=8,
-        prompt_tokens=2,
+        prompt_tokens=changes.pop("prompt_tokens", 2),
         new_tokens=6,
         schedule=Schedule(changes.pop("steps", 30), changes.pop("rate", 0.02), 3, save_every=2),
         **{name: value for name, value in changes.items() if name not in ("options",)},
@@ -693,6 +693,8 @@ def test_online_learns_where_the_draft_was_rejected_and_nowhere_else(
     monkeypatch.setattr(distil, "rejected", everywhere)
     (row,) = learn(tmp_path / "all", close, [target], online=True, steps=1)
     assert row["trained_tokens"] == 48  # what was written, and not the prompts
+    (row,) = learn(tmp_path / "short", close, [target], online=True, steps=1, prompt_tokens=64)
+    assert row["trained_tokens"] == 48  # all of it, also after windows that are shorter
 
 
 class Words:

@@ -207,13 +207,15 @@ def train_draft(
         chosen = in_turn(len(windows), settings.windows_per_step, step, settings.seed)
         seeds = row_seeds(settings.seed, step, len(chosen)).to(draft.device)
         tokens, counts = windows[chosen].to(draft.device), None
+        # Fewer where windows are shorter.
+        prompts = tokens[:, : settings.prompt_tokens]
         if decoder is not None:
-            tokens = _written(decoder, tokens[:, : settings.prompt_tokens], seeds, settings)
+            tokens = _written(decoder, prompts, seeds, settings)
         draft_logits = read(draft, tokens)[..., : targets.vocab_size]
         target_logits = targets.logits(tokens)
         if decoder is not None:
             counts = rejected(draft_logits.detach().contiguous(), target_logits, seeds)
-            counts[:, : settings.prompt_tokens - 1] = False
+            counts[:, : prompts.shape[1] - 1] = False
             counts[:, -1] = False  # what comes after the text was not written
         reference_logits = None
         if reference is not None:
