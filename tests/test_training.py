@@ -461,6 +461,28 @@ def test_every_example_comes_once_before_any_comes_again() -> None:
     assert order[:10] != order[10:]
 
 
+def test_examples_are_shuffled_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples._order.cache_clear()
+    shuffled: list[int] = []
+    real = torch.randperm
+
+    def shuffle(count: int, **options: Any) -> Tensor:
+        shuffled.append(count)
+        return real(count, **options)
+
+    monkeypatch.setattr(torch, "randperm", shuffle)
+    order = [place for step in range(25) for place in examples.in_turn(17, 3, step, 11)]
+    assert shuffled == [17] * 5  # 75 places
+    dice = [torch.Generator().manual_seed(11 * 1_000_003 + epoch) for epoch in range(5)]
+    epochs = [real(17, generator=one).tolist() for one in dice]
+    assert order == [place for epoch in epochs for place in epoch][:75]
+    # Whoever resumes there takes the same.
+    examples._order.cache_clear()
+    assert examples.in_turn(17, 3, 11, 11) == order[33:36]
+    # More than one epoch in a step.
+    assert sorted(examples.in_turn(2, 6, 0, 11)) == [0, 0, 0, 1, 1, 1]
+
+
 def test_json_lines_are_read_and_split(tmp_path: Path) -> None:
     lines = [
         {"prompt": "a", "answer": "b"},
