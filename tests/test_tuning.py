@@ -41,7 +41,7 @@ from specens.measuring import (
     tune,
 )
 from specens.members import Member
-from specens.schedules import EntropyStop, stop_features
+from specens.schedules import SCHEDULES, EntropyStop, stop_features
 from specens.tuning import Candidate, Profile, Stopped, candidates, survival
 from specens_kernels import Acceptance
 
@@ -380,7 +380,7 @@ def test_no_chain_and_no_number_of_tokens_is_faster_than_the_one_found() -> None
 def test_candidates_are_sorted_and_of_every_kind() -> None:
     found = candidates(profile())
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    kinds = {"plain", "component", "lookahead", "speculative", "alternating", "hierarchy", "lookup"}
+    kinds = {*SCHEDULES} - {"companion"}  # as the README says
     assert {one.schedule for one in found} == kinds
     (stopped,) = [one for one in found if "stop" in one.arguments]
     seconds, model, gamma = min(

@@ -142,7 +142,7 @@ def tune(
     acceptances: Sequence[Acceptance] = (),
     **arguments: Any,
 ) -> Tuning:
-    """Measure the models and predict every schedule.
+    """Measure the models and predict every schedule but "companion", which is for batches.
 
     Args:
         members: M >= 1 causal LMs whose ensemble writes.
