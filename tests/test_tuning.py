@@ -938,6 +938,23 @@ def test_auto_says_what_it_took() -> None:
     assert "times as fast as plain; found in" in line
 
 
+def test_only_the_drafts_of_the_best_candidate_are_loaded(tmp_path: Path) -> None:
+    """Of three that were tuned with, two are not there any more."""
+    file = tmp_path / "tuned.json"
+    listed = {"models": ["family:code"], "drafts": ["/no/such", "family:draft", "/nor/this"]}
+    for schedule, drafts in (("plain", []), ("speculative", [1])):
+        best = {"name": "x", "schedule": schedule, "arguments": {}, "drafts": drafts, "seconds": 1}
+        file.write_text(json.dumps({**listed, "threads": 1, "law": {}, "best": best}))
+        result = run("generate", "x", "--config", file, "--max-new-tokens", "4", "--json")
+        assert result.exit_code == 0, result.output
+        members = json.loads(result.stdout)["statistics"]["members"]
+        assert members == ["code", *["draft" for _ in drafts]]
+    file.write_text(
+        json.dumps({**listed, "threads": 1, "law": {}, "best": {**best, "drafts": [0]}})
+    )
+    assert "got '/no/such'" in run("generate", "x", "--config", file).stderr
+
+
 def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:
     best = {
         "name": "x",

@@ -12,7 +12,7 @@ import re
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -357,7 +357,7 @@ def _read_config(
     drafts: Sequence[str] | None,
     law: dict[str, Any],
 ) -> dict[str, Any]:
-    """What `tune` has written: models, drafts, threads, law, and the best candidate."""
+    """What `tune` has written: models, threads, law, the best candidate, and the drafts of that."""
     from specens_kernels import Acceptance
 
     from .measuring import stop_of
@@ -381,6 +381,8 @@ def _read_config(
             stop_of(saved["best"].arguments["stop"])
         if "acceptance" in saved["best"].arguments:
             Acceptance.parse(str(saved["best"].arguments["acceptance"]))
+        saved["drafts"] = [saved["drafts"][i] for i in saved["best"].drafts]
+        saved["best"] = replace(saved["best"], drafts=tuple(range(len(saved["drafts"]))))
         return {name: saved[name] for name in ("models", "drafts", "threads", "law", "best")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
