@@ -243,8 +243,7 @@ def generate(
     from specens_kernels import Acceptance, Law
 
     from .benchmark import sampling, total
-    from .decoder import SpeculativeDecoder
-    from .methods import build, method_named
+    from .methods import method_named
 
     rules = [Acceptance.parse(one) for one in acceptance or []]
     options: dict[str, Any] = {
@@ -259,16 +258,18 @@ def generate(
     law: dict[str, Any] = {"ensemble": ensemble, "scope": scope, "plausibility": plausibility}
     if auto or config is not None:
         _check_tuned("--auto" if config is None else "--config", {"method": method} | options)
-    saved = None
+    best = None
     if config is not None:
         saved = _read_config(config, auto, models, drafts, options | law)
         models, drafts, threads = saved["models"], saved["drafts"], threads or saved["threads"]
-        law, options = saved["law"], {}
+        best, law, options = saved["best"], saved["law"], {}
     options |= law
     chosen = None if method is None else method_named(method)
     if chosen is not None and ensemble == "mixture":
         del options["ensemble"]  # a head knows its own
     _check_method(chosen, draft_weight, head, options)
+    mixing = {"draft_weight": draft_weight, "head": head}
+    options |= {name: value for name, value in mixing.items() if value is not None}
     Law(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # checks, before loading
     arguments = sampling(
         max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
@@ -285,30 +286,15 @@ def generate(
         terminal.encode("generate", tokenizer, one, chat=chat, device=loaded[0].device)
         for one in prompts
     ]
-    if auto or saved is not None:
-        from .measuring import decoder_of
-
-        best = (
-            _tune_shortly(loaded, size, encoded, tokenizers, arguments, options)
-            if saved is None
-            else saved["best"]
-        )
-        decoder = decoder_of(
-            best, loaded[:size], drafts=loaded[size:], tokenizers=tokenizers, **options
-        )
-    elif chosen is None:
-        if drafts:
-            options["draft"] = loaded[size:]
-        decoder = SpeculativeDecoder(loaded[:size], tokenizers=tokenizers, **options)
-    else:
-        options |= {} if draft_weight is None else {"draft_weight": draft_weight}
-        decoder = build(chosen, loaded[:size], loaded[size:], tokenizers, head=head, **options)
+    if auto:
+        best = _tune_shortly(loaded, size, encoded, tokenizers, arguments, options)
+    decoder = _decoder(chosen, best, loaded[:size], loaded[size:], tokenizers, options)
     first_seed = secrets.randbits(32) if seed is None else seed
     found = []
     with terminal.progress("prompts", len(prompts) if as_json and lines else 0) as step:
         for i, (one, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            options = arguments | {"stop_strings": stop or None, "seed": first_seed + i}
-            found.append(_continue(decoder, tokenizer, one, ids, options, as_json))
+            call = arguments | {"stop_strings": stop or None, "seed": first_seed + i}
+            found.append(_continue(decoder, tokenizer, one, ids, call, as_json))
             if not as_json:
                 terminal.write_text("\n" if i == len(prompts) - 1 else "\n\n")
             step()
@@ -431,6 +417,26 @@ def _tune_shortly(
         soft_wrap=True,
     )
     return best
+
+
+def _decoder(
+    method: Any,
+    best: Any,
+    models: Sequence[Any],
+    drafts: Sequence[Any],
+    tokenizers: Sequence[Any],
+    options: dict[str, Any],
+) -> Any:
+    """As the method says, or the best candidate of a tuning, or else the options alone."""
+    from .decoder import SpeculativeDecoder
+    from .measuring import decoder_of
+    from .methods import build
+
+    if method is not None:
+        return build(method, models, drafts, tokenizers, **options)
+    if best is not None:
+        return decoder_of(best, models, drafts=drafts, tokenizers=tokenizers, **options)
+    return SpeculativeDecoder(models, draft=drafts or None, tokenizers=tokenizers, **options)
 
 
 def _continue(
