@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 import torch
+from toys import toy
+from transformers import GenerationConfig, WatermarkingConfig
 from typer.testing import CliRunner, Result
 
-from specens import Statistics, family, terminal
-from specens.benchmark import compare, total
+from specens import SpeculativeDecoder, Statistics, family, terminal
+from specens.benchmark import compare, sampling, total
 from specens.cli import app
 from specens.schedules import SCHEDULES
 
@@ -227,6 +229,31 @@ def test_the_device_is_an_option_of_generate() -> None:
     assert found["token_ids"] == results("def f(x):")[0]["token_ids"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), [1]),
+        (("--model", "family:code"), [1]),
+        (("--model", "family:code", "--schedule", "speculative", "--draft", "family:draft"), [1]),
+        (("--method", "speculative"), [1]),
+        (("--model", "FOLDER"), []),
+        (("--model", "family:code", "--model", "FOLDER"), []),
+        (("--method", "speculative", "--draft", "FOLDER"), []),
+        (("--model", "FOLDER", "--threads", "3"), [3]),
+        (("--threads", "3"), [3]),
+    ],
+    ids=str,
+)
+def test_the_family_alone_takes_one_thread(
+    arguments: Sequence[str], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    given = [str(family.path("draft")) if one == "FOLDER" else one for one in arguments]
+    results("def f(x):", *given, "--max-new-tokens", "1")
+    assert taken == expected
+
+
 def test_no_prompt_and_no_pipe_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="expected an argument, --file or a pipe, got none"):
@@ -320,13 +347,29 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     assert "line 2" in complaint(run("generate", "--lines", "--file", tmp_path / "lines"))
 
 
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["quantised", "mlspecqd"])
+def test_what_is_not_installed_is_one_line(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    line = complaint(run("generate", "x", "--method", method))
+    assert line.endswith(
+        "quantised: torchao: expected it installed (pip install torchao), got none"
+    )
+
+
+@pytest.mark.parametrize("kind", [ValueError, ImportError, NotImplementedError])
+def test_what_is_refused_is_one_line_and_what_is_unexpected_keeps_its_traceback(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
-        raise ValueError("zip() argument 2 is shorter than argument 1")
+        raise kind(words)
 
     monkeypatch.setattr("specens.terminal.read_prompts", fail)
+    words = "generate: mode: expected greedy_search,\ngot beam_search"
+    line = complaint(run("generate", "x"))
+    assert line == "specens: error: generate: mode: expected greedy_search, got beam_search"
+    words = "zip() argument 2 is shorter than argument 1"
     result = run("generate", "x")
-    assert isinstance(result.exception, ValueError)
+    assert isinstance(result.exception, kind)
     assert result.exit_code == 1
 
 
@@ -540,6 +583,115 @@ def test_compare_stops_at_its_limit_after_one_measured_round() -> None:
     log: list[str] = []
     (row,) = compare({"one": lambda: counted(1.0, log, "one")}, 5, limit_s=0.0)
     assert (row.rounds, len(log)) == (1, 2)
+
+
+# What a generation config may say, and a value that changes the text, or is refused. More than one
+# where they act together alone.
+SHAPING: dict[str, dict[str, Any]] = {
+    "num_beams": {"num_beams": 4},
+    "constraints": {"constraints": [1]},
+    "force_words_ids": {"force_words_ids": [[1]]},
+    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
+    "dola_layers": {"dola_layers": "low"},
+    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
+    "assistant_early_exit": {"assistant_early_exit": 1},
+    "use_mtp": {"use_mtp": True},
+    "is_assistant": {"is_assistant": True},
+    "guidance_scale": {"guidance_scale": 2.0},
+    "sequence_bias": {"sequence_bias": [[[3], 10.0]]},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 5.0},
+    "repetition_penalty": {"repetition_penalty": 5.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+    "bad_words_ids": {"bad_words_ids": [[1], [3], [5]]},
+    "min_length": {"min_length": 20},
+    "min_new_tokens": {"min_new_tokens": 20},
+    "forced_bos_token_id": {"forced_bos_token_id": 1},
+    "forced_eos_token_id": {"forced_eos_token_id": 1},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (1, 3.0)},
+    "suppress_tokens": {"suppress_tokens": [1, 3, 5]},
+    "begin_suppress_tokens": {"begin_suppress_tokens": [1, 3, 4, 5]},
+    "watermarking_config": {"watermarking_config": WatermarkingConfig(bias=20.0)},
+    "top_h": {"top_h": 0.1},
+    "typical_p": {"typical_p": 0.1},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.4},
+    "eta_cutoff": {"eta_cutoff": 0.4},
+    "token_healing": {"token_healing": True},
+    "max_time": {"max_time": 1e-9},
+    "num_return_sequences": {"num_return_sequences": 2, "do_sample": True},
+    "output_attentions": {"output_attentions": True},
+    "output_hidden_states": {"output_hidden_states": True},
+    "output_scores": {"output_scores": True},
+    "output_logits": {"output_logits": True},
+    "return_dict_in_generate": {"return_dict_in_generate": True},
+    "temperature": {"temperature": 0.2},
+    "top_k": {"top_k": 1},
+    "top_p": {"top_p": 0.2},
+    "min_p": {"min_p": 0.9},
+}
+# It acts on logits that are no numbers alone.
+RARE = {"remove_invalid_values"}
+# They shape nothing, or come with the call, or are the first model's to say.
+IDLE = {
+    *("max_new_tokens", "max_length", "do_sample", "eos_token_id", "stop_strings"),
+    *("pad_token_id", "bos_token_id", "decoder_start_token_id", "renormalize_logits"),
+    *("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "low_memory"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind"),
+    *("assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile"),
+    *("continuous_batching_config", "transformers_version"),
+}
+
+
+def test_everything_that_a_generation_config_may_say_is_judged() -> None:
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert known <= {*SHAPING, *RARE, *IDLE}
+    assert {*SHAPING, *RARE} <= {*sampling(1)}
+
+
+@pytest.mark.parametrize("name", SHAPING)
+def test_sampling_leaves_nothing_to_a_generation_config(name: str) -> None:
+    """Of what changes the text, or is refused, where the call does not say `sampling`."""
+    model = toy(1, 7, spread=1.0)
+    model.generation_config.eos_token_id = 2
+    decoder = SpeculativeDecoder([model, toy(2, 7, spread=1.0)], schedule="plain")
+
+    def write(**arguments: Any) -> Any:
+        prompt = torch.tensor([[4]])
+        try:
+            found = decoder.generate(prompt, attention_mask=torch.ones(1, 1).long(), **arguments)
+        except (ValueError, NotImplementedError, AttributeError, TypeError) as refusal:
+            return type(refusal)
+        return found.tolist() if isinstance(found, torch.Tensor) else type(found)
+
+    def texts() -> tuple[list[Any], list[Any]]:
+        """As `sampling` says, and with no more said than that it is sampled, or greedy."""
+        heats = [(0, 1.0), (1, 1.0), (0, 0.0)]
+        said = [write(seed=seed, **sampling(24, temperature=heat)) for seed, heat in heats]
+        bare = [write(seed=s, max_new_tokens=24, do_sample=heat > 0) for s, heat in heats]
+        return said, bare
+
+    (said, bare), own = texts(), model.generation_config
+    assert all(isinstance(one, list) for one in said + bare)
+    model.generation_config = GenerationConfig(eos_token_id=2, **SHAPING[name])
+    now_said, now_bare = texts()
+    assert now_bare != bare
+    assert now_said == said
+    assert own.eos_token_id == 2
+
+
+def test_the_models_generation_config_does_not_shape_the_text(tmp_path: Path) -> None:
+    (expected,) = results("def f(x):", "--model", "family:draft")
+    for file in family.path("draft").iterdir():
+        if file.is_file() and file.name != "generation_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((family.path("draft") / "generation_config.json").read_text())
+    config |= {"typical_p": 0.1, "num_beams": 4, "min_length": 100}
+    config |= {"suppress_tokens": expected["token_ids"], "repetition_penalty": 3.0, "top_k": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    (found,) = results("def f(x):", "--model", str(tmp_path), "--dtype", "float32")
+    assert found["token_ids"] == expected["token_ids"]
 
 
 def test_compare_refuses_nothing_to_do() -> None:

@@ -461,6 +461,28 @@ def test_every_example_comes_once_before_any_comes_again() -> None:
     assert order[:10] != order[10:]
 
 
+def test_examples_are_shuffled_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples._order.cache_clear()
+    shuffled: list[int] = []
+    real = torch.randperm
+
+    def shuffle(count: int, **options: Any) -> Tensor:
+        shuffled.append(count)
+        return real(count, **options)
+
+    monkeypatch.setattr(torch, "randperm", shuffle)
+    order = [place for step in range(25) for place in examples.in_turn(17, 3, step, 11)]
+    assert shuffled == [17] * 5  # 75 places
+    dice = [torch.Generator().manual_seed(11 * 1_000_003 + epoch) for epoch in range(5)]
+    epochs = [real(17, generator=one).tolist() for one in dice]
+    assert order == [place for epoch in epochs for place in epoch][:75]
+    # Whoever resumes there takes the same.
+    examples._order.cache_clear()
+    assert examples.in_turn(17, 3, 11, 11) == order[33:36]
+    # More than one epoch in a step.
+    assert sorted(examples.in_turn(2, 6, 0, 11)) == [0, 0, 0, 1, 1, 1]
+
+
 def test_json_lines_are_read_and_split(tmp_path: Path) -> None:
     lines = [
         {"prompt": "a", "answer": "b"},
@@ -602,7 +624,7 @@ def learn(tmp_path: Path, draft: Any, targets: list[Any], **changes: Any) -> lis
     settings = distil.DraftSettings(
         weights=changes.pop("weights", shares),
         windows_per_step=8,
-        prompt_tokens=2,
+        prompt_tokens=changes.pop("prompt_tokens", 2),
         new_tokens=6,
         schedule=Schedule(changes.pop("steps", 30), changes.pop("rate", 0.02), 3, save_every=2),
         **{name: value for name, value in changes.items() if name not in ("options",)},
@@ -693,6 +715,24 @@ def test_online_learns_where_the_draft_was_rejected_and_nowhere_else(
     monkeypatch.setattr(distil, "rejected", everywhere)
     (row,) = learn(tmp_path / "all", close, [target], online=True, steps=1)
     assert row["trained_tokens"] == 48  # what was written, and not the prompts
+    (row,) = learn(tmp_path / "short", close, [target], online=True, steps=1, prompt_tokens=64)
+    assert row["trained_tokens"] == 48  # all of it, also after windows that are shorter
+
+
+class Words:
+    """A tokenizer of 11 words, which is less than some models' logits have columns."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"w{i}": i for i in range(11)}
+
+
+def test_online_takes_models_that_are_padded_to_other_widths(tmp_path: Path) -> None:
+    options = {"tokenizers": [Words(), Words()]}
+    wide = toy(4, 13)
+    rows = learn(tmp_path, trainable(), [wide], online=True, steps=2, options=options)
+    assert all(row["trained_tokens"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="tokenizers: expected one per model"):
+        learn(tmp_path / "none", trainable(), [wide], online=True, steps=1)
 
 
 @pytest.mark.parametrize("way", ["text", "online", "selected"])
@@ -742,6 +782,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "rate": (("diversed", "--rate", "0"), "rate: expected > 0, got 0"),
     "steps": (("diversed", "--steps", "0"), "--steps"),
     "no file": (("diversed", "--data", "/no/such.jsonl"), "No such file"),
+    "evaluation alone": (
+        ("diversed", "--evaluation", "x.jsonl", "--target", "/no/such"),
+        "train: --evaluation: expected --data beside it, got none",
+    ),
+    "evaluation of a draft alone": (
+        ("draft", "--evaluation", "x.jsonl", "--target", "/no/such"),
+        "train: --evaluation: expected --data beside it, got none",
+    ),
     "no model": (("diversed", "--target", "/no/such"), "expected a folder or a hub name"),
     "no member": (("diversed", "--draft", "family:poet"), "unknown name 'poet'"),
     "divergence": (("draft", "--divergence", "js_fsd"), "divergence: unknown name 'js_fsd'"),
@@ -838,3 +886,21 @@ def test_train_draft_writes_a_draft_that_loads(tmp_path: Path) -> None:
         "draft", "--data", data, "--out", out, "--steps", "2", "--window-tokens", "32", "--resume"
     )
     assert again.exit_code == 0, again.output
+
+
+@pytest.mark.slow
+def test_train_draft_online_with_models_of_other_widths(tmp_path: Path) -> None:
+    (wide,), (tokenizer,) = terminal.load("test", ["family:draft"])
+    wide.resize_token_embeddings(4096 + 64, mean_resizing=False)
+    for one in (wide, tokenizer):
+        one.save_pretrained(tmp_path / "wide")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    text = (family.path("draft").parent / "train.py").read_text()
+    data.write_text("\n".join(json.dumps({"prompt": text}) for _ in range(2)))
+    result = run(
+        "draft", "--draft", tmp_path / "wide", "--online", "--data", data, "--out", out,
+        "--steps", "1", "--batch", "2", "--window-tokens", "16", "--new-tokens", "8",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["last_steps"]["trained_tokens"] > 0

@@ -41,7 +41,7 @@ from specens.measuring import (
     tune,
 )
 from specens.members import Member
-from specens.schedules import EntropyStop, stop_features
+from specens.schedules import SCHEDULES, EntropyStop, stop_features
 from specens.tuning import Candidate, Profile, Stopped, candidates, survival
 from specens_kernels import Acceptance
 
@@ -380,7 +380,7 @@ def test_no_chain_and_no_number_of_tokens_is_faster_than_the_one_found() -> None
 def test_candidates_are_sorted_and_of_every_kind() -> None:
     found = candidates(profile())
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    kinds = {"plain", "component", "lookahead", "speculative", "alternating", "hierarchy", "lookup"}
+    kinds = {*SCHEDULES} - {"companion"}  # as the README says
     assert {one.schedule for one in found} == kinds
     (stopped,) = [one for one in found if "stop" in one.arguments]
     seconds, model, gamma = min(
@@ -936,6 +936,23 @@ def test_auto_says_what_it_took() -> None:
     assert result.exit_code == 0, result.output
     (line,) = [one for one in result.stderr.splitlines() if one.startswith("auto: ")]
     assert "times as fast as plain; found in" in line
+
+
+def test_only_the_drafts_of_the_best_candidate_are_loaded(tmp_path: Path) -> None:
+    """Of three that were tuned with, two are not there any more."""
+    file = tmp_path / "tuned.json"
+    listed = {"models": ["family:code"], "drafts": ["/no/such", "family:draft", "/nor/this"]}
+    for schedule, drafts in (("plain", []), ("speculative", [1])):
+        best = {"name": "x", "schedule": schedule, "arguments": {}, "drafts": drafts, "seconds": 1}
+        file.write_text(json.dumps({**listed, "threads": 1, "law": {}, "best": best}))
+        result = run("generate", "x", "--config", file, "--max-new-tokens", "4", "--json")
+        assert result.exit_code == 0, result.output
+        members = json.loads(result.stdout)["statistics"]["members"]
+        assert members == ["code", *["draft" for _ in drafts]]
+    file.write_text(
+        json.dumps({**listed, "threads": 1, "law": {}, "best": {**best, "drafts": [0]}})
+    )
+    assert "got '/no/such'" in run("generate", "x", "--config", file).stderr
 
 
 def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import statistics as _numbers
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -228,6 +229,55 @@ def workload(
     return work
 
 
+# All that a generation config may say about the law, or about what `generate` returns, switched
+# off. Said in the call, even None goes before what the model's own generation config has.
+_NEUTRAL: Mapping[str, Any] = MappingProxyType(
+    {
+        # Which way of decoding it is.
+        "num_beams": 1,
+        "constraints": None,
+        "force_words_ids": None,
+        "penalty_alpha": None,
+        "dola_layers": None,
+        "prompt_lookup_num_tokens": None,
+        "assistant_early_exit": None,
+        "use_mtp": None,
+        "is_assistant": False,
+        # Logits processors.
+        "guidance_scale": None,
+        "sequence_bias": None,
+        "encoder_repetition_penalty": 1.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+        "bad_words_ids": None,
+        "min_length": 0,
+        "min_new_tokens": None,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+        "remove_invalid_values": False,
+        "exponential_decay_length_penalty": None,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+        "watermarking_config": None,
+        # Warpers that the kernels do not have.
+        "top_h": None,
+        "typical_p": 1.0,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        # What goes in, when it stops, and what comes out.
+        "token_healing": False,
+        "max_time": None,
+        "num_return_sequences": 1,
+        "output_attentions": False,
+        "output_hidden_states": False,
+        "output_scores": False,
+        "output_logits": False,
+        "return_dict_in_generate": False,
+    }
+)
+
+
 def sampling(
     max_new_tokens: int,
     *,
@@ -239,7 +289,9 @@ def sampling(
     """Arguments of `generate` that say all there is to say about the law.
 
     Transformers fills what is left out from the first model's generation config (a repetition
-    penalty, top-k 50), which no two models share: every law here is the one that was asked for.
+    penalty, top-k 50, beams), which no two models share: every law here is the one that was asked
+    for. Where a text ends is the first model's to say: its end-of-sequence tokens, and stop strings
+    where the call has none.
 
     Args:
         max_new_tokens: most tokens to write.
@@ -249,8 +301,7 @@ def sampling(
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
+        **_NEUTRAL,
     }
     if temperature > 0:
         arguments |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}

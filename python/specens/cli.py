@@ -12,7 +12,7 @@ import re
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +24,9 @@ from .training import commands as training
 
 # The class is public in click, but typer has a copy of click that does not export it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-# How this library words a ValueError about an argument; see CONTRIBUTING.md.
+# How this library words what it refuses, and the types that it has; see CONTRIBUTING.md.
 _ABOUT_AN_ARGUMENT = re.compile(r"\w+: (.*?: )?(expected|unknown) ", re.DOTALL)
+_REFUSALS = (ValueError, ImportError, NotImplementedError)
 # Arguments of the library that have another name here.
 _OPTIONS = {
     "num_speculative_tokens": "--gamma",
@@ -48,7 +49,7 @@ class _OneLine(TyperGroup):
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context is not None else ""
             _fail(f"{getattr(error, 'format_message', error.__str__)()}{hint}")
-        except ValueError as error:
+        except _REFUSALS as error:
             if not _ABOUT_AN_ARGUMENT.match(str(error)):
                 raise
             _fail(_as_option(str(error)))
@@ -114,7 +115,7 @@ _Device = Annotated[
 _Threads = Annotated[
     int | None,
     typer.Option(
-        min=1, help="CPU threads. None is torch's choice; 1 for the family, as small as it is."
+        min=1, help="CPU threads. None is 1 if all models are family:..., else torch's choice."
     ),
 ]
 _Scope = Annotated[
@@ -227,7 +228,8 @@ def generate(
 ) -> None:
     """Continue a prompt. The text goes to standard output, the statistics to standard error.
 
-    Nothing but the options here shapes the text: the models' own generation configs do not.
+    Nothing but the options here shapes the text. Of the models' own generation configs only the
+    first one's end-of-sequence tokens count and, without --stop, its stop strings.
     """
     from . import terminal
 
@@ -241,8 +243,7 @@ def generate(
     from specens_kernels import Acceptance, Law
 
     from .benchmark import sampling, total
-    from .decoder import SpeculativeDecoder
-    from .methods import build, method_named
+    from .methods import method_named
 
     rules = [Acceptance.parse(one) for one in acceptance or []]
     options: dict[str, Any] = {
@@ -257,16 +258,18 @@ def generate(
     law: dict[str, Any] = {"ensemble": ensemble, "scope": scope, "plausibility": plausibility}
     if auto or config is not None:
         _check_tuned("--auto" if config is None else "--config", {"method": method} | options)
-    saved = None
+    best = None
     if config is not None:
         saved = _read_config(config, auto, models, drafts, options | law)
         models, drafts, threads = saved["models"], saved["drafts"], threads or saved["threads"]
-        law, options = saved["law"], {}
+        best, law, options = saved["best"], saved["law"], {}
     options |= law
     chosen = None if method is None else method_named(method)
     if chosen is not None and ensemble == "mixture":
         del options["ensemble"]  # a head knows its own
     _check_method(chosen, draft_weight, head, options)
+    mixing = {"draft_weight": draft_weight, "head": head}
+    options |= {name: value for name, value in mixing.items() if value is not None}
     Law(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # checks, before loading
     arguments = sampling(
         max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
@@ -274,7 +277,6 @@ def generate(
     if chosen is not None and not models:
         models = [terminal.FAMILY_PREFIX + name for name in chosen.models]
         drafts = drafts or [terminal.FAMILY_PREFIX + name for name in chosen.drafts]
-        threads = threads or 1
     loaded, tokenizers = _load(
         "generate", models, drafts, dtype, device, trust_remote_code, threads
     )
@@ -284,30 +286,15 @@ def generate(
         terminal.encode("generate", tokenizer, one, chat=chat, device=loaded[0].device)
         for one in prompts
     ]
-    if auto or saved is not None:
-        from .measuring import decoder_of
-
-        best = (
-            _tune_shortly(loaded, size, encoded, tokenizers, arguments, options)
-            if saved is None
-            else saved["best"]
-        )
-        decoder = decoder_of(
-            best, loaded[:size], drafts=loaded[size:], tokenizers=tokenizers, **options
-        )
-    elif chosen is None:
-        if drafts:
-            options["draft"] = loaded[size:]
-        decoder = SpeculativeDecoder(loaded[:size], tokenizers=tokenizers, **options)
-    else:
-        options |= {} if draft_weight is None else {"draft_weight": draft_weight}
-        decoder = build(chosen, loaded[:size], loaded[size:], tokenizers, head=head, **options)
+    if auto:
+        best = _tune_shortly(loaded, size, encoded, tokenizers, arguments, options)
+    decoder = _decoder(chosen, best, loaded[:size], loaded[size:], tokenizers, options)
     first_seed = secrets.randbits(32) if seed is None else seed
     found = []
     with terminal.progress("prompts", len(prompts) if as_json and lines else 0) as step:
         for i, (one, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            options = arguments | {"stop_strings": stop or None, "seed": first_seed + i}
-            found.append(_continue(decoder, tokenizer, one, ids, options, as_json))
+            call = arguments | {"stop_strings": stop or None, "seed": first_seed + i}
+            found.append(_continue(decoder, tokenizer, one, ids, call, as_json))
             if not as_json:
                 terminal.write_text("\n" if i == len(prompts) - 1 else "\n\n")
             step()
@@ -356,7 +343,7 @@ def _read_config(
     drafts: Sequence[str] | None,
     law: dict[str, Any],
 ) -> dict[str, Any]:
-    """What `tune` has written: models, drafts, threads, law, and the best candidate."""
+    """What `tune` has written: models, threads, law, the best candidate, and the drafts of that."""
     from specens_kernels import Acceptance
 
     from .measuring import stop_of
@@ -380,6 +367,8 @@ def _read_config(
             stop_of(saved["best"].arguments["stop"])
         if "acceptance" in saved["best"].arguments:
             Acceptance.parse(str(saved["best"].arguments["acceptance"]))
+        saved["drafts"] = [saved["drafts"][i] for i in saved["best"].drafts]
+        saved["best"] = replace(saved["best"], drafts=tuple(range(len(saved["drafts"]))))
         return {name: saved[name] for name in ("models", "drafts", "threads", "law", "best")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -428,6 +417,26 @@ def _tune_shortly(
         soft_wrap=True,
     )
     return best
+
+
+def _decoder(
+    method: Any,
+    best: Any,
+    models: Sequence[Any],
+    drafts: Sequence[Any],
+    tokenizers: Sequence[Any],
+    options: dict[str, Any],
+) -> Any:
+    """As the method says, or the best candidate of a tuning, or else the options alone."""
+    from .decoder import SpeculativeDecoder
+    from .measuring import decoder_of
+    from .methods import build
+
+    if method is not None:
+        return build(method, models, drafts, tokenizers, **options)
+    if best is not None:
+        return decoder_of(best, models, drafts=drafts, tokenizers=tokenizers, **options)
+    return SpeculativeDecoder(models, draft=drafts or None, tokenizers=tokenizers, **options)
 
 
 def _continue(
@@ -776,12 +785,7 @@ def _load(
 
     names = list(models or [terminal.FAMILY_PREFIX + name for name in family.FAMILY])
     names += drafts or []
-    if threads is None and not models:
-        threads = 1
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    terminal.use_threads(threads, names)
     return terminal.load(
         command, names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )

@@ -143,7 +143,7 @@ def tune(
     acceptances: Sequence[Acceptance] = (),
     **arguments: Any,
 ) -> Tuning:
-    """Measure the models and predict every schedule.
+    """Measure the models and predict every schedule but "companion", which is for batches.
 
     Args:
         members: M >= 1 causal LMs whose ensemble writes.
@@ -309,7 +309,7 @@ def _texts(
     for i, prompt in enumerate(prompts):
         mask = torch.ones_like(prompt)
         text = decoder.generate(
-            prompt, attention_mask=mask, seed=seed + i, max_time=limit, **options
+            prompt, attention_mask=mask, seed=seed + i, **{**options, "max_time": limit}
         )
         texts.append((text, prompt.shape[1]))
         if limit_s is not None and time.perf_counter() - began > limit_s:
@@ -618,6 +618,7 @@ class _LookUps:
         self._tokens = text[begin:]
         self._occurrences = Occurrences()
         self._found = [self._look_up(text[:at], most) for at in range(begin, len(text))]
+        self._longest = max(map(len, self._found), default=0)
         # Per place, the chances of as many proposals as are known to follow the text, and one more.
         self._chances: list[list[float]] = [[] for _ in self._found]
 
@@ -629,7 +630,7 @@ class _LookUps:
 
     def read(self, place: int, law: Tensor) -> None:
         """Note what the ensemble's law (V,) at a place says; place by place."""
-        for start in range(max(place - max(map(len, self._found), default=0) + 1, 0), place + 1):
+        for start in range(max(place - self._longest + 1, 0), place + 1):
             found, depth = self._found[start], place - start
             if depth < len(found) and found[:depth] == self._tokens[start:place]:
                 self._chances[start].append(float(law[found[depth]]))

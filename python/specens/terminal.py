@@ -131,6 +131,19 @@ def device_named(command: str, name: str) -> str:
     return name
 
 
+def use_threads(threads: int | None, names: Sequence[str]) -> None:
+    """Have torch compute with so many CPU threads.
+
+    None is 1 if all models are of the family, which are too small for more; else torch's choice.
+    """
+    import torch
+
+    if threads is None and all(name.startswith(FAMILY_PREFIX) for name in names):
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def load(
     command: str,
     names: Sequence[str],

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 
 RESULT = "evaluation.json"
-_FAMILY = "family:"
 
 app = typer.Typer(
     help="Train a head that weights draft and target, or a draft.",
@@ -36,7 +35,7 @@ _Data = Annotated[
 ]
 _Evaluation = Annotated[
     Path | None,
-    typer.Option(help="JSON lines to measure on. None is every fifth line of --data."),
+    typer.Option(help="JSON lines to measure on, beside --data. None is every fifth line of it."),
 ]
 _Out = Annotated[Path, typer.Option(help="Folder for everything that is written.")]
 _Resume = Annotated[
@@ -57,7 +56,10 @@ _Device = Annotated[
     typer.Option(help="auto (a GPU if torch has one, else the CPU), or as torch has it: cuda:1."),
 ]
 _Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. None is 1 for the family, else torch's.")
+    int | None,
+    typer.Option(
+        min=1, help="CPU threads. None is 1 if all models are family:..., else torch's choice."
+    ),
 ]
 _Trust = Annotated[bool, typer.Option(help="Run code that comes with a model. Off unless asked.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -136,6 +138,7 @@ def diversed(
     from .loop import Schedule, draw_curves
     from .rewards import reward_for
 
+    _check_evaluation(data, evaluation)
     settings = training.HeadSettings(
         ensemble=_ensemble(ensemble),
         temperature=temperature,
@@ -155,8 +158,10 @@ def diversed(
         examples, held_out = _read("train", data, evaluation)
     judge = reward_for(reward, examples, allow_code_execution=allow_code_execution)
     reward_for(reward, held_out, allow_code_execution=allow_code_execution)
-    models, tokenizers = _load([draft, target], dtype, device, trust_remote_code, threads)
-    pair = _pair(models, tokenizers, [draft, target])
+    names = [draft, target]
+    terminal.use_threads(threads, names)
+    models, tokenizers = _frozen(names, dtype, device, trust_remote_code)
+    pair = _pair(models, tokenizers, names)
     folder = _folder(out)
     began, began_cpu = time.perf_counter(), time.process_time()
     with _progress("training", steps) as advance:
@@ -169,7 +174,7 @@ def diversed(
         found = compare_with_static(
             pair, head, held_out, judge, settings, samples=evaluation_samples, progress=step
         )
-    result = _result("train diversed", settings, [draft, target], data, evaluation) | {
+    result = _result("train diversed", settings, names, data, evaluation) | {
         "reward": reward,
         "training_examples": len(examples),
         "training_seconds": trained_s,
@@ -255,7 +260,8 @@ def draft(
     from .examples import held_out_texts, read_texts, token_windows
     from .loop import Schedule, draw_curves
 
-    targets = target or [f"{_FAMILY}code"]
+    _check_evaluation(data, evaluation)
+    targets = target or ["family:code"]
     settings = distil.DraftSettings(
         divergence=divergence,
         ensemble=_ensemble(ensemble),
@@ -283,9 +289,9 @@ def draft(
         )
     frozen = [*targets, *([] if reference is None else [reference])]
     names = [draft, *frozen]
-    rest: Any = (device, trust_remote_code, threads)
-    (student,), (tokenizer,) = _load([draft], "float32", *rest, among=names)
-    models, tokenizers = _load(frozen, dtype, *rest, among=names)
+    terminal.use_threads(threads, names)
+    (student,), (tokenizer,) = _frozen([draft], "float32", device, trust_remote_code)
+    models, tokenizers = _frozen(frozen, dtype, device, trust_remote_code)
     vocab_size = shared_vocabulary([student, *models], [tokenizer, *tokenizers])
     student.requires_grad_(True)
     law = distil.Targets(models[: len(targets)], settings, vocab_size)
@@ -303,6 +309,7 @@ def draft(
             settings,
             folder,
             reference=None if reference is None else models[-1],
+            tokenizers=[*tokenizers[: len(targets)], tokenizer],
             names=names,
             resume=resume,
             progress=advance,
@@ -351,6 +358,11 @@ def _weights(text: str | None, count: int) -> tuple[float, ...]:
         ) from error
 
 
+def _check_evaluation(data: Path | None, evaluation: Path | None) -> None:
+    if evaluation is not None and data is None:
+        raise ValueError("train: --evaluation: expected --data beside it, got none")
+
+
 def _read(command: str, data: Path, evaluation: Path | None) -> tuple[list[Any], list[Any]]:
     from .examples import read_examples, split
 
@@ -360,24 +372,12 @@ def _read(command: str, data: Path, evaluation: Path | None) -> tuple[list[Any],
     return examples, read_examples(command, evaluation)
 
 
-def _load(
-    names: list[str],
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    threads: int | None,
-    *,
-    among: list[str] | None = None,
+def _frozen(
+    names: list[str], dtype: str, device: str, trust_remote_code: bool
 ) -> tuple[list[Any], list[Any]]:
-    """Frozen models and their tokenizers; one thread where `among` is the family alone."""
-    import torch
-
+    """Models without gradients, and their tokenizers."""
     from specens import terminal
 
-    if threads is None and all(name.startswith(_FAMILY) for name in among or names):
-        threads = 1
-    if threads is not None:
-        torch.set_num_threads(threads)
     models, tokenizers = terminal.load(
         "train", names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )

@@ -174,6 +174,7 @@ def train_draft(
     folder: Path,
     *,
     reference: Any = None,
+    tokenizers: Sequence[Any] | None = None,
     names: Sequence[str] = (),
     resume: bool = False,
     progress: Callable[[int], object] = lambda done: None,
@@ -187,6 +188,8 @@ def train_draft(
         settings: everything else.
         folder: it exists.
         reference: a draft that was distilled before, for `settings.select` < 1.
+        tokenizers: of the targets, then of the draft. When online, needed where vocabularies are
+            padded differently.
         names: of draft and targets, to be sure that a resumed run has the same.
         resume: go on from the folder's checkpoint.
         progress: called with the number of steps done, after each.
@@ -198,19 +201,21 @@ def train_draft(
             "train: reference: expected a distilled draft for select < 1 and none else, "
             f"got {'none' if reference is None else 'one'} for {settings.select}"
         )
-    decoder = _decoder(draft, targets, settings) if settings.online else None
+    decoder = _decoder(draft, targets, settings, tokenizers) if settings.online else None
 
     def step_of(step: int, memory: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
         chosen = in_turn(len(windows), settings.windows_per_step, step, settings.seed)
         seeds = row_seeds(settings.seed, step, len(chosen)).to(draft.device)
         tokens, counts = windows[chosen].to(draft.device), None
+        # Fewer where windows are shorter.
+        prompts = tokens[:, : settings.prompt_tokens]
         if decoder is not None:
-            tokens = _written(decoder, tokens[:, : settings.prompt_tokens], seeds, settings)
+            tokens = _written(decoder, prompts, seeds, settings)
         draft_logits = read(draft, tokens)[..., : targets.vocab_size]
         target_logits = targets.logits(tokens)
         if decoder is not None:
             counts = rejected(draft_logits.detach().contiguous(), target_logits, seeds)
-            counts[:, : settings.prompt_tokens - 1] = False
+            counts[:, : prompts.shape[1] - 1] = False
             counts[:, -1] = False  # what comes after the text was not written
         reference_logits = None
         if reference is not None:
@@ -238,7 +243,9 @@ def train_draft(
     )
 
 
-def _decoder(draft: Any, targets: Targets, settings: DraftSettings) -> SpeculativeDecoder:
+def _decoder(
+    draft: Any, targets: Targets, settings: DraftSettings, tokenizers: Sequence[Any] | None
+) -> SpeculativeDecoder:
     """What writes the text: the targets, speculatively, with the draft as it is by then."""
     return SpeculativeDecoder(
         targets.models,
@@ -246,6 +253,7 @@ def _decoder(draft: Any, targets: Targets, settings: DraftSettings) -> Speculati
         ensemble=settings.ensemble,
         schedule="speculative",
         draft=draft,
+        tokenizers=tokenizers,
     )
 
 

@@ -12,6 +12,7 @@ import random
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,16 @@ def in_turn(count: int, batch: int, step: int, seed: int) -> list[int]:
 
     It depends on nothing but the arguments, so that a run can be resumed anywhere.
     """
-    chosen = []
-    for place in range(step * batch, (step + 1) * batch):
-        epoch, within = divmod(place, count)
-        dice = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        chosen.append(int(torch.randperm(count, generator=dice)[within]))
-    return chosen
+    places = (divmod(place, count) for place in range(step * batch, (step + 1) * batch))
+    return [_order(count, epoch, seed)[within] for epoch, within in places]
+
+
+# Two: a step may end one epoch and begin the next.
+@lru_cache(maxsize=2)
+def _order(count: int, epoch: int, seed: int) -> list[int]:
+    dice = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(count, generator=dice).tolist()
+    return order
 
 
 def row_seeds(seed: int, step: int, rows: int) -> Tensor:
