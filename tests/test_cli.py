@@ -618,6 +618,7 @@ SHAPING: dict[str, dict[str, Any]] = {
     "eta_cutoff": {"eta_cutoff": 0.4},
     "token_healing": {"token_healing": True},
     "max_time": {"max_time": 1e-9},
+    "stop_strings": {"stop_strings": ["w2"]},
     "num_return_sequences": {"num_return_sequences": 2, "do_sample": True},
     "output_attentions": {"output_attentions": True},
     "output_hidden_states": {"output_hidden_states": True},
@@ -633,7 +634,7 @@ SHAPING: dict[str, dict[str, Any]] = {
 RARE = {"remove_invalid_values"}
 # They shape nothing, or come with the call, or are the first model's to say.
 IDLE = {
-    *("max_new_tokens", "max_length", "do_sample", "eos_token_id", "stop_strings"),
+    *("max_new_tokens", "max_length", "do_sample", "eos_token_id"),
     *("pad_token_id", "bos_token_id", "decoder_start_token_id", "renormalize_logits"),
     *("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "low_memory"),
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
@@ -687,7 +688,7 @@ def test_the_models_generation_config_does_not_shape_the_text(tmp_path: Path) ->
         if file.is_file() and file.name != "generation_config.json":
             (tmp_path / file.name).symlink_to(file)
     config = json.loads((family.path("draft") / "generation_config.json").read_text())
-    config |= {"typical_p": 0.1, "num_beams": 4, "min_length": 100}
+    config |= {"typical_p": 0.1, "num_beams": 4, "min_length": 100, "stop_strings": ["e"]}
     config |= {"suppress_tokens": expected["token_ids"], "repetition_penalty": 3.0, "top_k": 1}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     (found,) = results("def f(x):", "--model", str(tmp_path), "--dtype", "float32")

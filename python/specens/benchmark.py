@@ -268,6 +268,7 @@ _NEUTRAL: Mapping[str, Any] = MappingProxyType(
         # What goes in, when it stops, and what comes out.
         "token_healing": False,
         "max_time": None,
+        "stop_strings": (),
         "num_return_sequences": 1,
         "output_attentions": False,
         "output_hidden_states": False,
@@ -290,8 +291,7 @@ def sampling(
 
     Transformers fills what is left out from the first model's generation config (a repetition
     penalty, top-k 50, beams), which no two models share: every law here is the one that was asked
-    for. Where a text ends is the first model's to say: its end-of-sequence tokens, and stop strings
-    where the call has none.
+    for. Its end-of-sequence tokens alone are the first model's to say.
 
     Args:
         max_new_tokens: most tokens to write.

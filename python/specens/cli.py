@@ -229,7 +229,7 @@ def generate(
     """Continue a prompt. The text goes to standard output, the statistics to standard error.
 
     Nothing but the options here shapes the text. Of the models' own generation configs only the
-    first one's end-of-sequence tokens count and, without --stop, its stop strings.
+    first one's end-of-sequence tokens count.
     """
     from . import terminal
 
@@ -293,7 +293,7 @@ def generate(
     found = []
     with terminal.progress("prompts", len(prompts) if as_json and lines else 0) as step:
         for i, (one, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            call = arguments | {"stop_strings": stop or None, "seed": first_seed + i}
+            call = arguments | {"stop_strings": stop or (), "seed": first_seed + i}
             found.append(_continue(decoder, tokenizer, one, ids, call, as_json))
             if not as_json:
                 terminal.write_text("\n" if i == len(prompts) - 1 else "\n\n")

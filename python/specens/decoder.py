@@ -257,7 +257,7 @@ class SpeculativeDecoder:
             streamer: gets the prompt, every token and `end()`; batch size 1.
             tokenizer: for stop_strings; None is the first of the constructor's.
             stop_strings: generation ends with the token that completes one of them. None is what
-                the generation config says.
+                the generation config says, an empty list is none.
             seed: as for the constructor, for this call.
             kwargs: what transformers' `generate` takes.
         Returns:
@@ -304,7 +304,7 @@ class SpeculativeDecoder:
         streamer needs `decoder.generate`; given to `model.generate` it gets the prompt and nothing
         more, not even its end, and a reader of it waits for ever.
         """
-        if stop_strings is not None:
+        if stop_strings:
             stop = self._stop_at(stop_strings, tokenizer)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
         with self._one_call:
