@@ -316,8 +316,9 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto": on a CPU native, on a GPU cuda or else triton, and the reference for what
-            these cannot do and for other devices. "reference". "native", "triton", "cuda": that
-            one; raises NotImplementedError for what it cannot do.
+            these cannot do. "reference". "native", "triton", "cuda": that one; raises
+            NotImplementedError for what it cannot do, such as tensors on another device. Devices
+            other than cpu and cuda have the reference alone, whatever is chosen.
     """
     global _backend
     if name not in BACKENDS:

@@ -138,6 +138,22 @@ REFUSED = {
 }
 
 
+def test_tensors_elsewhere_are_refused_before_their_addresses_are_taken() -> None:
+    there = torch.device("meta")
+    rows, numbers = ROWS.to(there), NUMBERS.to(there)
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=there)
+    law = Law().tensors("mix", 1, 2, 1, there, 5)
+    calls = {
+        "uniforms": (tokens[0], tokens, 0, 0),
+        "mix": ([rows], law),
+        "sample": ([rows], numbers, law, -1),
+        "verify": ([rows], tokens, numbers, *(None,) * 6, law, "rejection", (), None, True),
+    }
+    for name, arguments in calls.items():
+        with pytest.raises(NotImplementedError, match=r"^tensors on meta have no native kernel$"):
+            getattr(native, name)(*arguments)
+
+
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_has_no_kernel_runs_on_the_reference(
     why: str, caplog: pytest.LogCaptureFixture
