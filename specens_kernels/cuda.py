@@ -3,7 +3,8 @@
 
 A call flattens its tensors as `native.py` does, lends the stream's workspace to the kernels and
 launches them on torch's current stream: no synchronisation, nothing that a CUDA graph could not
-hold. What the kernels cannot do raises `Unsupported`.
+hold, once a first call has made the law's numbers tensors. What the kernels cannot do raises
+`Unsupported`.
 """
 
 from collections.abc import Sequence
