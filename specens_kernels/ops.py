@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -307,12 +308,16 @@ def _backend_from_environment() -> str:
     return name
 
 
-_backend = _backend_from_environment()
+_initial = _backend_from_environment()
+# Of a thread, or of a task: two of them may each choose one at a time.
+_backend = ContextVar("specens_backend", default=_initial)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every op inside the block, for the whole process.
+    """Choose the implementation of every op inside the block, for this thread or task.
+
+    SPECENS_BACKEND chooses for the whole process: it is what every thread begins with.
 
     Args:
         name: "auto": on a CPU native, on a GPU cuda or else triton, and the reference for what
@@ -320,16 +325,15 @@ def backend(name: str) -> Iterator[None]:
             NotImplementedError for what it cannot do, such as tensors on another device. Devices
             other than cpu and cuda have the reference alone, whatever is chosen.
     """
-    global _backend
     if name not in BACKENDS:
         raise ValueError(f"backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name in _MODULES:
         _available(name)
-    before, _backend = _backend, name
+    before = _backend.set(name)
     try:
         yield
     finally:
-        _backend = before
+        _backend.reset(before)
 
 
 def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) -> Callable[..., Any]:
@@ -340,10 +344,11 @@ def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) ->
     logged: set[str] = set()
 
     def run(*arguments: Any) -> Any:
-        if _backend == "reference":
+        chosen = _backend.get()
+        if chosen == "reference":
             return reference_op(*arguments)
-        if _backend != "auto":
-            return getattr(_available(_backend), name)(*arguments)
+        if chosen != "auto":
+            return getattr(_available(chosen), name)(*arguments)
         for each in _PREFERRED[device]:
             module = _MODULES[each]
             if not module.AVAILABLE:
