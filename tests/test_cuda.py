@@ -5,6 +5,7 @@ That its tokens are the reference's is the subject of test_conformance.py; the m
 touch is the subject of tests/native/test_cuda.cpp. Nothing here needs a GPU or a CUDA toolkit.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,6 +144,29 @@ def test_rules_that_judge_whole_laws_take_one_launch_more(rule: str, emulator: A
         "judge": 1,
         "verify_resample": 1,
     }
+
+
+# --- threads ---
+
+
+def test_threads_may_share_a_stream() -> None:
+    """And with it a workspace, in which each launch leaves what the next one reads."""
+    ones = [verify_call(2, 3, 3000), verify_call(3, 3, 3000)]
+    expected = [one.run("cuda") for one in ones]
+    found: list[list[Any]] = [[], []]
+
+    def run(i: int) -> None:
+        found[i] += [ones[i].run("cuda") for _ in range(15)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for right, theirs in zip(expected, found, strict=True):
+        assert len(theirs) == 15
+        for verdict in theirs:
+            assert all(torch.equal(a, b) for a, b in zip(verdict, right, strict=True))
 
 
 # --- what there is no kernel for ---

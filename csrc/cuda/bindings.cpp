@@ -4,6 +4,7 @@
 // bytes are needed. `_C` has them with kernels from nvcc, `specens_simt` with the emulator's.
 #include "bindings.h"
 
+#include <mutex>
 #include <string>
 
 #include "../arguments.h"
@@ -16,6 +17,12 @@ void raise(int code) {
   if (code != 0) throw std::runtime_error(std::string("cuda: ") + cuda_error(code));
 }
 
+// Held while the launches of one op are enqueued: threads that share a stream share its workspace,
+// in which one launch leaves what the next reads, so those of two ops must not alternate. It is
+// taken after the GIL is released and given back before the GIL is asked for, so neither waits for
+// the other. The emulator, too, runs one launch at a time.
+std::mutex one_op_at_a_time;
+
 void launch_uniforms(const py::list& arguments) {
   Reader in(arguments);
   const UniformsParams params = read_uniforms(in);
@@ -24,6 +31,7 @@ void launch_uniforms(const py::list& arguments) {
   int code;
   {
     py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(one_op_at_a_time);
     code = cuda_uniforms(params, stream);
   }
   raise(code);
@@ -40,6 +48,7 @@ void launch(Reader& in, const Params& params,
   int code;
   {
     py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(one_op_at_a_time);
     code = launcher(params, workspace, bytes, stream);
   }
   raise(code);
