@@ -7,6 +7,7 @@ touch is the subject of tests/native/test_cuda.cpp. Nothing here needs a GPU or 
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from calls import Call
 
 import specens_kernels
-from specens_kernels import Law, cuda, mix, native, sample, verify
+from specens_kernels import Law, cuda, mix, native, ops, sample, verify
 
 pytestmark = [
     pytest.mark.skipif(not native.AVAILABLE, reason=f"native: {native.REASON}"),
@@ -197,3 +198,49 @@ def test_a_workspace_that_is_too_small_is_refused(emulator: Any) -> None:
     workspace = torch.zeros(needed - 1, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="cuda: the workspace is too small"):
         emulator.cuda_mix([*flat, workspace.data_ptr(), needed - 1, 0])
+
+
+def test_an_old_device_is_refused_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 7, 5
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(cuda, "_refusals", {})
+    message = r"^cuda:0 has compute capability 7\.5; CUDA kernels take 8\.0 and newer$"
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=message):
+            cuda._check_device(torch.device("cuda", 0))
+    assert asked == [torch.device("cuda", 0)]
+
+
+def test_what_a_device_cannot_run_another_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CudaUnsupported(RuntimeError):
+        pass
+
+    calls = []
+
+    def refuse(flat: list[Any]) -> None:
+        calls.append(flat)
+        raise CudaUnsupported("cuda: the kernels were not built for this device")
+
+    with specens_kernels.backend("native"):
+        expected = mix([ROWS], Law())
+    stub = SimpleNamespace(
+        cuda_mix=refuse, cuda_mix_workspace=lambda flat: 64, CudaUnsupported=CudaUnsupported
+    )
+    monkeypatch.setattr(cuda, "module", stub)
+    monkeypatch.setattr(cuda, "_refusals", {})
+    monkeypatch.setitem(ops._PREFERRED, "cpu", ("cuda", "native"))
+    for _ in range(2):
+        with specens_kernels.backend("auto"):
+            found = mix([ROWS], Law())
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(calls) == 1
+    with (
+        specens_kernels.backend("cuda"),
+        pytest.raises(NotImplementedError, match=r"^cuda: the kernels were not built for this"),
+    ):
+        mix([ROWS], Law())

@@ -5,6 +5,7 @@
 #include "bindings.h"
 
 #include <mutex>
+#include <stdexcept>
 #include <string>
 
 #include "../arguments.h"
@@ -13,8 +14,16 @@
 namespace specens {
 namespace {
 
+// What Python hands to another backend.
+struct CudaUnsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 void raise(int code) {
-  if (code != 0) throw std::runtime_error(std::string("cuda: ") + cuda_error(code));
+  if (code == 0) return;
+  const std::string message = std::string("cuda: ") + cuda_error(code);
+  if (cuda_unsupported(code)) throw CudaUnsupported(message);
+  throw std::runtime_error(message);
 }
 
 // Held while the launches of one op are enqueued: threads that share a stream share its workspace,
@@ -57,6 +66,7 @@ void launch(Reader& in, const Params& params,
 }  // namespace
 
 void bind_cuda(py::module_& module) {
+  py::register_local_exception<CudaUnsupported>(module, "CudaUnsupported", PyExc_RuntimeError);
   module.attr("CUDA_MAX_MEMBERS") = kCudaMaxMembers;
   module.def("cuda_uniforms", &launch_uniforms);
   module.def("cuda_mix", [](const py::list& arguments) {
