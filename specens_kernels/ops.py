@@ -65,7 +65,7 @@ class Sample(NamedTuple):
     tokens: (B, T) int64.
     log_probs: (B, T) float32. Log-probability of each token under the law it was drawn from.
     lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for a mixture of several members
-        of scope "member".
+        of scope "member". NaN, which is not known, for one such member whose weights are a tensor.
     status: (B, T) int32. `Status` bits.
     """
 
@@ -174,11 +174,15 @@ def sample(
     _check_uniforms("sample", uniforms, batch, rows, logits[0].device)
     if member is not None and not 0 <= member < len(logits):
         raise ValueError(f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}")
-    if member is None:
-        # The same law, but one that has a log-sum-exp, which `verify` can be told.
-        single = len(logits) == 1 and law.scope == "member" and law.ensemble == "mixture"
-        member = 0 if single and not isinstance(law.weights, Tensor) else -1
-    return Sample(*_call_sample(tensors, uniforms, parameters, member))
+    if member is not None:
+        return Sample(*_call_sample(tensors, uniforms, parameters, member))
+    alone = len(logits) == 1 and law.scope == "member" and law.ensemble == "mixture"
+    if not alone or not isinstance(law.weights, Tensor):
+        # Alone it is the same law, but one that has a log-sum-exp, which `verify` can be told.
+        return Sample(*_call_sample(tensors, uniforms, parameters, 0 if alone else -1))
+    drawn = Sample(*_call_sample(tensors, uniforms, parameters, -1))
+    # The mixture's, 0, would pass for the member's.
+    return drawn._replace(lse=torch.full_like(drawn.lse, torch.nan))
 
 
 def verify(

@@ -61,7 +61,7 @@ def compare(one: Call, backend: str) -> None:
         if not right.is_floating_point():
             assert torch.equal(ours.cpu(), right), one.name
         else:
-            close = {"atol": 1e-5, "rtol": 3e-6}  # as in `calls.check`
+            close = {"atol": 1e-5, "rtol": 3e-6, "equal_nan": True}  # as in `calls.check`
             torch.testing.assert_close(ours.cpu(), right, **close, msg=one.name)
 
 
