@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -382,13 +383,16 @@ _LAW = (
 )
 _library: Any = torch.library.Library  # untyped
 _lib = _library("specens", "DEF")
-_lib.define("uniforms(Tensor seeds, Tensor positions, int stream, int index) -> Tensor")
-_lib.define(f"mix(Tensor[] logits, {_LAW}) -> (Tensor, Tensor)")
-_lib.define(
+# Graphs that inductor captures by itself count all memory of a warm-up as theirs, and would find a
+# stream's workspace unaccounted for. A graph that the caller captures may hold the ops.
+_define = partial(_lib.define, tags=(torch.Tag.cudagraph_unsafe,))
+_define("uniforms(Tensor seeds, Tensor positions, int stream, int index) -> Tensor")
+_define(f"mix(Tensor[] logits, {_LAW}) -> (Tensor, Tensor)")
+_define(
     f"sample(Tensor[] logits, Tensor uniforms, {_LAW}, int member) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_lib.define(
+_define(
     "verify(Tensor[] logits, Tensor draft_tokens, Tensor uniforms, Tensor? parents, "
     "Tensor? proposers, Tensor? draft_logits, Tensor? draft_temperature, Tensor? lse, "
     f"Tensor? draft_lse, {_LAW}, str acceptance, float[] parameters, Tensor? memory, bool bonus) "

@@ -171,6 +171,11 @@ def test_a_wide_member_widens_the_fake_mix() -> None:
     assert fake.dtype == mix(logits, Law((0.5, 0.5)))[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", ["uniforms", "mix", "sample", "verify"])
+def test_inductor_captures_no_op_in_its_own_graphs(name: str) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.specens, name).default.tags
+
+
 def test_nothing_has_a_gradient(backend: str) -> None:
     logits, numbers, draft = inputs()
     trainable = [member.requires_grad_() for member in logits]
