@@ -3,10 +3,12 @@
 
 A call flattens its tensors as `native.py` does, lends the stream's workspace to the kernels and
 launches them on torch's current stream: no synchronisation, nothing that a CUDA graph could not
-hold. What the kernels cannot do raises `Unsupported`.
+hold, once a first call has made the law's numbers tensors. What the kernels cannot do raises
+`Unsupported`.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ else:
 _MAX_MEMBERS = 8
 _MAX_ROWS = 65_535
 _MAX_VOCABULARY = 2048 * 1024
+_LEAST_CAPABILITY = (8, 0)  # CMakeLists.txt builds for no older device
+# Why a device runs none of the kernels; empty if it may run them.
+_refusals: dict[torch.device, str] = {}
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -112,6 +117,20 @@ def verify(
 def _check_device(device: torch.device) -> None:
     if device.type != "cuda" and module is getattr(native, "_C", None):
         raise Unsupported(f"tensors on {device} have no CUDA kernel")
+    if device not in _refusals:
+        _refusals[device] = _too_old(device)
+    if _refusals[device]:
+        raise Unsupported(_refusals[device])
+
+
+def _too_old(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _LEAST_CAPABILITY:
+        return ""
+    found, least = (".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
+    return f"{device} has compute capability {found}; CUDA kernels take {least} and newer"
 
 
 def _check(logits: list[Tensor], law: LawTensors) -> None:
@@ -144,11 +163,12 @@ def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.
 
 def _call(function: Any, flat: list[Any], device: torch.device) -> None:
     """With the tensors' device as the current one, which the stream must belong to."""
-    if device.type != "cuda":
-        function(flat)
-        return
-    with torch.cuda.device(device):
-        function(flat)
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            function(flat)
+    except module.CudaUnsupported as error:
+        _refusals[device] = str(error)
+        raise Unsupported(str(error)) from error
 
 
 def _stream(device: torch.device) -> int:

@@ -17,6 +17,16 @@ from .ensembles import ENSEMBLES
 
 SCOPES = ("member", "ensemble")
 _FILTERS = ("top_k", "top_p", "min_p")
+# The fields that may be tensors, as the kernels read them.
+_DTYPES = {
+    "weights": torch.float32,
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+}
+# A filter that is off has no tensor.
+_OFF = {"top_k": 0, "top_p": 1, "min_p": 0}
 
 
 class LawTensors(NamedTuple):
@@ -52,8 +62,11 @@ class Law:
     Scope "member" warps each member by its temperature and the filters and then folds (what
     Speculative Ensemble does); scope "ensemble" folds first and warps once. A proposal is warped
     the same way. Filters apply in the order top-k, top-p, min-p, and keep or drop tied tokens
-    together. Tensors are taken as they are: their values are not checked, for that would need the
-    host.
+    together.
+
+    Numbers become tensors at the first call on a device, which copies them there; a CUDA graph is
+    captured after it. Tensors lie on the device of the logits and are read at every call. Their
+    values are not checked, for that would need the host.
 
     weights: M numbers, or (M,), (B, M) or (B, T, M) float tensor. Mixture: >= 0, summing to 1.
     ensemble: "mixture" or "product"; an entry of `ENSEMBLES`.
@@ -80,8 +93,9 @@ class Law:
 
     def __post_init__(self) -> None:
         """Check every number that is known now."""
-        # Not a field: a copy of a law makes tensors of its own.
+        # Not fields: a copy of a law makes tensors of its own.
         object.__setattr__(self, "_tensors", {})
+        object.__setattr__(self, "_numbers", {})
         if self.ensemble not in ENSEMBLES:
             raise _unknown("ensemble", self.ensemble, sorted(ENSEMBLES))
         if self.scope not in SCOPES:
@@ -107,7 +121,7 @@ class Law:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy and a pickle take along: not the tensors, nor the addresses noted there."""
-        return self.__dict__ | {"_tensors": {}}
+        return self.__dict__ | {"_tensors": {}, "_numbers": {}}
 
     def _check_weights(self, weights: list[float]) -> None:
         if not weights or any(
@@ -137,12 +151,13 @@ class Law:
         """What the ops take. Made once for each device, where the law is made of numbers.
 
         Raises:
-            ValueError: a shape does not fit B, T and M; the message names `op`.
+            ValueError: a shape does not fit B, T and M, or a tensor is not on `device`; the message
+                names `op`.
         """
         tensors: dict[tuple[torch.device, int], LawTensors] = self.__dict__["_tensors"]
         known = tensors.get((device, vocab_size))
         if known is None:
-            known = self._make_tensors(device, vocab_size)
+            known = self._make_tensors(op, device, vocab_size)
             if known.flat is not None and nobody_listens([known.weights, known.temperature]):
                 tensors[device, vocab_size] = known
         shape = known.weights.shape
@@ -164,38 +179,47 @@ class Law:
                 raise ValueError(f"{op}: {name}: expected (B={batch},), got {tuple(value.shape)}")
         return known
 
-    def _make_tensors(self, device: torch.device, vocab_size: int) -> LawTensors:
-        def floats(value: object) -> Tensor:
-            return torch.as_tensor(value, dtype=torch.float32, device=device)
-
-        temperature = floats(self.temperature)
-        if isinstance(self.temperature, Tensor):
-            if temperature.dim() < 2:
-                temperature = temperature.reshape(-1, 1)
-        else:
-            temperature = temperature.reshape(1, -1)
-        top_k = None
-        if isinstance(self.top_k, Tensor) or self.top_k > 0:
-            top_k = torch.as_tensor(self.top_k, dtype=torch.int32, device=device).reshape(-1)
-        top_p = None
-        if isinstance(self.top_p, Tensor) or self.top_p < 1:
-            top_p = floats(self.top_p).reshape(-1)
-        min_p = None
-        if isinstance(self.min_p, Tensor) or self.min_p > 0:
-            min_p = floats(self.min_p).reshape(-1)
-        given = (self.weights, self.temperature, self.top_k, self.top_p, self.min_p)
+    def _make_tensors(self, op: str, device: torch.device, vocab_size: int) -> LawTensors:
+        numbers = self._number_tensors(device)
+        made: dict[str, Any] = dict(numbers)
+        for name, dtype in _DTYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                continue
+            if value.device != device:
+                expected = f"a tensor on {device}, got one on {value.device}"
+                raise ValueError(f"{op}: {name}: expected {expected}")
+            value = value.to(dtype)
+            if name == "temperature" and value.dim() < 2:
+                value = value.reshape(-1, 1)
+            made[name] = value.reshape(-1) if name in _FILTERS else value
         return LawTensors(
-            floats(self.weights),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            self.ensemble,
-            self.scope,
-            self.plausibility,
-            vocab_size,
-            None if any(isinstance(value, Tensor) for value in given) else [],
+            **made,
+            ensemble=self.ensemble,
+            scope=self.scope,
+            plausibility=self.plausibility,
+            vocab_size=vocab_size,
+            flat=[] if len(numbers) == len(_DTYPES) else None,
         )
+
+    def _number_tensors(self, device: torch.device) -> dict[str, Tensor | None]:
+        """Of the fields that are numbers; made once for each device."""
+        known: dict[torch.device, dict[str, Tensor | None]] = self.__dict__["_numbers"]
+        if device in known:
+            return known[device]
+        made: dict[str, Tensor | None] = {}
+        for name, dtype in _DTYPES.items():
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                continue
+            if name in _FILTERS and value == _OFF[name]:
+                made[name] = None
+                continue
+            tensor = torch.as_tensor(value, dtype=dtype, device=device)
+            made[name] = tensor.reshape(1, -1) if name == "temperature" else tensor.reshape(-1)
+        if nobody_listens([tensor for tensor in made.values() if tensor is not None]):
+            known[device] = made
+        return made
 
 
 def nobody_listens(tensors: Iterable[Tensor]) -> bool:

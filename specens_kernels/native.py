@@ -59,6 +59,8 @@ def floor_sweep(logits: Sequence[Tensor], vocab_size: int) -> float:
 
 def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
     """See `reference.uniforms`."""
+    if not seeds.is_cpu:
+        raise _elsewhere(seeds)
     flat, out = flatten_uniforms(seeds, positions, stream, index)
     _C.uniforms(flat)
     return out
@@ -66,6 +68,8 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tenso
 
 def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
+    if not logits[0].is_cpu:
+        raise _elsewhere(logits[0])
     flat, results = flatten_mix(logits, law)
     flat.append(get_num_threads())
     _C.mix(flat)
@@ -76,6 +80,8 @@ def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
+    if not numbers.is_cpu:
+        raise _elsewhere(numbers)
     flat, results = flatten_sample(logits, numbers, law, member)
     flat.append(get_num_threads())
     _C.sample(flat)
@@ -99,6 +105,8 @@ def verify(
     bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
+    if not draft_tokens.is_cpu:
+        raise _elsewhere(draft_tokens)
     if draft_temperature is not None:
         draft_temperature = draft_temperature.to(float32)
     memory = None if memory is None else memory.double()
@@ -121,6 +129,10 @@ def verify(
     flat.append(get_num_threads())
     _C.verify(flat)
     return results
+
+
+def _elsewhere(tensor: Tensor) -> Unsupported:
+    return Unsupported(f"tensors on {tensor.device} have no native kernel")
 
 
 # --- flat arguments, which csrc/arguments.h reads, and the results they point to ---

@@ -12,6 +12,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -64,7 +66,7 @@ class Sample(NamedTuple):
     tokens: (B, T) int64.
     log_probs: (B, T) float32. Log-probability of each token under the law it was drawn from.
     lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for a mixture of several members
-        of scope "member".
+        of scope "member". NaN, which is not known, for one such member whose weights are a tensor.
     status: (B, T) int32. `Status` bits.
     """
 
@@ -173,11 +175,15 @@ def sample(
     _check_uniforms("sample", uniforms, batch, rows, logits[0].device)
     if member is not None and not 0 <= member < len(logits):
         raise ValueError(f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}")
-    if member is None:
-        # The same law, but one that has a log-sum-exp, which `verify` can be told.
-        single = len(logits) == 1 and law.scope == "member" and law.ensemble == "mixture"
-        member = 0 if single and not isinstance(law.weights, Tensor) else -1
-    return Sample(*_call_sample(tensors, uniforms, parameters, member))
+    if member is not None:
+        return Sample(*_call_sample(tensors, uniforms, parameters, member))
+    alone = len(logits) == 1 and law.scope == "member" and law.ensemble == "mixture"
+    if not alone or not isinstance(law.weights, Tensor):
+        # Alone it is the same law, but one that has a log-sum-exp, which `verify` can be told.
+        return Sample(*_call_sample(tensors, uniforms, parameters, 0 if alone else -1))
+    drawn = Sample(*_call_sample(tensors, uniforms, parameters, -1))
+    # The mixture's, 0, would pass for the member's.
+    return drawn._replace(lse=torch.full_like(drawn.lse, torch.nan))
 
 
 def verify(
@@ -307,28 +313,32 @@ def _backend_from_environment() -> str:
     return name
 
 
-_backend = _backend_from_environment()
+_initial = _backend_from_environment()
+# Of a thread, or of a task: two of them may each choose one at a time.
+_backend = ContextVar("specens_backend", default=_initial)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every op inside the block, for the whole process.
+    """Choose the implementation of every op inside the block, for this thread or task.
+
+    SPECENS_BACKEND chooses for the whole process: it is what every thread begins with.
 
     Args:
         name: "auto": on a CPU native, on a GPU cuda or else triton, and the reference for what
-            these cannot do and for other devices. "reference". "native", "triton", "cuda": that
-            one; raises NotImplementedError for what it cannot do.
+            these cannot do. "reference". "native", "triton", "cuda": that one; raises
+            NotImplementedError for what it cannot do, such as tensors on another device. Devices
+            other than cpu and cuda have the reference alone, whatever is chosen.
     """
-    global _backend
     if name not in BACKENDS:
         raise ValueError(f"backend: name: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name in _MODULES:
         _available(name)
-    before, _backend = _backend, name
+    before = _backend.set(name)
     try:
         yield
     finally:
-        _backend = before
+        _backend.reset(before)
 
 
 def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) -> Callable[..., Any]:
@@ -339,10 +349,11 @@ def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) ->
     logged: set[str] = set()
 
     def run(*arguments: Any) -> Any:
-        if _backend == "reference":
+        chosen = _backend.get()
+        if chosen == "reference":
             return reference_op(*arguments)
-        if _backend != "auto":
-            return getattr(_available(_backend), name)(*arguments)
+        if chosen != "auto":
+            return getattr(_available(chosen), name)(*arguments)
         for each in _PREFERRED[device]:
             module = _MODULES[each]
             if not module.AVAILABLE:
@@ -372,13 +383,16 @@ _LAW = (
 )
 _library: Any = torch.library.Library  # untyped
 _lib = _library("specens", "DEF")
-_lib.define("uniforms(Tensor seeds, Tensor positions, int stream, int index) -> Tensor")
-_lib.define(f"mix(Tensor[] logits, {_LAW}) -> (Tensor, Tensor)")
-_lib.define(
+# Graphs that inductor captures by itself count all memory of a warm-up as theirs, and would find a
+# stream's workspace unaccounted for. A graph that the caller captures may hold the ops.
+_define = partial(_lib.define, tags=(torch.Tag.cudagraph_unsafe,))
+_define("uniforms(Tensor seeds, Tensor positions, int stream, int index) -> Tensor")
+_define(f"mix(Tensor[] logits, {_LAW}) -> (Tensor, Tensor)")
+_define(
     f"sample(Tensor[] logits, Tensor uniforms, {_LAW}, int member) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_lib.define(
+_define(
     "verify(Tensor[] logits, Tensor draft_tokens, Tensor uniforms, Tensor? parents, "
     "Tensor? proposers, Tensor? draft_logits, Tensor? draft_temperature, Tensor? lse, "
     f"Tensor? draft_lse, {_LAW}, str acceptance, float[] parameters, Tensor? memory, bool bonus) "

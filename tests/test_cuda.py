@@ -5,7 +5,9 @@ That its tokens are the reference's is the subject of test_conformance.py; the m
 touch is the subject of tests/native/test_cuda.cpp. Nothing here needs a GPU or a CUDA toolkit.
 """
 
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from calls import Call
 
 import specens_kernels
-from specens_kernels import Law, cuda, mix, native, sample, verify
+from specens_kernels import Law, cuda, mix, native, ops, sample, verify
 
 pytestmark = [
     pytest.mark.skipif(not native.AVAILABLE, reason=f"native: {native.REASON}"),
@@ -145,6 +147,29 @@ def test_rules_that_judge_whole_laws_take_one_launch_more(rule: str, emulator: A
     }
 
 
+# --- threads ---
+
+
+def test_threads_may_share_a_stream() -> None:
+    """And with it a workspace, in which each launch leaves what the next one reads."""
+    ones = [verify_call(2, 3, 3000), verify_call(3, 3, 3000)]
+    expected = [one.run("cuda") for one in ones]
+    found: list[list[Any]] = [[], []]
+
+    def run(i: int) -> None:
+        found[i] += [ones[i].run("cuda") for _ in range(15)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for right, theirs in zip(expected, found, strict=True):
+        assert len(theirs) == 15
+        for verdict in theirs:
+            assert all(torch.equal(a, b) for a, b in zip(verdict, right, strict=True))
+
+
 # --- what there is no kernel for ---
 
 ROWS, NUMBERS = torch.zeros(1, 2, 5), torch.zeros(1, 2, 4)
@@ -173,3 +198,49 @@ def test_a_workspace_that_is_too_small_is_refused(emulator: Any) -> None:
     workspace = torch.zeros(needed - 1, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="cuda: the workspace is too small"):
         emulator.cuda_mix([*flat, workspace.data_ptr(), needed - 1, 0])
+
+
+def test_an_old_device_is_refused_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 7, 5
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(cuda, "_refusals", {})
+    message = r"^cuda:0 has compute capability 7\.5; CUDA kernels take 8\.0 and newer$"
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=message):
+            cuda._check_device(torch.device("cuda", 0))
+    assert asked == [torch.device("cuda", 0)]
+
+
+def test_what_a_device_cannot_run_another_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CudaUnsupported(RuntimeError):
+        pass
+
+    calls = []
+
+    def refuse(flat: list[Any]) -> None:
+        calls.append(flat)
+        raise CudaUnsupported("cuda: the kernels were not built for this device")
+
+    with specens_kernels.backend("native"):
+        expected = mix([ROWS], Law())
+    stub = SimpleNamespace(
+        cuda_mix=refuse, cuda_mix_workspace=lambda flat: 64, CudaUnsupported=CudaUnsupported
+    )
+    monkeypatch.setattr(cuda, "module", stub)
+    monkeypatch.setattr(cuda, "_refusals", {})
+    monkeypatch.setitem(ops._PREFERRED, "cpu", ("cuda", "native"))
+    for _ in range(2):
+        with specens_kernels.backend("auto"):
+            found = mix([ROWS], Law())
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(calls) == 1
+    with (
+        specens_kernels.backend("cuda"),
+        pytest.raises(NotImplementedError, match=r"^cuda: the kernels were not built for this"),
+    ):
+        mix([ROWS], Law())

@@ -61,7 +61,7 @@ def compare(one: Call, backend: str) -> None:
         if not right.is_floating_point():
             assert torch.equal(ours.cpu(), right), one.name
         else:
-            close = {"atol": 1e-5, "rtol": 3e-6}  # as in `calls.check`
+            close = {"atol": 1e-5, "rtol": 3e-6, "equal_nan": True}  # as in `calls.check`
             torch.testing.assert_close(ours.cpu(), right, **close, msg=one.name)
 
 
@@ -82,11 +82,24 @@ def test_every_rule_s_tokens(backend: str, sizes: tuple[int, ...], first: int) -
             compare(one, backend)
 
 
+WEIGHTS = pytest.mark.parametrize(
+    "weights", [(0.5, 0.5), torch.tensor([0.5, 0.5])], ids=["numbers", "tensor"]
+)
+
+
 class Turn:
-    """One draft and one verification over fixed memory, as a decoder would capture them."""
+    """One draft and one verification over fixed memory, as a decoder would capture them.
+
+    weights: of the law; a tensor goes to the card.
+    """
 
     def __init__(
-        self, batch: int = 3, nodes: int = 4, vocab_size: int = 50_000, rule: str = "rejection"
+        self,
+        batch: int = 3,
+        nodes: int = 4,
+        vocab_size: int = 50_000,
+        rule: str = "rejection",
+        weights: Any = (0.5, 0.5),
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (batch, nodes + 1, vocab_size)
@@ -96,7 +109,7 @@ class Turn:
         self.seeds = torch.arange(batch).cuda()
         self.positions = torch.arange(nodes + 1)[None].cuda()
         self.proposers = torch.zeros(1, nodes, dtype=torch.int32).cuda()
-        self.law = Law((0.5, 0.5), temperature=0.8)
+        self.law = Law(on_card(weights), temperature=0.8)
         self.rule = rule
 
     def run(self) -> tuple[Tensor, ...]:
@@ -107,9 +120,10 @@ class Turn:
         return verify(self.logits, drafts, coins, self.law, **options)
 
 
+@WEIGHTS
 @pytest.mark.parametrize("rule", ["rejection", "js", "block"])
-def test_a_graph_replays_with_new_numbers(backend: str, rule: str) -> None:
-    turn = Turn(rule=rule)
+def test_a_graph_replays_with_new_numbers(backend: str, rule: str, weights: Any) -> None:
+    turn = Turn(rule=rule, weights=weights)
     turn.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -164,9 +178,10 @@ def test_the_tensors_device_need_not_be_the_current_one(backend: str) -> None:
     assert torch.equal(found[0].cpu(), expected[0])
 
 
+@WEIGHTS
 @pytest.mark.parametrize("rule", ["rejection", "js", "block"])
-def test_no_op_waits_for_the_device(backend: str, rule: str) -> None:
-    turn = Turn(rule=rule)
+def test_no_op_waits_for_the_device(backend: str, rule: str, weights: Any) -> None:
+    turn = Turn(rule=rule, weights=weights)
     turn.run()
     torch.cuda.set_sync_debug_mode("error")
     try:

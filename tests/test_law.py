@@ -154,6 +154,24 @@ def test_a_tensor_is_taken_as_it_is_and_follows_its_owner() -> None:
     assert made[0].tolist() == [1.0, 0.0]
 
 
+def test_the_numbers_beside_a_tensor_are_made_once_for_each_device() -> None:
+    law = Law(torch.tensor([0.5, 0.5]), temperature=0.7, top_k=5, top_p=0.9)
+    first = tensors(law)
+    assert all(a is b for a, b in zip(first[1:], tensors(law, batch=5)[1:], strict=True))
+    law = Law((0.5, 0.5), temperature=torch.ones(2), min_p=0.1)
+    first, again = tensors(law), tensors(law)
+    assert first[0] is again[0]
+    assert first[4] is again[4]
+
+
+@pytest.mark.parametrize("name", ["weights", "temperature", "top_k", "top_p", "min_p"])
+def test_a_tensor_on_another_device_is_refused(name: str) -> None:
+    law = Law(**{"weights": (0.5, 0.5), name: torch.ones(2, device="meta")})
+    message = f"^mix: {name}: expected a tensor on cpu, got one on meta$"
+    with pytest.raises(ValueError, match=message):
+        tensors(law)
+
+
 def test_a_law_used_under_fake_tensors_is_fit_for_use() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -172,11 +190,14 @@ def test_a_law_is_frozen_and_hashable() -> None:
     assert {law: 1}[law] == 1
 
 
-@pytest.mark.parametrize(
+COPIES = pytest.mark.parametrize(
     "copied",
     [copy.copy, copy.deepcopy, lambda law: pickle.loads(pickle.dumps(law)), dataclasses.replace],
     ids=["copy", "deepcopy", "pickle", "replace"],
 )
+
+
+@COPIES
 def test_a_copy_of_a_used_law_has_memory_of_its_own(copied: Callable[[Law], Law]) -> None:
     law = Law((0.9, 0.1), temperature=0.5)
     logits = [torch.randn(1, 1, 50) for _ in range(2)]
@@ -188,6 +209,18 @@ def test_a_copy_of_a_used_law_has_memory_of_its_own(copied: Callable[[Law], Law]
     assert torch.equal(mix(logits, other)[0], expected)
     assert other.tensors("mix", 1, 1, 2, CPU, 50).flat is not here.flat
     assert Law(**dataclasses.asdict(law)).weights == law.weights
+
+
+@COPIES
+def test_a_copy_of_a_law_with_a_tensor_makes_its_numbers_anew(copied: Callable[[Law], Law]) -> None:
+    law = Law(torch.tensor([0.9, 0.1]), temperature=0.5)
+    logits = [torch.randn(1, 1, 50) for _ in range(2)]
+    expected = mix(logits, law)[0]
+    other = copied(law)
+    here = law.tensors("mix", 1, 1, 2, CPU, 50)
+    there = other.tensors("mix", 1, 1, 2, CPU, 50)
+    assert here.temperature.data_ptr() != there.temperature.data_ptr()
+    assert torch.equal(mix(logits, other)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

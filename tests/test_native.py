@@ -11,8 +11,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import simt
 import torch
 from calls import DTYPES, REAL, SMALL, TILES, Call, call
 
@@ -138,6 +140,22 @@ REFUSED = {
 }
 
 
+def test_tensors_elsewhere_are_refused_before_their_addresses_are_taken() -> None:
+    there = torch.device("meta")
+    rows, numbers = ROWS.to(there), NUMBERS.to(there)
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=there)
+    law = Law().tensors("mix", 1, 2, 1, there, 5)
+    calls = {
+        "uniforms": (tokens[0], tokens, 0, 0),
+        "mix": ([rows], law),
+        "sample": ([rows], numbers, law, -1),
+        "verify": ([rows], tokens, numbers, *(None,) * 6, law, "rejection", (), None, True),
+    }
+    for name, arguments in calls.items():
+        with pytest.raises(NotImplementedError, match=r"^tensors on meta have no native kernel$"):
+            getattr(native, name)(*arguments)
+
+
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_has_no_kernel_runs_on_the_reference(
     why: str, caplog: pytest.LogCaptureFixture
@@ -150,3 +168,44 @@ def test_what_has_no_kernel_runs_on_the_reference(
     with specens_kernels.backend("reference"):
         expected = op(*arguments, **options)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# --- the build ---
+
+# A compiler that tells its version and compiles nothing.
+NVCC = """#!/bin/sh
+test "$1" = --version && echo "Cuda compilation tools, release {0}, V{0}.48"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(simt.what_is_missing() != "", reason=f"simt: {simt.what_is_missing()}")
+@pytest.mark.parametrize("asked", ["AUTO", "ON"])
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [("12.9", "expected nvcc 13 or newer, got {}"), ("13.0", "{} does not compile here")],
+)
+def test_an_nvcc_that_cannot_leaves_the_build_without_cuda(
+    asked: str, release: str, reason: str, tmp_path: Path
+) -> None:
+    import cmake
+    import ninja
+    import pybind11
+
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC.format(release))
+    nvcc.chmod(0o755)
+    command = [Path(cmake.CMAKE_BIN_DIR, "cmake"), "-S", simt.ROOT, "-B", tmp_path, "-G", "Ninja"]
+    command.append(f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR, 'ninja')}")
+    command.append(f"-DPython_EXECUTABLE={sys.executable}")
+    command.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    command += [f"-DSPECENS_CUDA={asked}", f"-DSPECENS_NVCC={nvcc}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = " ".join(done.stderr.split())  # without CMake's line breaks
+    assert reason.format(nvcc) in said
+    if asked == "ON":
+        assert done.returncode != 0
+        assert "SPECENS_CUDA=ON: " in said
+    else:
+        assert done.returncode == 0, said
+        assert "The module is built without CUDA kernels: " in said

@@ -5,6 +5,7 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,11 @@ def test_a_wide_member_widens_the_fake_mix() -> None:
     with mode:
         fake, _ = mix([mode.from_tensor(member) for member in logits], Law((0.5, 0.5)))
     assert fake.dtype == mix(logits, Law((0.5, 0.5)))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["uniforms", "mix", "sample", "verify"])
+def test_inductor_captures_no_op_in_its_own_graphs(name: str) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.specens, name).default.tags
 
 
 def test_nothing_has_a_gradient(backend: str) -> None:
@@ -355,21 +361,47 @@ def test_a_wrong_argument_is_named_with_what_was_expected(
 # --- backends -------------------------------------------------------------------------------------
 
 
-def test_a_backend_is_chosen_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_backend", "auto")
+def chosen() -> str:
+    return ops._backend.get()
+
+
+def test_a_backend_is_chosen_for_a_block() -> None:
+    before = chosen()
     with specens_kernels.backend("reference"):
-        assert ops._backend == "reference"
+        assert chosen() == "reference"
         with specens_kernels.backend("auto"):
-            assert ops._backend == "auto"
-        assert ops._backend == "reference"
-    assert ops._backend == "auto"
+            assert chosen() == "auto"
+        assert chosen() == "reference"
+    assert chosen() == before
+
+
+def test_threads_choose_each_for_itself() -> None:
+    """The second enters its block before the first leaves its own, and leaves it after."""
+    before, seen = chosen(), []
+    entered, left = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with specens_kernels.backend("auto"):
+            entered.set()
+            assert left.wait(60)
+            seen.append(chosen())
+
+    other = threading.Thread(target=second)
+    with specens_kernels.backend("reference"):
+        other.start()
+        assert entered.wait(60)
+        assert chosen() == "reference"
+    left.set()
+    other.join(60)
+    assert seen == ["auto"]
+    assert chosen() == before
 
 
 def test_an_error_in_the_block_gives_the_backend_back() -> None:
-    before = ops._backend
+    before = chosen()
     with pytest.raises(ZeroDivisionError), specens_kernels.backend("reference"):
         1 / 0  # noqa: B018
-    assert ops._backend == before
+    assert chosen() == before
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

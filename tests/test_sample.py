@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specens_kernels import Law, Sample, Status, mix, reference, sample
+from specens_kernels import Law, Sample, Status, mix, reference, sample, verify
 
 INF, NAN = math.inf, math.nan
 TILE, SUB_TILE = 8192, 1024
@@ -196,6 +196,21 @@ def test_log_probs_and_lse_are_those_of_the_law(backend: str) -> None:
     torch.testing.assert_close(alone.lse[0, 0], kept.logsumexp(-1).float(), atol=1e-5, rtol=1e-5)
     log_prob = (kept - kept.logsumexp(-1))[alone.tokens[0, 0]]
     torch.testing.assert_close(alone.log_probs[0, 0], log_prob.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_one_member_of_a_weight_nobody_knows_has_no_lse_to_tell(
+    backend: str, weight: float
+) -> None:
+    """Only the host could say whether it is drawn from at all."""
+    logits = 2 * torch.randn(2, 3, 50)
+    law = Law(torch.tensor([weight]), temperature=0.8)
+    drawn = sample([logits], torch.rand(2, 3, 4), law)
+    assert drawn.lse.isnan().all()
+    tokens, numbers = drawn.tokens[:, :2], torch.rand(2, 3, 4)
+    told = verify([logits], tokens, numbers, law, lse=drawn.lse[..., None])
+    for one, other in zip(told, verify([logits], tokens, numbers, law), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("member", [None, 0])

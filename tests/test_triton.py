@@ -4,6 +4,7 @@
 That its tokens are the reference's is the subject of test_conformance.py.
 """
 
+import mmap
 import subprocess
 import sys
 
@@ -96,6 +97,29 @@ def test_a_judgement_reads_a_row_once_more_for_each_sum(
     rows = sums * nodes * len(logits) * 2 * vocab_size
     assert rows <= traffic["judge"].loaded < rows + 30_000
     assert traffic["judge"].stored < 1000
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize("rule", ["rejection", "js", "block"])
+@pytest.mark.parametrize("draft", ["member", "apart"])
+def test_rows_whose_offset_has_33_bits_are_found(draft: str, rule: str, kept: int) -> None:
+    """Though strides have fewer. Of the memory between the rows no page is ever touched."""
+    nodes, far = 3, 2**30 + 8
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (nodes * far + 8)), dtype=torch.bfloat16)
+    logits = memory.as_strided((1, nodes + 1, 8), (8, far, 1))
+    for t in range(nodes + 1):
+        logits[0, t, t + 1] = 20.0
+    tokens = torch.tensor([[1, 2, 3]])
+    tokens[0, kept:] = 7
+    numbers = torch.full((1, nodes + 1, 4), 0.5)
+    drafts = {"proposers": torch.zeros(1, nodes, dtype=torch.int64)}
+    if draft == "apart":
+        drafts = {"draft_logits": logits[:, :nodes]}
+    found = []
+    for name in ("reference", "triton"):
+        with specens_kernels.backend(name):
+            found.append(verify([logits], tokens, numbers, Law(), acceptance=rule, **drafts).tokens)
+    assert torch.equal(*found)
 
 
 def test_the_package_imports_without_triton() -> None:

@@ -12,6 +12,7 @@
 // GCC 12 reports the deliberately undefined operands of its own intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <cpuid.h>
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -78,6 +79,14 @@ struct Build {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// As `__builtin_cpu_supports("f16c")`, which GCC knows since 11 and Clang since 18.
+bool supports_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 const Kernels& choose(const Build* begin, const Build* end) {
   const char* name = std::getenv("SPECENS_CPU_ISA");
   std::string known;
@@ -101,8 +110,8 @@ const Kernels& kernels() {
         {&avx512::kKernels,
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {&avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                              __builtin_cpu_supports("f16c")},
+        {&avx2::kKernels,
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c()},
 #endif
         {&baseline::kKernels, true},
     };

@@ -4,6 +4,8 @@
 // bytes are needed. `_C` has them with kernels from nvcc, `specens_simt` with the emulator's.
 #include "bindings.h"
 
+#include <mutex>
+#include <stdexcept>
 #include <string>
 
 #include "../arguments.h"
@@ -12,9 +14,23 @@
 namespace specens {
 namespace {
 
+// What Python hands to another backend.
+struct CudaUnsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 void raise(int code) {
-  if (code != 0) throw std::runtime_error(std::string("cuda: ") + cuda_error(code));
+  if (code == 0) return;
+  const std::string message = std::string("cuda: ") + cuda_error(code);
+  if (cuda_unsupported(code)) throw CudaUnsupported(message);
+  throw std::runtime_error(message);
 }
+
+// Held while the launches of one op are enqueued: threads that share a stream share its workspace,
+// in which one launch leaves what the next reads, so those of two ops must not alternate. It is
+// taken after the GIL is released and given back before the GIL is asked for, so neither waits for
+// the other. The emulator, too, runs one launch at a time.
+std::mutex one_op_at_a_time;
 
 void launch_uniforms(const py::list& arguments) {
   Reader in(arguments);
@@ -24,6 +40,7 @@ void launch_uniforms(const py::list& arguments) {
   int code;
   {
     py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(one_op_at_a_time);
     code = cuda_uniforms(params, stream);
   }
   raise(code);
@@ -40,6 +57,7 @@ void launch(Reader& in, const Params& params,
   int code;
   {
     py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(one_op_at_a_time);
     code = launcher(params, workspace, bytes, stream);
   }
   raise(code);
@@ -48,6 +66,7 @@ void launch(Reader& in, const Params& params,
 }  // namespace
 
 void bind_cuda(py::module_& module) {
+  py::register_local_exception<CudaUnsupported>(module, "CudaUnsupported", PyExc_RuntimeError);
   module.attr("CUDA_MAX_MEMBERS") = kCudaMaxMembers;
   module.def("cuda_uniforms", &launch_uniforms);
   module.def("cuda_mix", [](const py::list& arguments) {

@@ -39,4 +39,7 @@ int cuda_verify(const VerifyParams& params, void* workspace, size_t workspace_by
 
 const char* cuda_error(int code);
 
+// Whether it says that the device, or its driver, can run none of the kernels.
+bool cuda_unsupported(int code);
+
 }  // namespace specens

@@ -80,8 +80,26 @@ const char* cuda_error(int code) {
 #if defined(SPECENS_SIMT)
   return "unknown error";
 #else
-  if (code == cudaErrorInsufficientDriver || code == cudaErrorNoDevice) return "no CUDA driver";
-  return cudaGetErrorString(static_cast<cudaError_t>(code));
+  switch (code) {
+    case cudaErrorInsufficientDriver:
+      return "there is no CUDA driver, or it is older than the kernels need";
+    case cudaErrorUnsupportedPtxVersion:
+      return "the CUDA driver is older than the kernels' PTX, which the device would need";
+    case cudaErrorNoKernelImageForDevice:
+      return "the kernels were not built for this device";
+    default:
+      return cudaGetErrorString(static_cast<cudaError_t>(code));
+  }
+#endif
+}
+
+bool cuda_unsupported(int code) {
+#if defined(SPECENS_SIMT)
+  (void)code;
+  return false;
+#else
+  return code == cudaErrorInsufficientDriver || code == cudaErrorUnsupportedPtxVersion ||
+         code == cudaErrorNoKernelImageForDevice;
 #endif
 }
 

@@ -35,8 +35,9 @@ class Law(NamedTuple):
     first, columns: the first member's column of the temperature, and how many there are.
     lse: (B, T, M) float32 log-sum-exps of the members; None if none is known. late: whether rows
         that are known, and the bonus row, are swept only where a token is drawn; `verify` says so.
-    rows: of each sequence. sub_tiles: of a row, in whole tiles of `width`; tiles: at least as many
-        tiles, a power of two. narrow: sub-tiles of a program that computes in double precision.
+    rows: of each sequence. wide: whether where one begins takes 64 bits. sub_tiles: of a row, in
+        whole tiles of `width`; tiles: at least as many tiles, a power of two. narrow: sub-tiles of
+        a program that computes in double precision.
     """
 
     logits: Any
@@ -73,6 +74,7 @@ class Law(NamedTuple):
     filtered: Any
     plausible: Any
     late: Any
+    wide: Any
     width: Any
     narrow: Any
     tiles: Any
@@ -85,6 +87,7 @@ class Proposal(NamedTuple):
         temperature 0, too; a draft is a point there otherwise. Only such a rule may ask for the
         probability of the draft's best token.
     lse: (B, N or N + 1) float32 log-sum-exps of separate logits; None if none is known.
+    wide: whether where a row of separate logits begins takes 64 bits.
     """
 
     tokens: Any
@@ -104,6 +107,7 @@ class Proposal(NamedTuple):
     nodes: Any
     greedy: Any
     at_zero: Any
+    wide: Any
 
 
 class Workspace(NamedTuple):
@@ -198,6 +202,7 @@ def law_arguments(
         filtered=tl.constexpr(any(value is not None for value in filters)),
         plausible=tl.constexpr(plausible),
         late=tl.constexpr(False),
+        wide=tl.constexpr(any(map(_is_wide, logits))),
         width=tl.constexpr(width),
         narrow=tl.constexpr(min(width, 2)),
         tiles=tl.constexpr(triton.next_power_of_2(tiles)),
@@ -259,7 +264,13 @@ def proposal_arguments(
         nodes=nodes,
         greedy=tl.constexpr(rule.greedy),
         at_zero=tl.constexpr(rule.needs_draft),
+        wide=tl.constexpr(logits is not None and _is_wide(logits)),
     )
+
+
+def _is_wide(logits: Tensor) -> bool:
+    """Whether a row may begin further from the first than 32 bits say, as where transposed."""
+    return (logits.shape[1] - 1) * logits.stride(1) >= 2**31
 
 
 def _check_dtype(tensor: Tensor) -> None:

@@ -17,6 +17,7 @@ from .laws import (
     member_row,
     member_temperature,
     own_temperature,
+    proposal_row,
     proposal_temperature,
     proposer_of,
     scores,
@@ -71,8 +72,7 @@ def _values(law, proposal, laws, b, t, proposer, start, FIELD: tl.constexpr):
         values = clean(load_raw(member_row(law, b, t, FIELD), offsets, mask))
     elif FIELD == law.members:
         if proposal.logits is not None:
-            pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
-            values = clean(load_raw(pointer, offsets, mask))
+            values = clean(load_raw(proposal_row(proposal, b, t), offsets, mask))
         else:
             values = tl.full((BLOCK,), -float("inf"), tl.float32)
             for k in tl.static_range(law.members):

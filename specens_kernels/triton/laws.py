@@ -214,8 +214,22 @@ def _normalised(top, mass, lse, inverse):
 
 
 @triton.jit
+def row_of(logits, b, t, batch_stride, row_stride, WIDE: tl.constexpr):
+    """Where a row begins. b has 64 bits; for t to have them takes registers, which may spill."""
+    if WIDE:
+        t = t.to(tl.int64)
+    return logits + b * batch_stride + t * row_stride
+
+
+@triton.jit
 def member_row(law, b, t, k: tl.constexpr):
-    return law.logits[k] + b * law.batch_strides[k] + t * law.row_strides[k]
+    return row_of(law.logits[k], b, t, law.batch_strides[k], law.row_strides[k], law.wide)
+
+
+@triton.jit
+def proposal_row(proposal, b, t):
+    """Of separate draft logits."""
+    return row_of(proposal.logits, b, t, proposal.batch_stride, proposal.row_stride, proposal.wide)
 
 
 @triton.jit
@@ -311,8 +325,8 @@ def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl
         found = tl.where(found > 0, tl.log(found), -float("inf"))
     if proposal is not None:
         if proposal.logits is not None:
-            pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
-            drafted = clean(load_raw(pointer, offsets, mask & (proposer == law.members)))
+            read = mask & (proposer == law.members)
+            drafted = clean(load_raw(proposal_row(proposal, b, t), offsets, read))
     return found, drafted, flags
 
 

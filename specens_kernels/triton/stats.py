@@ -31,6 +31,7 @@ from .laws import (
     member_temperature,
     no,
     own_temperature,
+    proposal_row,
     proposal_temperature,
     proposer_of,
     scores,
@@ -95,8 +96,7 @@ def _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy):
     """Of separate draft logits, for the rows that have some and need it."""
     if (proposer == law.members) & (is_unswept(law, proposal, b, t, proposer, greedy) == 0):
         offsets, mask = tile_tokens(law, tile, law.width)
-        pointer = proposal.logits + b * proposal.batch_stride + t * proposal.row_stride
-        raw = load_raw(pointer, offsets, mask)
+        raw = load_raw(proposal_row(proposal, b, t), offsets, mask)
         _own_peaks(law, proposal, work, row, b, tile, law.members, proposer, raw)
 
 
