@@ -479,7 +479,7 @@ class Survival:
 # outcome still weighs a turn later, so that texts may change.
 BINS, _PRIOR, _FADING = 4, 4.0, 0.98
 # How likely another member's token is kept, as long as nothing is known.
-KEPT = 0.7
+KEPT = 0.6
 CUTS = ("law", "token")
 
 
