@@ -87,8 +87,6 @@ def main() -> int:
             "columns": MIXTURE_COLUMNS,
             "rows": [mixture_cells(row) for row in mixtures],
         }
-    if options.save and rows:
-        draw(rows, harness.RESULTS / f"bench_methods{suffix}.png")
     headline = {"methods": sum(row["method"] in METHODS for row in rows)}
     for kind, exact in (("fastest_exact", True), ("fastest_relaxed", False)):
         among = [row for row in rows if row["lossless"] == exact]
@@ -99,7 +97,11 @@ def main() -> int:
             options, part, ",".join(one if is_shipped(one) else Path(one).name for one in asked)
         )
     name = f"bench_methods{suffix}"
-    return harness.finish(name, options, [*rows, *mixtures], tables, headline)
+    status = harness.finish(name, options, [*rows, *mixtures], tables, headline)
+    # A plot that is drawn before would make the tree look changed.
+    if options.save and rows:
+        draw(rows, harness.RESULTS / f"{name}.png")
+    return status
 
 
 def is_shipped(model: str) -> bool:
