@@ -250,6 +250,16 @@ def write(decoder: SpeculativeDecoder, lengths: tuple[int, ...] = (3,), **option
     return decoder.generate(**prompts(lengths, VOCAB_SIZE), **{**settings, **options})
 
 
+def check_alone(decoder: SpeculativeDecoder, lengths: tuple[int, ...], together: Tensor) -> None:
+    """Each row of what `write` wrote with seed 0 is what it is without the others."""
+    inputs, width = prompts(lengths, VOCAB_SIZE)["input_ids"], max(lengths)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": together.shape[1] - width}
+    for row, length in enumerate(lengths):
+        prompt = inputs[row : row + 1, width - length :]
+        alone = decoder.generate(prompt, **options, seed=row, attention_mask=prompt >= 0)
+        assert torch.equal(together[row, width:], alone[0, length:])
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_alternating_calls_are_the_papers(size, models):
     """n / (n - (n - 1) a) times fewer than plain decoding, for proposals of one token.
@@ -282,14 +292,9 @@ def test_component_makes_one_call_a_token(models):
 def test_component_catches_up_on_any_number_of_tokens(models):
     """A member that is seldom drawn, in rows that are far apart: text is that of a row alone."""
     decoder = SpeculativeDecoder(models[:2], weights=[0.9, 0.1], schedule="component")
-    inputs = prompts((40, 1, 2, 38), VOCAB_SIZE)
-    settings = {"max_new_tokens": 40, "do_sample": True, "top_k": 0}
-    together = decoder.generate(**inputs, **settings, seed=0)
+    together = write(decoder, (40, 1, 2, 38), max_new_tokens=40)
     assert 0 < decoder.statistics.calls[1] < 40
-    for row, length in enumerate((40, 1, 2, 38)):
-        prompt = inputs["input_ids"][row : row + 1, 40 - length :]
-        alone = decoder.generate(prompt, **settings, seed=row, attention_mask=prompt >= 0)
-        assert torch.equal(together[row, 40:], alone[0, length:])
+    check_alone(decoder, (40, 1, 2, 38), together)
 
 
 def test_plain_calls_every_member_for_every_token(models):
@@ -353,12 +358,7 @@ def test_a_companions_rows_do_not_depend_on_each_other(cut, models):
     decoder = SpeculativeDecoder(models[:1], cut=cut, **settings)
     together = write(decoder, (3, 6, 1), max_new_tokens=30)
     assert 0 < sum(decoder.statistics.tested) < sum(decoder.statistics.drafted)
-    inputs = prompts((3, 6, 1), VOCAB_SIZE)["input_ids"]
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 30}
-    for row, length in enumerate((3, 6, 1)):
-        prompt = inputs[row : row + 1, 6 - length :]
-        alone = decoder.generate(prompt, **options, seed=row, attention_mask=prompt >= 0)
-        assert torch.equal(together[row, 6:], alone[0, length:])
+    check_alone(decoder, (3, 6, 1), together)
 
 
 @pytest.mark.parametrize("cut", ["law", "token"])
@@ -459,12 +459,7 @@ def test_looking_ahead_goes_by_what_was_kept(models, monkeypatch):
             assert sum(decoder.statistics.drafted) < sum(fixed.statistics.drafted)
     assert calls["itself"] < calls["another"]
     together = write(decoder, (3, 6, 1), max_new_tokens=30)
-    inputs = prompts((3, 6, 1), VOCAB_SIZE)["input_ids"]
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 30}
-    for row, length in enumerate((3, 6, 1)):
-        prompt = inputs[row : row + 1, 6 - length :]
-        alone = decoder.generate(prompt, **options, seed=row, attention_mask=prompt >= 0)
-        assert torch.equal(together[row, 6:], alone[0, length:])
+    check_alone(decoder, (3, 6, 1), together)
 
 
 def test_a_cut_does_not_know_the_token_it_takes_back():

@@ -10,7 +10,7 @@ entry in `SCHEDULES`.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -676,12 +676,10 @@ def made(name: str, asked: Asked) -> Schedule:
         ValueError: it does not take an argument that was given, or takes another value of it.
     """
     entry = SCHEDULES[name]
-    for argument in ("proposer", "order", "stop", "ahead", "token_cost", "cut"):
+    takes = entry.takes if entry.tokens is None else ("tokens", *entry.takes)
+    for argument in (one.name for one in fields(asked) if one.default is None):
         value = getattr(asked, argument)
-        if value is not None and argument not in entry.takes:
+        if value is not None and argument not in takes:
+            argument = "num_speculative_tokens" if argument == "tokens" else argument
             raise wrong(argument, f"None for schedule {name!r}", value)
-    if asked.tokens is None:
-        asked = replace(asked, tokens=entry.tokens)
-    elif entry.tokens is None:
-        raise wrong("num_speculative_tokens", f"None for schedule {name!r}", asked.tokens)
-    return entry.make(asked)
+    return entry.make(replace(asked, tokens=entry.tokens) if asked.tokens is None else asked)
