@@ -20,12 +20,13 @@ import harness
 import torch
 from torch import Tensor
 
-from specens import SpeculativeDecoder, family, terminal
-from specens.benchmark import Row, compare, sampling, workload
-from specens.members import member
+from specens import SpeculativeDecoder, family
+from specens.cli import terminal
+from specens.loop.statistics import Statistics
+from specens.members.member import member
+from specens.members.weight_head import last_hidden
 from specens.methods import METHODS, Method, build
-from specens.statistics import Statistics
-from specens.weights import last_hidden
+from specens.tuning.compare import Row, compare, sampling, workload
 from specens_kernels import Acceptance
 from specens_kernels.acceptance import Situation
 

@@ -23,10 +23,10 @@ from toys import toy
 from transformers import GenerationConfig, WatermarkingConfig
 from typer.testing import CliRunner, Result
 
-from specens import SpeculativeDecoder, Statistics, family, terminal
-from specens.benchmark import compare, sampling, total
-from specens.cli import app
+from specens import SpeculativeDecoder, Statistics, family
+from specens.cli import app, terminal
 from specens.schedules import SCHEDULES
+from specens.tuning.compare import compare, sampling, total
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("--max-new-tokens", "12", "--seed", "7")
@@ -363,7 +363,7 @@ def test_what_is_refused_is_one_line_and_what_is_unexpected_keeps_its_traceback(
     def fail(*_: object) -> None:
         raise kind(words)
 
-    monkeypatch.setattr("specens.terminal.read_prompts", fail)
+    monkeypatch.setattr("specens.cli.terminal.read_prompts", fail)
     words = "generate: mode: expected greedy_search,\ngot beam_search"
     line = complaint(run("generate", "x"))
     assert line == "specens: error: generate: mode: expected greedy_search, got beam_search"

@@ -35,8 +35,8 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from specens import SpeculativeDecoder, SpeculativeOutput, Statistics
-from specens import run as run_module
-from specens.run import Run
+from specens.loop import run as run_module
+from specens.loop.run import Run
 from specens.schedules import Alternating, LookAhead, Speculative
 from specens_kernels import Acceptance, Law, mix
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from zoo import CONFIGS, build
 
 from specens import SpeculativeDecoder, member, probe
-from specens import run as run_module
-from specens.drafts import Translated, layer_skip, quantised
-from specens.vocabulary import shared_tokens
+from specens.loop import run as run_module
+from specens.members.drafts import Translated, layer_skip, quantised
+from specens.members.vocabulary import shared_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

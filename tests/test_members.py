@@ -23,9 +23,9 @@ from transformers import (
 )
 from zoo import CONFIGS, MODES, VOCAB_SIZE, WINDOW, build
 
-from specens.abilities import Probe, probe
-from specens.cache import Masks
-from specens.members import CropMember, Member, ReplayMember, SlotMember, member
+from specens.members.cache import Masks
+from specens.members.member import CropMember, Member, ReplayMember, SlotMember, member
+from specens.members.probe import Probe, probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

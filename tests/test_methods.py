@@ -15,8 +15,8 @@ from torch import Tensor
 from toys import noisy, prompts, toy
 
 from specens import SpeculativeDecoder, family
+from specens.members.weight_head import WeightHead, last_hidden
 from specens.methods import METHODS, Method, build, method_named
-from specens.weights import WeightHead, last_hidden
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.generation import logits_process
 
 from specens import SpeculativeDecoder
-from specens.processors import STATEFUL, Warp, per_row, split
+from specens.loop.processors import STATEFUL, Warp, per_row, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

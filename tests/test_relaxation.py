@@ -9,7 +9,7 @@ import pytest
 import rules
 import torch
 
-from specens.relaxation import BY_TOKEN, check_lossy, relaxed, written
+from specens.tuning.relaxation import BY_TOKEN, check_lossy, relaxed, written
 from specens_kernels import ACCEPTANCE_RULES, Acceptance
 from specens_kernels.acceptance import Situation
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from toys import logits_after, noisy, prompts, sequence_law, toy
 
 from specens import SpeculativeDecoder
-from specens import run as run_module
 from specens import schedules as schedules_module
-from specens.rows import Occurrences, Row
-from specens.run import Run
+from specens.loop import run as run_module
+from specens.loop.rows import Occurrences, Row
+from specens.loop.run import Run
 from specens.schedules import (
     KEPT,
     SCHEDULES,

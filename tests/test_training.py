@@ -20,15 +20,14 @@ from torch import Tensor
 from toys import noisy, sequence_law, toy
 from typer.testing import CliRunner
 
-from specens import SpeculativeDecoder, family, terminal
-from specens.cli import app
-from specens.family.train import HELD_OUT_MODULES
+from specens import SpeculativeDecoder
+from specens.cli import app, terminal
+from specens.members.weight_head import WeightHead
 from specens.training import distil, examples, front, loop, rewards
 from specens.training.diversed import HeadSettings, Pair, advantages, head_loss, train_head
-from specens.training.examples import Example
+from specens.training.examples import HELD_OUT_MODULES, Example
 from specens.training.loop import Schedule
 from specens.training.rollouts import Rollout, ensemble_terms, roll_out
-from specens.weights import WeightHead
 
 ENSEMBLES = ("mixture", "product")
 ONE = Schedule(1, 0.1)
@@ -872,7 +871,7 @@ def test_train_diversed_writes_head_curves_and_result(
 @pytest.mark.slow
 def test_train_draft_writes_a_draft_that_loads(tmp_path: Path) -> None:
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    text = (family.path("draft").parent / "train.py").read_text()
+    text = Path(distil.__file__).read_text()
     data.write_text("\n".join(json.dumps({"prompt": text}) for _ in range(2)))
     result = run("draft", "--data", data, "--out", out, "--steps", "2", "--window-tokens", "32")
     assert result.exit_code == 0, result.output
@@ -895,7 +894,7 @@ def test_train_draft_online_with_models_of_other_widths(tmp_path: Path) -> None:
     for one in (wide, tokenizer):
         one.save_pretrained(tmp_path / "wide")
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    text = (family.path("draft").parent / "train.py").read_text()
+    text = Path(distil.__file__).read_text()
     data.write_text("\n".join(json.dumps({"prompt": text}) for _ in range(2)))
     result = run(
         "draft", "--draft", tmp_path / "wide", "--online", "--data", data, "--out", out,

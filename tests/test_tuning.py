@@ -23,10 +23,14 @@ import torch
 from toys import noisy, prompts, toy
 from typer.testing import CliRunner
 
-from specens import SpeculativeDecoder, family, measuring, terminal, tuning
-from specens.benchmark import sampling
-from specens.cli import app
-from specens.measuring import (
+from specens import SpeculativeDecoder, family
+from specens.cli import app, terminal
+from specens.members.member import Member
+from specens.schedules import SCHEDULES, EntropyStop, stop_features
+from specens.tuning import measure as measuring
+from specens.tuning import predict as tuning
+from specens.tuning.compare import sampling
+from specens.tuning.measure import (
     STOPS,
     _Agreement,
     _curve,
@@ -40,9 +44,7 @@ from specens.measuring import (
     fit_stop,
     tune,
 )
-from specens.members import Member
-from specens.schedules import SCHEDULES, EntropyStop, stop_features
-from specens.tuning import Candidate, Profile, Stopped, candidates, survival
+from specens.tuning.predict import Candidate, Profile, Stopped, candidates, survival
 from specens_kernels import Acceptance
 
 pytestmark = pytest.mark.usefixtures("one_thread")

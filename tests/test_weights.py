@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toys import toy
 
-from specens.weights import WeightHead, hidden_size, last_hidden
+from specens.members.weight_head import WeightHead, hidden_size, last_hidden
 
 DRAFT, TARGET = 3, 5
 

@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .abilities import Probe, probe
-    from .decoder import SpeculativeDecoder, SpeculativeOutput
-    from .members import Member, member
-    from .methods import METHODS, build
-    from .statistics import Statistics
-    from .weights import WeightHead
+    from specens.decoder import SpeculativeDecoder, SpeculativeOutput
+    from specens.loop.statistics import Statistics
+    from specens.members.member import Member, member
+    from specens.members.probe import Probe, probe
+    from specens.members.weight_head import WeightHead
+    from specens.methods import METHODS, build
 
 __all__ = [
     "METHODS",
@@ -31,15 +31,15 @@ __all__ = [
 
 _HOMES = {
     "METHODS": "methods",
-    "Member": "members",
-    "Probe": "abilities",
+    "Member": "members.member",
+    "Probe": "members.probe",
     "SpeculativeDecoder": "decoder",
     "SpeculativeOutput": "decoder",
-    "Statistics": "statistics",
-    "WeightHead": "weights",
+    "Statistics": "loop.statistics",
+    "WeightHead": "members.weight_head",
     "build": "methods",
-    "member": "members",
-    "probe": "abilities",
+    "member": "members.member",
+    "probe": "members.probe",
 }
 
 

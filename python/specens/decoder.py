@@ -2,9 +2,9 @@
 """`SpeculativeDecoder`: any number of Hugging Face causal LMs write one text, exactly.
 
 `model.generate(**inputs, custom_generate=decoder)` or `decoder.generate(**inputs)`: transformers
-keeps generation config, processors and stopping criteria; the decoder owns the loop (`run.py`). A
-streamer needs `decoder.generate`: transformers does not hand it on to `custom_generate`.
-What is checked about the user's arguments is checked here.
+keeps generation config, processors and stopping criteria; `loop/run.py` has the loop. A streamer
+needs `decoder.generate`: transformers does not hand it on to `custom_generate`. What is checked
+about the user's arguments is checked here.
 """
 
 import logging
@@ -21,14 +21,15 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specens_kernels import ENSEMBLES, Acceptance, Law, Status
-
-from .arguments import Asked, integers, unknown, wrong
-from .drafts import Translated
-from .members import ReplayMember, member, unwrapped
-from .processors import Stopper, Warp, per_row, split
-from .run import Run
-from .schedules import (
+from specens.arguments import Asked, integers, unknown, wrong
+from specens.loop.processors import Stopper, Warp, per_row, split
+from specens.loop.run import Run
+from specens.loop.statistics import Statistics
+from specens.members.drafts import Translated
+from specens.members.member import ReplayMember, member, unwrapped
+from specens.members.vocabulary import shared_vocabulary
+from specens.members.weight_head import WeightHead, hidden_size
+from specens.schedules import (
     SCHEDULES,
     Companion,
     Component,
@@ -37,9 +38,7 @@ from .schedules import (
     Lookup,
     made,
 )
-from .statistics import Statistics
-from .vocabulary import shared_vocabulary
-from .weights import WeightHead, hidden_size
+from specens_kernels import ENSEMBLES, Acceptance, Law, Status
 
 _logger = logging.getLogger("specens")
 # What transformers adds, and the loop checks or does not need.

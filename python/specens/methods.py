@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from specens import family
+from specens.decoder import SpeculativeDecoder
+from specens.members.drafts import layer_skip, quantised
+from specens.members.weight_head import WeightHead
+from specens.schedules import ConfidenceStop, EntropyStop
 from specens_kernels import Acceptance
-
-from . import family
-from .decoder import SpeculativeDecoder
-from .drafts import layer_skip, quantised
-from .schedules import ConfidenceStop, EntropyStop
-from .weights import WeightHead
 
 
 @dataclass(frozen=True)

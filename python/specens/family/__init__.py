@@ -2,9 +2,9 @@
 """The small model family that ships with the package: two members, a draft, one tokenizer.
 
 `code` reads mostly Python, `prose` mostly English, and `draft` is distilled from their even
-mixture; `train.py` is the recipe. They write plausible fragments, not sense: they are here so that
-everything can be tried and tested offline. To add a model, train it into a folder of this package
-and add its name to `FAMILY`.
+mixture; the recipe is `recipes/train_family.py` of the repository. They write plausible fragments,
+not sense: they are here so that everything can be tried and tested offline. To add a model, train
+it into a folder of this package and add its name to `FAMILY`.
 """
 
 from importlib.resources import files

@@ -3,5 +3,5 @@
 
 `examples.py` holds the data, `rewards.py` what a text is worth, `rollouts.py` how the ensemble
 writes and what a head's gradient needs, `front.py` the comparison with static weights, `loop.py`
-the optimiser's steps and their checkpoints, `commands.py` the command line `specens train`.
+the optimiser's steps and their checkpoints, `cli/train.py` has the command line `specens train`.
 """

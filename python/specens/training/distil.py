@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specens.benchmark import sampling
 from specens.decoder import SpeculativeDecoder
+from specens.training.examples import in_turn, row_seeds
+from specens.training.loop import Schedule, optimise
+from specens.tuning.compare import sampling
 from specens_kernels import DIVERGENCES, Law, Stream, divergence, mix, sample, uniforms, verify
-
-from .examples import in_turn, row_seeds
-from .loop import Schedule, optimise
 
 CURVES = ("loss", "acceptance")
 

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specens.weights import WeightHead, hidden_size
-
-from .examples import Example, in_turn, row_seeds
-from .loop import Schedule, optimise
-from .rewards import Reward
-from .rollouts import Rollout, roll_out
+from specens.members.weight_head import WeightHead, hidden_size
+from specens.training.examples import Example, in_turn, row_seeds
+from specens.training.loop import Schedule, optimise
+from specens.training.rewards import Reward
+from specens.training.rollouts import Rollout, roll_out
 
 BASELINES = ("ema", "group")
 _MOMENTUM = 0.9

@@ -9,6 +9,7 @@ To add a field of the JSON lines, add it to `Example` and `read_examples`.
 
 import json
 import random
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Source and documentation pages of these modules are never trained on.
+HELD_OUT_MODULES = re.compile(
+    "bisect|calendar|contextlib|csv|difflib|fractions|functools|heapq|queue|random|sched|shlex"
+    "|shutil|statistics|textwrap"
+)
+# Tests repeat themselves, and tables of characters teach nothing.
+SKIPPED = {"encodings", "idle_test", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
 # Held-out modules whose prompts heads are trained on.
 HEAD_MODULES = (
     "bisect",
@@ -129,10 +137,18 @@ def _windows(text: str, first: int, second: int) -> Iterator[tuple[str, str]]:
             parts = ["", ""]
 
 
+def read_code() -> Iterator[tuple[str, str]]:
+    """Name and text of the standard library's modules."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).parts
+        if SKIPPED.isdisjoint(parts):
+            # Only a module of the top level is held out by name: `random.py`, not `x/random.py`.
+            yield "/".join(parts).removesuffix(".py"), path.read_text(errors="replace")
+
+
 def held_out_texts() -> list[str]:
     """The modules of the standard library that the shipped family has not read."""
-    from specens.family.train import HELD_OUT_MODULES
-
     library = Path(sysconfig.get_path("stdlib"))
     names = HELD_OUT_MODULES.pattern.split("|")
     return [(library / f"{name}.py").read_text(encoding="utf-8") for name in names]
@@ -140,8 +156,6 @@ def held_out_texts() -> list[str]:
 
 def read_texts(seed: int, characters: int) -> list[str]:
     """Modules that the shipped family has read, shuffled, until there are so many characters."""
-    from specens.family.train import HELD_OUT_MODULES, read_code
-
     texts = [text for name, text in read_code() if text and not HELD_OUT_MODULES.fullmatch(name)]
     random.Random(seed).shuffle(texts)
     found: list[str] = []

@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specens.weights import WeightHead, hidden_size
-
-from .diversed import HeadSettings, Pair
-from .examples import Example, row_seeds
-from .rewards import Reward
-from .rollouts import ensemble_terms, read_text, roll_out
+from specens.members.weight_head import WeightHead, hidden_size
+from specens.training.diversed import HeadSettings, Pair
+from specens.training.examples import Example, row_seeds
+from specens.training.rewards import Reward
+from specens.training.rollouts import ensemble_terms, read_text, roll_out
 
 STATIC_WEIGHTS = tuple(n / 10 for n in range(11))
 # Each kind of quality, and the acceptance on the same text.

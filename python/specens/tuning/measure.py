@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `tuning.py` predicts from: forward times and acceptance, measured on the user's models.
+"""What `predict.py` predicts from: forward times and acceptance, measured on the user's models.
 
 The models write a text as the decoder would, with each as the proposer in turn and blocks of every
 size, so that all times are taken in the loop and take turns. Where a text ends they write on: how
@@ -17,14 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from specens_kernels import Acceptance, Law, mix
-
-from .benchmark import Row, compare, sampling, workload
-from .decoder import SpeculativeDecoder
-from .relaxation import check_lossy, relaxed, written
-from .rows import Occurrences
-from .run import Run
-from .schedules import (
+from specens.decoder import SpeculativeDecoder
+from specens.loop.rows import Occurrences
+from specens.loop.run import Run
+from specens.schedules import (
     ConfidenceStop,
     DraftStop,
     EntropyStop,
@@ -34,7 +30,8 @@ from .schedules import (
     Verification,
     stop_features,
 )
-from .tuning import (
+from specens.tuning.compare import Row, compare, sampling, workload
+from specens.tuning.predict import (
     Candidate,
     Found,
     Kept,
@@ -46,6 +43,8 @@ from .tuning import (
     least_chance,
     plain,
 )
+from specens.tuning.relaxation import check_lossy, relaxed, written
+from specens_kernels import Acceptance, Law, mix
 
 # Stops by the names that a candidate has for them; the learned one is fitted here.
 STOPS: dict[str, Callable[..., DraftStop]] = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rows import Row
+from specens.loop.rows import Row
 
 
 @dataclass(slots=True)

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import family
-from .training import commands as training
+from specens import family
+from specens.cli import train as training
 
 # The class is public in click, but typer has a copy of click that does not export it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -231,7 +231,7 @@ def generate(
     Nothing but the options here shapes the text. Of the models' own generation configs only the
     first one's end-of-sequence tokens count.
     """
-    from . import terminal
+    from specens.cli import terminal
 
     prompts = terminal.read_prompts("generate", prompt, file, lines)
     gammas = None if gamma is None else _integers("generate: --gamma", gamma)
@@ -240,10 +240,9 @@ def generate(
         raise ValueError("generate: --stop: expected text, got an empty string")
     rotation = None if order is None else _integers("generate: --order", order)
 
+    from specens.methods import method_named
+    from specens.tuning.compare import sampling, total
     from specens_kernels import Acceptance, Law
-
-    from .benchmark import sampling, total
-    from .methods import method_named
 
     rules = [Acceptance.parse(one) for one in acceptance or []]
     options: dict[str, Any] = {
@@ -344,10 +343,9 @@ def _read_config(
     law: dict[str, Any],
 ) -> dict[str, Any]:
     """What `tune` has written: models, threads, law, the best candidate, and the drafts of that."""
+    from specens.tuning.measure import stop_of
+    from specens.tuning.predict import Candidate
     from specens_kernels import Acceptance
-
-    from .measuring import stop_of
-    from .tuning import Candidate
 
     default = {"ensemble": "mixture", "scope": "member", "plausibility": 0.0}
     given = {"auto": auto, "model": models, "draft": drafts} | law
@@ -386,8 +384,8 @@ def _tune_shortly(
     options: dict[str, Any],
 ) -> Any:
     """The candidate that a short tuning on the first prompts finds; a line says what it took."""
-    from . import terminal
-    from .measuring import tune
+    from specens.cli import terminal
+    from specens.tuning.measure import tune
 
     law: dict[str, Any] = {
         name: arguments.get(name, 0.0) for name in ("temperature", "top_k", "top_p", "min_p")
@@ -428,9 +426,9 @@ def _decoder(
     options: dict[str, Any],
 ) -> Any:
     """As the method says, or the best candidate of a tuning, or else the options alone."""
-    from .decoder import SpeculativeDecoder
-    from .measuring import decoder_of
-    from .methods import build
+    from specens.decoder import SpeculativeDecoder
+    from specens.methods import build
+    from specens.tuning.measure import decoder_of
 
     if method is not None:
         return build(method, models, drafts, tokenizers, **options)
@@ -443,7 +441,7 @@ def _continue(
     decoder: Any, tokenizer: Any, prompt: str, ids: Any, options: dict[str, Any], as_json: bool
 ) -> Any:
     """Write one prompt's continuation as it comes, or its JSON at the end; its statistics."""
-    from . import terminal
+    from specens.cli import terminal
 
     stream = terminal.TextStream(tokenizer, None if as_json else terminal.write_text)
     mask = ids.new_ones(ids.shape)
@@ -477,9 +475,9 @@ def demo(
     from rich.console import Console
     from rich.text import Text
 
-    from . import terminal
-    from .benchmark import compare, sampling, total, workload
-    from .decoder import SpeculativeDecoder
+    from specens.cli import terminal
+    from specens.decoder import SpeculativeDecoder
+    from specens.tuning.compare import compare, sampling, total, workload
 
     models, tokenizers = _load("demo", None, None, "auto", device, False, threads)
     tokenizer = tokenizers[0]
@@ -585,7 +583,7 @@ def tune(
     """
     from rich.console import Console
 
-    from . import terminal
+    from specens.cli import terminal
 
     prompts: Sequence[str] = family.PROMPTS
     if prompt is not None or file is not None:
@@ -594,11 +592,10 @@ def tune(
 
     import torch
 
+    from specens.tuning import measure as measuring
+    from specens.tuning.compare import sampling
+    from specens.tuning.relaxation import check_lossy
     from specens_kernels import Acceptance
-
-    from . import measuring
-    from .benchmark import sampling
-    from .relaxation import check_lossy
 
     rules = [check_lossy(Acceptance.parse(one)) for one in acceptance or []]
     if output is not None:
@@ -670,8 +667,8 @@ def methods(as_json: _Json = False) -> None:
     """List the methods of `generate --method`: their law, what they need, when to use them."""
     from rich.console import Console
 
-    from . import terminal
-    from .methods import METHODS
+    from specens.cli import terminal
+    from specens.methods import METHODS
 
     if as_json:
         keys = ("name", "law", "lossless", "needs", "use", "source")
@@ -691,13 +688,13 @@ def probe(
     """Run a model in a few tiny forwards and say how it can be decoded exactly."""
     from rich.console import Console
 
-    from . import terminal
+    from specens.cli import terminal
 
     loaded, _ = terminal.load(
         "probe", [model], dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
 
-    from .abilities import probe as examine
+    from specens.members.probe import probe as examine
 
     found = examine(loaded[0])
     if as_json:
@@ -733,7 +730,7 @@ def bench(
     """Compare the schedules on the same prompts and seeds, taking turns; the prefill apart."""
     from rich.console import Console
 
-    from . import terminal
+    from specens.cli import terminal
 
     prompts: Sequence[str] = family.PROMPTS
     if prompt is not None or file is not None:
@@ -741,7 +738,7 @@ def bench(
     gammas = _integers("bench: --gamma", gamma)
     shares = None if weights is None else _numbers("bench: --weights", weights)
 
-    from .benchmark import compare, contestants, sampling, workload
+    from specens.tuning.compare import compare, contestants, sampling, workload
 
     drafts = None if draft is None else [draft]
     loaded, tokenizers = _load("bench", models, drafts, dtype, device, trust_remote_code, threads)
@@ -781,7 +778,7 @@ def _load(
     threads: int | None,
 ) -> tuple[list[Any], list[Any]]:
     """The ensemble's models, then the drafts, and the tokenizers of all."""
-    from . import terminal
+    from specens.cli import terminal
 
     names = list(models or [terminal.FAMILY_PREFIX + name for name in family.FAMILY])
     names += drafts or []

@@ -4,7 +4,7 @@
 A member is asked five things: start, forward, roll back, select, release. Three classes answer
 alike and differ in what they ask of the model; `member` picks the fastest that `probe` found exact.
 Lengths live on the host and nothing here waits for the device. A new way to keep state is one more
-subclass of `Member`, one more entry in `abilities.py`.
+subclass of `Member`, one more entry in `probe.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specens.cache import (
+from specens.members.cache import (
     Masks,
     Signature,
     SlotCache,
@@ -27,7 +27,7 @@ from specens.cache import (
     native_cache,
     to_device,
 )
-from specens.weights import last_hidden
+from specens.members.weight_head import last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -559,7 +559,7 @@ def member(model: PreTrainedModel, *, mode: str = "auto") -> Member:
         ValueError: not a causal LM, an unknown mode, or one that is not exact for this model.
     """
     # `probe` runs members to test them, so it imports this module.
-    from specens.abilities import probe
+    from specens.members.probe import probe
 
     if mode not in MODES:
         raise ValueError(f"member: mode: unknown {mode!r}; known modes: {', '.join(MODES)}")

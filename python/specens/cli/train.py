@@ -130,13 +130,12 @@ def diversed(
     matplotlib) and evaluation.json: acceptance and quality on held-out examples, of the head and of
     constant weights, and how far the head is above their front. Both models stay as they are.
     """
-    from specens import terminal
-
-    from . import diversed as training
-    from .examples import EVALUATION_MODULES, HEAD_MODULES, library_examples
-    from .front import STATIC_WEIGHTS, compare_with_static
-    from .loop import Schedule, draw_curves
-    from .rewards import reward_for
+    from specens.cli import terminal
+    from specens.training import diversed as training
+    from specens.training.examples import EVALUATION_MODULES, HEAD_MODULES, library_examples
+    from specens.training.front import STATIC_WEIGHTS, compare_with_static
+    from specens.training.loop import Schedule, draw_curves
+    from specens.training.rewards import reward_for
 
     _check_evaluation(data, evaluation)
     settings = training.HeadSettings(
@@ -253,12 +252,11 @@ def draft(
     matplotlib) and evaluation.json: what verification keeps of the draft's tokens on held-out text,
     the mean of sum_x min(target, draft), before and after.
     """
-    from specens import terminal
-    from specens.vocabulary import shared_vocabulary
-
-    from . import distil
-    from .examples import held_out_texts, read_texts, token_windows
-    from .loop import Schedule, draw_curves
+    from specens.cli import terminal
+    from specens.members.vocabulary import shared_vocabulary
+    from specens.training import distil
+    from specens.training.examples import held_out_texts, read_texts, token_windows
+    from specens.training.loop import Schedule, draw_curves
 
     _check_evaluation(data, evaluation)
     targets = target or ["family:code"]
@@ -364,7 +362,7 @@ def _check_evaluation(data: Path | None, evaluation: Path | None) -> None:
 
 
 def _read(command: str, data: Path, evaluation: Path | None) -> tuple[list[Any], list[Any]]:
-    from .examples import read_examples, split
+    from specens.training.examples import read_examples, split
 
     examples = read_examples(command, data)
     if evaluation is None:
@@ -376,7 +374,7 @@ def _frozen(
     names: list[str], dtype: str, device: str, trust_remote_code: bool
 ) -> tuple[list[Any], list[Any]]:
     """Models without gradients, and their tokenizers."""
-    from specens import terminal
+    from specens.cli import terminal
 
     models, tokenizers = terminal.load(
         "train", names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -387,9 +385,8 @@ def _frozen(
 
 
 def _pair(models: list[Any], tokenizers: list[Any], names: list[str]) -> Any:
-    from specens.vocabulary import shared_vocabulary
-
-    from .diversed import Pair
+    from specens.members.vocabulary import shared_vocabulary
+    from specens.training.diversed import Pair
 
     stops = models[1].generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
@@ -411,7 +408,7 @@ def _folder(out: Path) -> Path:
 @contextmanager
 def _progress(label: str, steps: int) -> Iterator[Callable[[int], None]]:
     """A bar on standard error; what is yielded takes the number of steps done."""
-    from specens import terminal
+    from specens.cli import terminal
 
     done = 0
     with terminal.progress(label, steps) as step:
@@ -458,7 +455,7 @@ def _mean_of_last(rows: list[dict[str, float]]) -> dict[str, float]:
 def _write(file: Path, result: dict[str, Any]) -> None:
     import json
 
-    from specens.benchmark import finite
+    from specens.tuning.compare import finite
 
     file.write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
 

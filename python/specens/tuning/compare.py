@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoder import SpeculativeDecoder
-from .statistics import Statistics
+from specens.decoder import SpeculativeDecoder
+from specens.loop.statistics import Statistics
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,13 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from specens.loop.laws import Laws
+from specens.loop.processors import Stopper
+from specens.loop.rows import Row
+from specens.loop.statistics import Statistics
+from specens.members.member import Member
+from specens.members.weight_head import WeightHead
+from specens.schedules import BINS, DraftStop, Schedule, Verification
 from specens_kernels import (
     PADDING,
     POINT_MASS,
@@ -37,14 +44,6 @@ from specens_kernels import (
     verify,
 )
 from specens_kernels.acceptance import remember
-
-from .laws import Laws
-from .members import Member
-from .processors import Stopper
-from .rows import Row
-from .schedules import BINS, DraftStop, Schedule, Verification
-from .statistics import Statistics
-from .weights import WeightHead
 
 # Where numbers may not be used again, how often a row was judged is in these bits of a position.
 _JUDGED = 32

@@ -7,7 +7,7 @@ What a schedule or a rule has to remember of a row is a field of its own here.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .schedules import Survival
+from specens.schedules import Survival
 
 
 class Occurrences:

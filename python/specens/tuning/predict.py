@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which schedule is the fastest: time per token predicted from forward times and acceptance.
 
-Pure functions of a `Profile`, which `measuring.py` measures: nothing here runs a model. They hold
+Pure functions of a `Profile`, which `measure.py` measures: nothing here runs a model. They hold
 for one sequence and a text that does not end, and take it that whether a draft is
 kept, and whether its proposer stops, depends on nothing but its place in its block. To add a
 schedule, add a function of its time per token and its row to `candidates`.

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from .arguments import Asked, integers, is_integer, unknown, wrong
-from .tuning import best_ahead
+from specens.arguments import Asked, integers, is_integer, unknown, wrong
+from specens.tuning.predict import best_ahead
 
 if TYPE_CHECKING:
-    from .rows import Row
-    from .run import Run
+    from specens.loop.rows import Row
+    from specens.loop.run import Run
 
 
 @dataclass(frozen=True)

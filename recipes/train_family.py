@@ -8,11 +8,11 @@ The corpus is text with a clear licence only: the Python standard library of the
 runs this script, and the Debian packages python3.11-doc, bible-kjv, bible-kjv-text, jargon-text
 and r-cran-janeaustenr. Unpack them anywhere (`dpkg-deb -x PACKAGE.deb DIR`), then:
 
-    python train.py prepare --corpus DIR --work WORK
-    python train.py code --work WORK --out OUT &
-    python train.py prose --work WORK --out OUT & wait
-    python train.py draft --work WORK --out OUT
-    python train.py measure --work WORK --out OUT
+    python train_family.py prepare --corpus DIR --work WORK
+    python train_family.py code --work WORK --out OUT &
+    python train_family.py prose --work WORK --out OUT & wait
+    python train_family.py draft --work WORK --out OUT
+    python train_family.py measure --work WORK --out OUT
 
 `prepare` writes tokens and tokenizer to WORK; each member becomes a folder OUT/MEMBER;
 `measure` writes WORK/measures.md.
@@ -31,7 +31,6 @@ import resource
 import shutil
 import struct
 import subprocess
-import sysconfig
 import time
 import zlib
 from collections import defaultdict
@@ -48,6 +47,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specens.training.examples import HELD_OUT_MODULES, read_code
+
 log = logging.getLogger("family")
 
 DOMAINS = ("code", "docs", "prose")
@@ -63,14 +64,6 @@ TOKENIZER_CONFIG = {
 }
 WINDOW_TOKENS, WINDOWS_PER_STEP = 384, 6
 MUON_RATE, ADAMW_RATE, WARMUP_STEPS = 0.02, 3e-3, 30
-
-# Source and documentation pages of these modules are never trained on.
-HELD_OUT_MODULES = re.compile(
-    "bisect|calendar|contextlib|csv|difflib|fractions|functools|heapq|queue|random|sched|shlex"
-    "|shutil|statistics|textwrap"
-)
-# Tests repeat themselves, and tables of characters teach nothing.
-SKIPPED = {"encodings", "idle_test", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
 
 
 @dataclass(frozen=True)
@@ -94,16 +87,6 @@ MEMBERS = {
 }
 # Who drafts for whom in `measure`; the mixture is half `code`, half `prose`.
 PAIRS = [(draft, "mixture") for draft in MEMBERS] + [("draft", "code"), ("code", "prose")]
-
-
-def read_code() -> Iterator[tuple[str, str]]:
-    """Name and text of the standard library's modules."""
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if SKIPPED.isdisjoint(parts):
-            # Only a module of the top level is held out by name: `random.py`, not `x/random.py`.
-            yield "/".join(parts).removesuffix(".py"), path.read_text(errors="replace")
 
 
 def read_docs(corpus: Path) -> Iterator[tuple[str, str]]:

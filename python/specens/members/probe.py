@@ -20,8 +20,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from specens.cache import Masks, Signature, layer_kinds
-from specens.members import (
+from specens.members.cache import Masks, Signature, layer_kinds
+from specens.members.member import (
     CropMember,
     Member,
     ReplayMember,
@@ -61,7 +61,7 @@ class Probe:
 
     Attributes:
         model: its name.
-        mode: "slot", "crop" or "replay", see `members.py`.
+        mode: "slot", "crop" or "replay", see `member.py`.
         tree: a tree of tokens can be scored in one forward.
         per_type: masks are a dict by layer type (slot).
         continuation: "chunk", "token" or "none": what its cache can be continued with (replay).

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import family
+from specens import family
 
 if TYPE_CHECKING:
-    from .abilities import Probe
-    from .benchmark import Row
-    from .measuring import Tuning
-    from .methods import Method
-    from .statistics import Statistics
+    from specens.loop.statistics import Statistics
+    from specens.members.probe import Probe
+    from specens.methods import Method
+    from specens.tuning.compare import Row
+    from specens.tuning.measure import Tuning
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FAMILY_PREFIX = "family:"
@@ -334,7 +334,7 @@ def write_file(command: str, path: Path, value: Any) -> None:
 
 
 def _json(value: Any) -> str:
-    from .benchmark import finite
+    from specens.tuning.compare import finite
 
     return json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n"
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specens.members import Member, check_causal_lm, model_name, text_config, unwrapped
-from specens.vocabulary import shared_tokens
+from specens.members.member import Member, check_causal_lm, model_name, text_config, unwrapped
+from specens.members.vocabulary import shared_tokens
 
 # Draft tokens a translated text may have per token of its own, on average from its beginning.
 STRETCH = 2
