@@ -3,45 +3,68 @@
 
 Needs torch only. `Law` says how logits become one distribution; `uniforms`, `mix`, `sample` and
 `verify` are the ops; `backend` chooses their implementation.
+
+Names are imported when they are first used: torch takes seconds, and a refusal or a rule's name
+needs none. To add a public name, add it to `_HOMES`, and for type checkers above it.
 """
 
-from .acceptance import ACCEPTANCE_RULES, Acceptance, AcceptanceRule
-from .divergences import DIVERGENCES, divergence
-from .ensembles import ENSEMBLES, Ensemble
-from .law import Law
-from .ops import (
-    POINT_MASS,
-    Sample,
-    Status,
-    Stream,
-    Verdict,
-    backend,
-    mix,
-    sample,
-    uniforms,
-    verify,
-)
-from .reference import PADDING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .acceptance import ACCEPTANCE_RULES as ACCEPTANCE_RULES
+    from .acceptance import Acceptance as Acceptance
+    from .acceptance import AcceptanceRule as AcceptanceRule
+    from .divergences import DIVERGENCES as DIVERGENCES
+    from .divergences import divergence as divergence
+    from .ensembles import ENSEMBLES as ENSEMBLES
+    from .ensembles import Ensemble as Ensemble
+    from .law import Law as Law
+    from .ops import POINT_MASS as POINT_MASS
+    from .ops import Sample as Sample
+    from .ops import Status as Status
+    from .ops import Stream as Stream
+    from .ops import Verdict as Verdict
+    from .ops import backend as backend
+    from .ops import mix as mix
+    from .ops import sample as sample
+    from .ops import uniforms as uniforms
+    from .ops import verify as verify
+    from .reference import PADDING as PADDING
+    from .refusal import Refusal as Refusal
 
 __version__ = "0.1.0"
-__all__ = [
-    "ACCEPTANCE_RULES",
-    "DIVERGENCES",
-    "ENSEMBLES",
-    "PADDING",
-    "POINT_MASS",
-    "Acceptance",
-    "AcceptanceRule",
-    "Ensemble",
-    "Law",
-    "Sample",
-    "Status",
-    "Stream",
-    "Verdict",
-    "backend",
-    "divergence",
-    "mix",
-    "sample",
-    "uniforms",
-    "verify",
-]
+_HOMES = {
+    "acceptance": ("ACCEPTANCE_RULES", "Acceptance", "AcceptanceRule"),
+    "divergences": ("DIVERGENCES", "divergence"),
+    "ensembles": ("ENSEMBLES", "Ensemble"),
+    "law": ("Law",),
+    "ops": (
+        "POINT_MASS",
+        "Sample",
+        "Status",
+        "Stream",
+        "Verdict",
+        "backend",
+        "mix",
+        "sample",
+        "uniforms",
+        "verify",
+    ),
+    "reference": ("PADDING",),
+    "refusal": ("Refusal",),
+}
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f".{home}", __name__), name)
+            globals()[name] = value  # the next one who asks finds it
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

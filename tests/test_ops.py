@@ -500,7 +500,7 @@ LEAN = """
 import sys
 for name in {blocked!r}:
     sys.modules[name] = None
-import specens_kernels, torch
+import specens_kernels.ops, torch
 assert not any(sys.modules.get(name) for name in ("transformers", "triton", "numpy.testing"))
 assert not torch.cuda.is_initialized()
 logits = torch.zeros(1, 2, 8)
@@ -530,7 +530,7 @@ def test_it_imports_without_native_kernels_and_says_so_in_one_line() -> None:
 
 @pytest.mark.slow
 def test_an_unknown_backend_in_the_environment_stops_the_import() -> None:
-    done = run_python("import specens_kernels", SPECENS_BACKEND="metal")
+    done = run_python("import specens_kernels.ops", SPECENS_BACKEND="metal")
     assert done.returncode != 0
     expected = "SPECENS_BACKEND: expected one of auto, native, triton, cuda, reference, got 'metal'"
     assert f"ValueError: {expected}" in done.stderr

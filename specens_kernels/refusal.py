@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the library raises for arguments that it does not take: facts first, then a sentence.
+
+The sentence has one form, `op: argument: expected …, got …`, and is made here only. Whoever words
+it otherwise (the command line, which calls an argument by its option) asks for the facts. Needs no
+torch, so that a wrong word on a command line is answered at once.
+"""
+
+from collections.abc import Iterable
+
+
+class Refusal(ValueError):
+    """An argument that an op does not take: `op: argument: expected …, got …`.
+
+    op: the public function, class or command that was asked.
+    argument: its argument's name.
+    expected: what the argument may be.
+    got: what it was.
+    """
+
+    def __init__(self, op: str, argument: str, expected: str, got: object) -> None:
+        # All four are `args`, so that a refusal can be pickled.
+        super().__init__(op, argument, expected, str(got))
+        self.op = op
+        self.argument = argument
+        self.expected = expected
+        self.got = str(got)
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.argument}: expected {self.expected}, got {self.got}"
+
+    @classmethod
+    def unknown(cls, op: str, argument: str, name: object, known: Iterable[str]) -> "Refusal":
+        """Of a name that a table does not have."""
+        return cls(op, argument, f"one of {', '.join(known)}", repr(name))
