@@ -23,9 +23,11 @@ from transformers import (
 )
 from zoo import CONFIGS, MODES, VOCAB_SIZE, WINDOW, build
 
+from specens.members.by_row import CropMember, ReplayMember
 from specens.members.cache import Masks
-from specens.members.member import CropMember, Member, ReplayMember, SlotMember, member
-from specens.members.probe import Probe, probe
+from specens.members.member import Member
+from specens.members.probe import Probe, member, probe
+from specens.members.slot import SlotMember
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -492,7 +494,9 @@ def test_mode_that_is_not_exact_is_refused():
         member(build("mamba2"), mode="crop")
     with pytest.raises(ValueError, match=r"got 'slot' \(slot: its forward takes no position_ids\)"):
         member(build("bloom"), mode="slot")
-    with pytest.raises(ValueError, match="unknown 'slots'; known modes: auto, slot, crop, replay"):
+    with pytest.raises(
+        ValueError, match="member: mode: expected one of auto, slot, crop, replay, got 'slots'"
+    ):
         member(build("llama"), mode="slots")
 
 

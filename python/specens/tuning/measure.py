@@ -358,7 +358,7 @@ class _Sweep:
     rest: drafts -> seconds of a turn without forwards and draws.
     """
 
-    lookahead: int = max(SIZES)
+    most_pending: int = max(SIZES)
     ends: frozenset[int] = frozenset()
     forwards: dict[int, dict[int, list[float]]] = field(default_factory=dict)
     draws: list[float] = field(default_factory=list)
@@ -427,8 +427,8 @@ class _Endless:
     ends: frozenset[int] = frozenset()
 
     @property
-    def lookahead(self) -> int:
-        return self.schedule.lookahead
+    def most_pending(self) -> int:
+        return self.schedule.most_pending
 
     def turn(self, run: Run) -> list[Verification]:
         self.ends |= run.stopper.eos
