@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, empty, float32, get_num_threads, int32, int64
 
 from .law import LawTensors
+from .refusal import Unsupported
 
 # torch has loaded the OpenMP runtime that `_C` needs, so `_C` comes after it.
 try:
@@ -35,10 +36,6 @@ else:
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_VALUES = (0, 0, 0, 0)
 _MAX_PARAMETERS = 4  # rules.h
-
-
-class Unsupported(NotImplementedError):
-    """Valid arguments that no native kernel takes; the message is the reason."""
 
 
 def acceptance_rules() -> list[str]:
@@ -132,7 +129,7 @@ def verify(
 
 
 def _elsewhere(tensor: Tensor) -> Unsupported:
-    return Unsupported(f"tensors on {tensor.device} have no native kernel")
+    return Unsupported("native", "tensors", "tensors on cpu", f"one on {tensor.device}")
 
 
 # --- flat arguments, which csrc/arguments.h reads, and the results they point to ---
@@ -202,9 +199,9 @@ def flatten_verify(
     draft_temperature: float32. memory: float64. They outlive the call.
     """
     if parents is not None:
-        raise Unsupported("trees have no native kernel")
+        raise Unsupported("native", "parents", "None", "a tree")
     if acceptance not in _RULES:
-        raise Unsupported(f"rule {acceptance!r} has no native kernel")
+        raise Unsupported.unknown("native", "acceptance", acceptance, _RULES)
     flat = _members(logits) + _law(law)
     draft = _NO_VALUES if draft_logits is None else _logits(draft_logits)
     if draft_temperature is None:
@@ -237,16 +234,16 @@ def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
     """Address, dtype and strides over batch and row of (B, T, V)."""
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise Unsupported(f"logits of {tensor.dtype} have no native kernel")
+        raise Unsupported("native", "logits", "bfloat16, float16 or float32", tensor.dtype)
     if tensor._is_zerotensor():
-        raise Unsupported("logits without memory have no native kernel")
+        raise Unsupported("native", "logits", "tensors with memory", "a zero tensor")
     batch_stride, row_stride, _ = tensor.stride()
     return tensor.data_ptr(), dtype, batch_stride, row_stride
 
 
 def _members(logits: Sequence[Tensor]) -> list[Any]:
     if len(logits) > _MAX_MEMBERS:
-        raise Unsupported(f"{len(logits)} members; native kernels take {_MAX_MEMBERS}")
+        raise Unsupported("native", "logits", f"at most {_MAX_MEMBERS} members", len(logits))
     flat: list[Any] = [len(logits)]
     for tensor in logits:
         flat += _logits(tensor)
@@ -257,7 +254,7 @@ def _law(law: LawTensors) -> list[Any]:
     if law.flat:
         return law.flat
     if law.ensemble not in _ENSEMBLES:
-        raise Unsupported(f"ensemble {law.ensemble!r} has no native kernel; add it to csrc/rules.h")
+        raise Unsupported.unknown("native", "ensemble", law.ensemble, _ENSEMBLES)
     flat: list[Any] = [*_weights(law.weights), *_per_row(law.temperature)]
     for value in (law.top_k, law.top_p, law.min_p):
         flat += _NO_VALUES if value is None else _per_row(value)
@@ -270,7 +267,7 @@ def _law(law: LawTensors) -> list[Any]:
 def _weights(weights: Tensor) -> tuple[int, int, int, int]:
     """Address and strides over batch, row and member of (M,), (B, M) or (B, T, M)."""
     if weights.dtype != float32:
-        raise Unsupported(f"weights of {weights.dtype} have no native kernel")
+        raise Unsupported("native", "weights", "float32", weights.dtype)
     strides = weights.stride()
     if len(strides) == 1:
         return weights.data_ptr(), 0, 0, strides[0]

@@ -23,8 +23,8 @@ from torch import Tensor
 from . import cuda, native, reference, triton
 from .acceptance import Acceptance
 from .law import Law, LawTensors, nobody_listens
-from .native import Unsupported
 from .reference import PADDING
+from .refusal import Unsupported
 
 POINT_MASS = PADDING
 # For each type of device, the backends that "auto" tries, the best first.
@@ -371,7 +371,9 @@ def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) ->
 
 def _available(name: str) -> ModuleType:
     if not _MODULES[name].AVAILABLE:
-        raise Unsupported(f"backend: {name}: {_MODULES[name].REASON}")
+        raise Unsupported(
+            "backend", "name", "a backend that runs here", f"{name!r}: {_MODULES[name].REASON}"
+        )
     return _MODULES[name]
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from specens_kernels.acceptance import AcceptanceRule
 from specens_kernels.law import LawTensors
-from specens_kernels.native import Unsupported
 from specens_kernels.reference import SUB_TILE, TILE
+from specens_kernels.refusal import Unsupported
 
 from . import rules
 
@@ -133,7 +133,7 @@ class Workspace(NamedTuple):
 def check_device(device: torch.device) -> None:
     """Refuse tensors that no kernel can reach."""
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise Unsupported("CPU tensors have no Triton kernel, but with TRITON_INTERPRET=1")
+        raise Unsupported("triton", "tensors", "tensors on a GPU, or TRITON_INTERPRET=1", device)
 
 
 def law_arguments(
@@ -144,11 +144,9 @@ def law_arguments(
     batch, rows = logits[0].shape[:2]
     columns = len(logits)
     if columns > MAX_MEMBERS:
-        raise Unsupported(f"{columns} members; Triton kernels take {MAX_MEMBERS}")
+        raise Unsupported("triton", "logits", f"at most {MAX_MEMBERS} members", columns)
     if law.ensemble not in rules.FOLDS:
-        raise Unsupported(
-            f"ensemble {law.ensemble!r} has no Triton kernel; add it to triton/rules.py"
-        )
+        raise Unsupported.unknown("triton", "ensemble", law.ensemble, rules.FOLDS)
     alone = member >= 0
     if alone:
         logits = logits[member : member + 1]
@@ -275,7 +273,7 @@ def _is_wide(logits: Tensor) -> bool:
 
 def _check_dtype(tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
-        raise Unsupported(f"logits of {tensor.dtype} have no Triton kernel")
+        raise Unsupported("triton", "logits", "bfloat16, float16 or float32", tensor.dtype)
 
 
 def _expanded_weights(weights: Tensor, batch: int, rows: int) -> Tensor:
