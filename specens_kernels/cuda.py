@@ -53,6 +53,7 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tenso
 
 def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
+    law.refuse_fold("cuda")
     _check(logits, law)
     flat, results = native.flatten_mix(logits, law)
     _launch(module.cuda_mix, module.cuda_mix_workspace, flat, logits[0].device)
@@ -63,6 +64,8 @@ def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
+    if member < 0:
+        law.refuse_fold("cuda")
     _check(logits, law)
     flat, results = native.flatten_sample(logits, numbers, law, member)
     _launch(module.cuda_sample, module.cuda_sample_workspace, flat, logits[0].device)
@@ -90,6 +93,7 @@ def verify(
         raise Unsupported("cuda", "parents", "None", "a tree")
     if acceptance not in native._RULES:
         raise Unsupported.unknown("cuda", "acceptance", acceptance, native._RULES)
+    law.refuse_fold("cuda")
     _check(logits, law)
     if draft_temperature is not None:
         draft_temperature = draft_temperature.to(torch.float32)

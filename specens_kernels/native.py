@@ -22,17 +22,16 @@ except ImportError as error:
     AVAILABLE = False
     REASON = f"the native kernels are not built ({error})"
     _RULES: dict[str, int] = {}
-    _ENSEMBLES: dict[str, int] = {}
     _MAX_MEMBERS = 0
 else:
     AVAILABLE = True
     REASON = ""
     _RULES = _C.rules()
-    _ENSEMBLES = _C.ensembles()
     _MAX_MEMBERS = _C.MAX_MEMBERS
     # A wrong SPECENS_CPU_ISA is reported here, not at the first call.
     _C.cpu_isa()
 
+_SPACES = {"probabilities": 0, "logits": 1}  # rules.h
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_VALUES = (0, 0, 0, 0)
 _MAX_PARAMETERS = 4  # rules.h
@@ -152,6 +151,7 @@ def flatten_uniforms(
 
 def flatten_mix(logits: list[Tensor], law: LawTensors) -> tuple[list[Any], tuple[Tensor, Tensor]]:
     """Arguments and results of `mix`."""
+    law.refuse_fold("native")
     flat = _members(logits) + _law(law)
     batch, rows = logits[0].shape[:2]
     device = logits[0].device
@@ -165,6 +165,8 @@ def flatten_sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Arguments and results of `sample`."""
+    if member < 0:
+        law.refuse_fold("native")
     flat = _members(logits) + _law(law)
     batch, rows, _ = numbers.shape
     device = numbers.device
@@ -202,6 +204,7 @@ def flatten_verify(
         raise Unsupported("native", "parents", "None", "a tree")
     if acceptance not in _RULES:
         raise Unsupported.unknown("native", "acceptance", acceptance, _RULES)
+    law.refuse_fold("native")
     flat = _members(logits) + _law(law)
     draft = _NO_VALUES if draft_logits is None else _logits(draft_logits)
     if draft_temperature is None:
@@ -253,12 +256,10 @@ def _members(logits: Sequence[Tensor]) -> list[Any]:
 def _law(law: LawTensors) -> list[Any]:
     if law.flat:
         return law.flat
-    if law.ensemble not in _ENSEMBLES:
-        raise Unsupported.unknown("native", "ensemble", law.ensemble, _ENSEMBLES)
     flat: list[Any] = [*_weights(law.weights), *_per_row(law.temperature)]
     for value in (law.top_k, law.top_p, law.min_p):
         flat += _NO_VALUES if value is None else _per_row(value)
-    flat += _ENSEMBLES[law.ensemble], law.scope == "member", law.plausibility, law.vocab_size
+    flat += _SPACES[law.space], law.scope == "member", law.plausibility, law.vocab_size
     if law.flat is not None:
         law.flat[:] = flat  # at once: threads may share a law
     return flat

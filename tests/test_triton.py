@@ -146,5 +146,5 @@ def test_what_has_no_kernel_is_refused() -> None:
         kernels.verify(
             [rows], tokens, numbers, torch.tensor([[-1]]), *rest, "greedy", (), None, True
         )
-    with pytest.raises(NotImplementedError, match=r"ensemble: expected one of .*, got 'median'"):
-        kernels.mix([rows], law_tensors(1)._replace(ensemble="median"))
+    with pytest.raises(NotImplementedError, match=r"ensemble: expected fold=None, got .* 'median'"):
+        kernels.mix([rows], law_tensors(1)._replace(fold="median@1"))

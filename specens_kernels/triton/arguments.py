@@ -20,8 +20,6 @@ from specens_kernels.law import LawTensors
 from specens_kernels.reference import SUB_TILE, TILE
 from specens_kernels.refusal import Unsupported
 
-from . import rules
-
 MAX_MEMBERS = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -31,7 +29,7 @@ class Law(NamedTuple):
 
     sources: M + 1, or M + 2 where there is one that is warped as a whole.
     kind: "mixture" (of warped members), "warped" (a mixture of bare members, warped as a whole) or
-        "product". by_member: whether members are warped.
+        "product" (a weighted sum of logits). by_member: whether members are warped.
     first, columns: the first member's column of the temperature, and how many there are.
     lse: (B, T, M) float32 log-sum-exps of the members; None if none is known. late: whether rows
         that are known, and the bonus row, are swept only where a token is drawn; `verify` says so.
@@ -68,7 +66,6 @@ class Law(NamedTuple):
     sources: Any
     kind: Any
     by_member: Any
-    fold: Any
     first: Any
     columns: Any
     filtered: Any
@@ -145,16 +142,16 @@ def law_arguments(
     columns = len(logits)
     if columns > MAX_MEMBERS:
         raise Unsupported("triton", "logits", f"at most {MAX_MEMBERS} members", columns)
-    if law.ensemble not in rules.FOLDS:
-        raise Unsupported.unknown("triton", "ensemble", law.ensemble, rules.FOLDS)
     alone = member >= 0
     if alone:
         logits = logits[member : member + 1]
+    else:
+        law.refuse_fold("triton")
     for tensor in logits:
         _check_dtype(tensor)
     by_member = alone or law.scope == "member"
     kind = "mixture" if by_member else "warped"
-    if law.ensemble == "product" and not alone:
+    if law.space == "logits" and not alone:
         kind = "product"
     weights = None if alone else _expanded_weights(law.weights, batch, rows)
     temperature = law.temperature.expand(batch, columns)
@@ -194,7 +191,6 @@ def law_arguments(
         sources=tl.constexpr(len(logits) + (1 if kind == "mixture" else 2)),
         kind=tl.constexpr(kind),
         by_member=tl.constexpr(by_member),
-        fold=tl.constexpr(rules.FOLDS[law.ensemble]),
         first=tl.constexpr(max(member, 0)),
         columns=tl.constexpr(columns),
         filtered=tl.constexpr(any(value is not None for value in filters)),
