@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import native
 from .law import LawTensors
-from .native import Unsupported
+from .refusal import Unsupported
 
 # Tests put the emulated kernels here, which take CPU tensors.
 module: Any = getattr(native, "_C", None)
@@ -53,6 +53,7 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tenso
 
 def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
+    law.refuse_fold("cuda")
     _check(logits, law)
     flat, results = native.flatten_mix(logits, law)
     _launch(module.cuda_mix, module.cuda_mix_workspace, flat, logits[0].device)
@@ -63,6 +64,8 @@ def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
+    if member < 0:
+        law.refuse_fold("cuda")
     _check(logits, law)
     flat, results = native.flatten_sample(logits, numbers, law, member)
     _launch(module.cuda_sample, module.cuda_sample_workspace, flat, logits[0].device)
@@ -87,9 +90,10 @@ def verify(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
     if parents is not None:
-        raise Unsupported("trees have no CUDA kernel")
+        raise Unsupported("cuda", "parents", "None", "a tree")
     if acceptance not in native._RULES:
-        raise Unsupported(f"rule {acceptance!r} has no CUDA kernel; add it to csrc/rules.h")
+        raise Unsupported.unknown("cuda", "acceptance", acceptance, native._RULES)
+    law.refuse_fold("cuda")
     _check(logits, law)
     if draft_temperature is not None:
         draft_temperature = draft_temperature.to(torch.float32)
@@ -116,11 +120,11 @@ def verify(
 
 def _check_device(device: torch.device) -> None:
     if device.type != "cuda" and module is getattr(native, "_C", None):
-        raise Unsupported(f"tensors on {device} have no CUDA kernel")
+        raise Unsupported("cuda", "tensors", "tensors on a CUDA device", f"one on {device}")
     if device not in _refusals:
         _refusals[device] = _too_old(device)
     if _refusals[device]:
-        raise Unsupported(_refusals[device])
+        raise _refused(_refusals[device])
 
 
 def _too_old(device: torch.device) -> str:
@@ -130,18 +134,22 @@ def _too_old(device: torch.device) -> str:
     if capability >= _LEAST_CAPABILITY:
         return ""
     found, least = (".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
-    return f"{device} has compute capability {found}; CUDA kernels take {least} and newer"
+    return f"{device} of compute capability {found}, older than {least}"
+
+
+def _refused(why: str) -> Unsupported:
+    return Unsupported("cuda", "device", "one that runs the kernels", why)
 
 
 def _check(logits: list[Tensor], law: LawTensors) -> None:
     _check_device(logits[0].device)
     if len(logits) > _MAX_MEMBERS:
-        raise Unsupported(f"{len(logits)} members; CUDA kernels take {_MAX_MEMBERS}")
+        raise Unsupported("cuda", "logits", f"at most {_MAX_MEMBERS} members", len(logits))
     rows = logits[0].shape[0] * logits[0].shape[1]
     if rows > _MAX_ROWS:
-        raise Unsupported(f"{rows} rows; CUDA kernels take {_MAX_ROWS}")
+        raise Unsupported("cuda", "logits", f"at most {_MAX_ROWS} rows", rows)
     if law.vocab_size > _MAX_VOCABULARY:
-        raise Unsupported(f"{law.vocab_size} tokens; CUDA kernels take {_MAX_VOCABULARY}")
+        raise Unsupported("cuda", "vocab_size", f"at most {_MAX_VOCABULARY}", law.vocab_size)
 
 
 def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.device) -> None:
@@ -168,7 +176,7 @@ def _call(function: Any, flat: list[Any], device: torch.device) -> None:
             function(flat)
     except module.CudaUnsupported as error:
         _refusals[device] = str(error)
-        raise Unsupported(str(error)) from error
+        raise _refused(str(error)) from error
 
 
 def _stream(device: torch.device) -> int:

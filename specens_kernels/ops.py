@@ -23,8 +23,8 @@ from torch import Tensor
 from . import cuda, native, reference, triton
 from .acceptance import Acceptance
 from .law import Law, LawTensors, nobody_listens
-from .native import Unsupported
 from .reference import PADDING
+from .refusal import Refusal, Unsupported
 
 POINT_MASS = PADDING
 # For each type of device, the backends that "auto" tries, the best first.
@@ -65,8 +65,9 @@ class Sample(NamedTuple):
 
     tokens: (B, T) int64.
     log_probs: (B, T) float32. Log-probability of each token under the law it was drawn from.
-    lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for a mixture of several members
-        of scope "member". NaN, which is not known, for one such member whose weights are a tensor.
+    lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for several members of scope
+        "member" in space "probabilities". NaN, which is not known, for one such member whose
+        weights are a tensor.
     status: (B, T) int32. `Status` bits.
     """
 
@@ -177,7 +178,7 @@ def sample(
         raise ValueError(f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}")
     if member is not None:
         return Sample(*_call_sample(tensors, uniforms, parameters, member))
-    alone = len(logits) == 1 and law.scope == "member" and law.ensemble == "mixture"
+    alone = len(logits) == 1 and parameters.averages_members
     if not alone or not isinstance(law.weights, Tensor):
         # Alone it is the same law, but one that has a log-sum-exp, which `verify` can be told.
         return Sample(*_call_sample(tensors, uniforms, parameters, 0 if alone else -1))
@@ -275,9 +276,9 @@ def verify(
     if draft_temperature is not None:
         draft_temperature = _per_row("draft_temperature", draft_temperature, batch, device)
     if lse is not None:
-        if law.ensemble != "mixture" or law.scope != "member":
+        if not parameters.averages_members:
             expected = "None for a law other than a mixture of scope 'member'"
-            raise ValueError(f"verify: lse: expected {expected}, got a tensor")
+            raise Refusal("verify", "lse", expected, "a tensor")
         _check_lse("lse", lse, (batch, rows, len(tensors)), parameters, device)
     if draft_lse is not None:
         if draft_logits is None:
@@ -371,7 +372,9 @@ def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) ->
 
 def _available(name: str) -> ModuleType:
     if not _MODULES[name].AVAILABLE:
-        raise Unsupported(f"backend: {name}: {_MODULES[name].REASON}")
+        raise Unsupported(
+            "backend", "name", "a backend that runs here", f"{name!r}: {_MODULES[name].REASON}"
+        )
     return _MODULES[name]
 
 
@@ -379,7 +382,7 @@ def _available(name: str) -> ModuleType:
 
 _LAW = (
     "Tensor weights, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
-    "str ensemble, str scope, float plausibility, int vocab_size"
+    "str space, str fold, str scope, float plausibility, int vocab_size"
 )
 _library: Any = torch.library.Library  # untyped
 _lib = _library("specens", "DEF")
@@ -466,7 +469,7 @@ def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _unpacked(implementation: Callable[..., Any], law_at: int | None) -> Callable[..., Any]:
-    """The implementation under the schema's signature, where the law is nine arguments."""
+    """The implementation under the schema's signature, where the law is many arguments."""
     if law_at is None:
         return implementation
     end = law_at + len(LawTensors._fields) - 1

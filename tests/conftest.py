@@ -16,7 +16,7 @@ import simt
 import torch
 
 import specens_kernels
-from specens_kernels import native, ops, triton
+from specens_kernels import ops, triton
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,5 +80,5 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Skip what a backend refuses: one that was asked for raises instead of falling back."""
     try:
         return (yield)
-    except native.Unsupported as reason:
+    except specens_kernels.Unsupported as reason:
         pytest.skip(str(reason))

@@ -117,7 +117,7 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
         ("generate", "x", "--draft-weight", "0.5"),
         "--draft-weight: expected a --method that mixes",
     ),
-    "scope": (("generate", "x", "--scope", "all"), "unknown name 'all'"),
+    "scope": (("generate", "x", "--scope", "all"), "got 'all'"),
     "lenience": (
         ("generate", "x", "--acceptance", "lenient:lenience=0"),
         "lenience: expected a number in (0, 1]",

@@ -1077,7 +1077,7 @@ def test_a_call_leaves_no_memory_behind(kind, mode, fails):
             {"ensemble": "sum"},
             "law: ensemble: .*mixture, product.*",
         ),
-        ({"scope": "both"}, "law: scope: unknown name 'both'; known names: member, ensemble"),
+        ({"scope": "both"}, "law: scope: expected one of member, ensemble, got 'both'"),
         (
             {"plausibility": 0.1},
             "law: plausibility: expected 0 for 'mixture', got 0.1",

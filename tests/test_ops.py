@@ -76,12 +76,23 @@ def op_calls() -> list[Any]:
     """Every op with every optional argument given and left out."""
     logits, numbers, draft = inputs()
     law = LAW.tensors("test", 2, 3, 2, draft.device, 11).arguments
-    bare = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None, "product", "ensemble", 0.1, 9)
+    bare = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None, "logits", "", "ensemble", 0.1, 9)
     lenient = ("lenient", [0.9], None, True)
     parents = torch.tensor([[-1, 0, 0]], dtype=torch.int32)
     proposers = torch.tensor([[0, -1]], dtype=torch.int32)
     apart = (logits[0], torch.ones(2))
-    plain = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None, "mixture", "member", 0.0, 9)
+    plain = (
+        torch.ones(2) / 2,
+        torch.ones(1, 1),
+        None,
+        None,
+        None,
+        "probabilities",
+        "",
+        "member",
+        0.0,
+        9,
+    )
     known = (torch.stack([one.logsumexp(-1) for one in logits], -1), logits[0].logsumexp(-1))
     half = [member[:, :2] for member in logits]
     specens = torch.ops.specens
@@ -444,7 +455,9 @@ def test_native_is_refused_where_it_is_not_built(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(native, "AVAILABLE", False)
     monkeypatch.setattr(native, "REASON", "no compiler")
     with (
-        pytest.raises(NotImplementedError, match=r"^backend: native: no compiler$"),
+        pytest.raises(
+            NotImplementedError, match=r"^backend: name: expected .*, got 'native': no compiler$"
+        ),
         specens_kernels.backend("native"),
     ):
         pass

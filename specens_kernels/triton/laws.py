@@ -257,7 +257,7 @@ def fold_in(law, folded, vetoed, value, coefficient, cutoff):
     used = coefficient != 0
     value = tl.where(value < cutoff, -float("inf"), value)
     vetoed = vetoed | (used & (value == -float("inf")))
-    return tl.where(used, law.fold(folded, value.to(tl.float64), coefficient), folded), vetoed
+    return tl.where(used, folded + coefficient * value.to(tl.float64), folded), vetoed
 
 
 @triton.jit

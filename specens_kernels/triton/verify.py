@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specens_kernels.acceptance import ACCEPTANCE_RULES
 from specens_kernels.law import LawTensors
-from specens_kernels.native import Unsupported
+from specens_kernels.refusal import Unsupported
 
 from . import rules
 from .arguments import Law, Proposal, law_arguments, proposal_arguments, workspace
@@ -358,9 +358,9 @@ def verify(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
     if parents is not None:
-        raise Unsupported("trees have no Triton kernel")
+        raise Unsupported("triton", "parents", "None", "a tree")
     if acceptance not in rules.RULES:
-        raise Unsupported(f"rule {acceptance!r} has no Triton kernel")
+        raise Unsupported.unknown("triton", "acceptance", acceptance, rules.RULES)
     rule = rules.RULES[acceptance]
     batch, nodes = draft_tokens.shape
     made = law_arguments(logits, law, lse=lse)
