@@ -32,7 +32,7 @@ from specens.members.translated import Translated
 from specens.members.vocabulary import shared_vocabulary
 from specens.members.weight_head import WeightHead, hidden_size
 from specens.schedules import SCHEDULES, read_schedule
-from specens_kernels import Acceptance, Ensemble, Law, Refusal, Status
+from specens_kernels import ENSEMBLES, Acceptance, Ensemble, Law, Refusal, Status
 
 __all__ = ["SpeculativeDecoder", "SpeculativeOutput"]
 
@@ -157,20 +157,20 @@ class SpeculativeDecoder:
             raise Refusal("decoder", "draft", expected, names or "none")
         if not schedule.suits(law):
             expected = f"a mixture of scope 'member' for {schedule.name!r}"
-            raise Refusal(
-                "decoder", "schedule", expected, f"a {law.ensemble} of scope {law.scope!r}"
-            )
+            given = f"a {Ensemble.of(law.ensemble).name} of scope {law.scope!r}"
+            raise Refusal("decoder", "schedule", expected, given)
         for argument, used in (("weights", self.head), ("bonus", self.bonus_weights)):
             if used is not None and not schedule.by_position:
                 known = [repr(name) for name, each in SCHEDULES.items() if each.by_position]
                 expected = f"{', '.join(known[:-1])} or {known[-1]} for such {argument}"
                 raise Refusal("decoder", "schedule", expected, repr(schedule.name))
+        ensemble = Ensemble.of(law.ensemble)
         if self.head is not None and (
-            self.num_ensemble != 2 or self.head.ensemble != str(law.ensemble)
+            self.num_ensemble != 2 or ensemble is not ENSEMBLES[self.head.ensemble]
         ):
             expected = f"two members and ensemble {self.head.ensemble!r} for this head"
-            ensemble = str(law.ensemble)
-            raise Refusal("decoder", "weights", expected, f"{self.num_ensemble} and {ensemble!r}")
+            given = f"{self.num_ensemble} and {ensemble.name!r}"
+            raise Refusal("decoder", "weights", expected, given)
 
     def _bind_members(self, draft_vocabulary: str, tokenizers: Sequence[Any] | None) -> None:
         """Compare vocabularies, and wrap each model in what runs it exactly."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from specens.loop.named import Named
-from specens_kernels import Refusal
+from specens_kernels import Ensemble, Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,8 +134,10 @@ class Schedule(Named):
     @classmethod
     def suits(cls, law: "Law") -> bool:
         """Whether it can write from such a law."""
-        mixture = str(law.ensemble) == "mixture" and law.scope == "member"
-        return not cls.sampled_mixture or (mixture and not bool(law.temperature == 0))
+        ensemble = Ensemble.of(law.ensemble)
+        averages = ensemble.space == "probabilities" and ensemble.fold is None
+        sampled = averages and law.scope == "member" and not bool(law.temperature == 0)
+        return sampled or not cls.sampled_mixture
 
     def bind(self: _S, models: Models) -> _S:
         """This schedule with every None decided.
