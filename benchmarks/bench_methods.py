@@ -26,7 +26,7 @@ from specens.loop.statistics import Statistics
 from specens.members.member import member
 from specens.members.weight_head import last_hidden
 from specens.methods import METHODS, Method, build
-from specens.tuning.compare import Row, compare, sampling, workload
+from specens.tuning.compare import Comparison, compare, sampling, workload
 from specens_kernels import Acceptance
 from specens_kernels.acceptance import Situation
 
@@ -176,7 +176,9 @@ def method_rows(
     return rows
 
 
-def measured(label: str, works: dict[str, Callable[[], Statistics]], rounds: int) -> list[Row]:
+def measured(
+    label: str, works: dict[str, Callable[[], Statistics]], rounds: int
+) -> list[Comparison]:
     """The rows of contestants, with a bar for whoever waits."""
     with terminal.progress(label, len(works) * (rounds + 1)) as step:
         return compare(works, rounds, progress=step)

@@ -343,8 +343,8 @@ def _read_config(
     law: dict[str, Any],
 ) -> dict[str, Any]:
     """What `tune` has written: models, threads, law, the best candidate, and the drafts of that."""
-    from specens.tuning.measure import stop_of
-    from specens.tuning.predict import Candidate
+    from specens.tuning import Candidate
+    from specens.tuning.stops import stop_of
     from specens_kernels import Acceptance
 
     default = {"ensemble": "mixture", "scope": "member", "plausibility": 0.0}
@@ -385,20 +385,16 @@ def _tune_shortly(
 ) -> Any:
     """The candidate that a short tuning on the first prompts finds; a line says what it took."""
     from specens.cli import terminal
-    from specens.tuning.measure import tune
+    from specens.tuning import tune
 
-    law: dict[str, Any] = {
-        name: arguments.get(name, 0.0) for name in ("temperature", "top_k", "top_p", "min_p")
-    }
     try:
         found = tune(
             loaded[:size],
             prompts[:_AUTO_PROMPTS],
+            arguments | {"max_new_tokens": _AUTO_TOKENS},
             drafts=loaded[size:],
             tokenizers=tokenizers,
-            max_new_tokens=_AUTO_TOKENS,
             limit_s=_AUTO_SECONDS,
-            **(law if arguments["do_sample"] else {"temperature": 0.0}),
             **options,
         )
     except ValueError as error:
@@ -428,7 +424,7 @@ def _decoder(
     """As the method says, or the best candidate of a tuning, or else the options alone."""
     from specens.decoder import SpeculativeDecoder
     from specens.methods import build
-    from specens.tuning.measure import decoder_of
+    from specens.tuning import decoder_of
 
     if method is not None:
         return build(method, models, drafts, tokenizers, **options)
@@ -592,7 +588,7 @@ def tune(
 
     import torch
 
-    from specens.tuning import measure as measuring
+    from specens import tuning
     from specens.tuning.compare import sampling
     from specens.tuning.relaxation import check_lossy
     from specens_kernels import Acceptance
@@ -618,27 +614,21 @@ def tune(
         "top_p": top_p,
         "min_p": min_p,
     }
-    found = measuring.tune(
-        loaded[:size],
-        encoded,
-        max_new_tokens=max_new_tokens,
-        most=most,
-        seed=seed,
-        acceptances=rules,
-        **warp,
-        **bound,
+    options = sampling(max_new_tokens, **warp)
+    found = tuning.tune(
+        loaded[:size], encoded, options, most=most, seed=seed, acceptances=rules, **bound
     )
     rows = None
     if check:
         with terminal.progress("rounds", len(found.checked()) * (repeats + 1)) as step:
-            rows = measuring.check(
+            rows = tuning.check(
                 found,
                 loaded[:size],
                 encoded,
+                options,
                 repeats=repeats,
                 seed=seed,
                 progress=step,
-                **sampling(max_new_tokens, **warp),
                 **bound,
             )
     result = {

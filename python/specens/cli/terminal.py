@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from specens.loop.statistics import Statistics
     from specens.members.probe import Probe
     from specens.methods import Method
-    from specens.tuning.compare import Row
-    from specens.tuning.measure import Tuning
+    from specens.tuning import Tuning
+    from specens.tuning.compare import Comparison
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FAMILY_PREFIX = "family:"
@@ -381,7 +381,7 @@ def summary(statistics: "Statistics") -> str:
     return "\n".join(lines)
 
 
-def rows_table(title: str, rows: Sequence["Row"]) -> Table:
+def rows_table(title: str, rows: Sequence["Comparison"]) -> Table:
     """A comparison: median speeds, 10-90 % spread, ratio to the first row."""
     table = Table(title=title, title_justify="left")
     table.add_column("schedule", no_wrap=True)
@@ -400,7 +400,7 @@ def rows_table(title: str, rows: Sequence["Row"]) -> Table:
     return table
 
 
-def tuning_table(tuning: "Tuning", rows: "Sequence[Row] | None" = None) -> Table:
+def tuning_table(tuning: "Tuning", rows: "Sequence[Comparison] | None" = None) -> Table:
     """Candidates by predicted time; where they were run, measured beside predicted."""
     measured = {row.name: row for row in rows or ()}
     best = tuning.best(rows).name

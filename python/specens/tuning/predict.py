@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which schedule is the fastest: time per token predicted from forward times and acceptance.
 
-Pure functions of a `Profile`, which `measure.py` measures: nothing here runs a model. They hold
-for one sequence and a text that does not end, and take it that whether a draft is
-kept, and whether its proposer stops, depends on nothing but its place in its block. To add a
-schedule, add a function of its time per token and its row to `candidates`.
+Pure functions of a `Profile`, which `tuner.py` measures: nothing here runs a model. They hold
+for one sequence and a text that does not end. Whether a draft is kept, and whether its proposer
+stops, is taken to depend on nothing but its place in its block. To add a schedule, add a function
+of its time per token, and its candidates in `search.py`.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +20,15 @@ Kept = tuple[float, ...]
 Found = tuple[tuple[int, float, float], ...]
 # How many tokens are handed up -> with what chance.
 _Counts = dict[int, float]
-# Drafts, their numbers of tokens, what they hand up, and its time.
-_Path = tuple[tuple[int, ...], tuple[int, ...], _Counts, float]
 
 _MOST_AHEAD = 8
-# As many models whose orders, or whose numbers of tokens, are all tried.
-_FEW = 3
 
 
 @dataclass(frozen=True)
 class Stopped:
     """A proposer that stops by itself.
 
-    model: who proposes. stop: "kind", a name of `measuring.STOPS`, and its parameters.
+    model: who proposes. stop: "kind", a name of `stops.STOPS`, and its parameters.
     going: chances that a second, third, ... draft is proposed at all.
     kept: chances that the first 1, 2, ... drafts are proposed and kept.
     asking: seconds to ask it after a draft.
@@ -104,7 +99,7 @@ class Profile:
 
     def forward(self, model: int, tokens: float) -> float:
         """Seconds of one forward over so many tokens."""
-        return at(self.forwards[model], tokens)
+        return interpolated(self.forwards[model], tokens)
 
     def proposal(self, model: int) -> float:
         """Seconds to propose one token."""
@@ -112,35 +107,10 @@ class Profile:
 
     def check(self, drafts: int) -> float:
         """Seconds to verify so many drafts, their forwards not counted."""
-        return at(self.verify, drafts)
+        return interpolated(self.verify, drafts)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to decode, and what it is expected to take.
-
-    name: for tables. schedule, arguments: for `SpeculativeDecoder`.
-    drafts: which of the models outside the ensemble take part, counted from 0.
-    seconds: predicted, per token.
-    law: of the text: "target" where it is what was asked for, else what it is instead.
-    divergence: from the law asked for, at the place of a draft; as in `Relaxed`.
-    """
-
-    name: str
-    schedule: str
-    arguments: dict[str, Any]
-    drafts: tuple[int, ...]
-    seconds: float
-    law: str = "target"
-    divergence: float = 0.0
-
-    @property
-    def lossless(self) -> bool:
-        """Whether the text has exactly the law that was asked for."""
-        return self.law == "target"
-
-
-def at(times: Times, count: float) -> float:
+def interpolated(times: Times, count: float) -> float:
     """The time of `count`, on the straight line through its neighbours."""
     if len(times) == 1 or count <= times[0][0]:
         return times[0][1]
@@ -163,9 +133,6 @@ def survival(kept: Kept, count: int) -> float:
 def _expected(kept: Kept, count: int) -> float:
     """1 + how many of `count` drafts are kept on average."""
     return sum(survival(kept, i) for i in range(count + 1))
-
-
-# --- seconds per token ----------------------------------------------------------------------------
 
 
 def plain(profile: Profile) -> float:
@@ -393,176 +360,6 @@ def alternating(profile: Profile, order: Sequence[int], gammas: Sequence[int]) -
         return more_seconds / more_tokens
     rotations = whole[0] / (1 - going)
     return (seconds + rotations * more_seconds) / (emitted[0] + rotations * more_tokens)
-
-
-# --- the search -----------------------------------------------------------------------------------
-
-
-def candidates(profile: Profile, *, most: int = 8, components: bool = True) -> list[Candidate]:
-    """The best of each kind, the fastest first: of each proposer, and of each chain of drafts.
-
-    All are lossless but those with a rule of `profile.relaxed`.
-
-    Numbers of tokens are tried one by one for few models, else some of them.
-
-    Args:
-        profile: the models.
-        most: highest number of tokens that a model proposes at a time.
-        components: whether the law is a sampled mixture of members, each of which can write alone.
-    """
-    found = [Candidate("plain", "plain", {}, (), plain(profile))]
-    found += _alternations(profile, most)
-    found += _proposers(profile, most)
-    found += _chains(profile, most)
-    found += _lookups(profile)
-    found += _stops(profile, most)
-    found += _relaxations(profile, most)
-    if components and len(profile.weights) > 1:
-        found.append(Candidate("component", "component", {}, (), component(profile)))
-        found += _lookaheads(profile)
-    return sorted(found, key=lambda one: one.seconds)
-
-
-def _alternations(profile: Profile, most: int) -> list[Candidate]:
-    size = len(profile.weights)
-    if size < 2:
-        return []
-    orders: list[tuple[int, ...]]
-    if size <= _FEW:
-        orders = list(itertools.permutations(profile.members))
-        steps = range(1, most + 1) if size < _FEW else _some(most)
-        tokens = list(itertools.product(steps, repeat=size))
-    else:
-        orders = [tuple(sorted(profile.members, key=lambda m: profile.forward(m, 1)))]
-        tokens = [(gamma, *[1] * (size - 1)) for gamma in range(1, most + 1)]
-    seconds, order, gammas = min(
-        (alternating(profile, order, gammas), order, gammas)
-        for order in orders
-        for gammas in tokens
-    )
-    name = f"alternating {_joined(order)} {_joined(gammas)}"
-    arguments = {"num_speculative_tokens": list(gammas), "order": list(order)}
-    return [Candidate(name, "alternating", arguments, (), seconds)]
-
-
-def _proposers(profile: Profile, most: int) -> list[Candidate]:
-    """Members that draft for the ensemble they belong to."""
-    found = []
-    for proposer in profile.members if len(profile.weights) > 1 else ():
-        seconds, gamma = min((speculative(profile, proposer, g), g) for g in range(1, most + 1))
-        name = f"speculative {profile.names[proposer]} {gamma}"
-        arguments = {"num_speculative_tokens": gamma, "proposer": proposer}
-        found.append(Candidate(name, "speculative", arguments, (), seconds))
-    return found
-
-
-def _chains(profile: Profile, most: int) -> list[Candidate]:
-    """Every chain of drafts with its best numbers of tokens; one draft alone is "speculative"."""
-    steps = list(range(1, most + 1)) if len(profile.drafts) <= _FEW else _some(most)
-    best: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}
-    for chain, gammas, counts, seconds in _paths(profile, steps):
-        alone = len(chain) == 1
-        found = (
-            (
-                speculative(profile, chain[0], gammas[0])
-                if alone
-                else _verified(profile, chain[-1], counts, seconds)
-            ),
-            gammas,
-        )
-        best[chain] = min(best.get(chain, found), found)
-    first = len(profile.weights)
-    listed = []
-    for chain, (seconds, gammas) in best.items():
-        names = " ".join(profile.names[m] for m in chain)
-        drafts = tuple(m - first for m in chain)
-        if len(chain) == 1:
-            arguments: dict[str, Any] = {"num_speculative_tokens": gammas[0]}
-            name, schedule = f"speculative {names} {gammas[0]}", "speculative"
-        else:
-            arguments = {"num_speculative_tokens": list(gammas)}
-            name, schedule = f"hierarchy {names} {_joined(gammas)}", "hierarchy"
-        listed.append(Candidate(name, schedule, arguments, drafts, seconds))
-    return listed
-
-
-def _paths(profile: Profile, steps: Sequence[int]) -> Iterator[_Path]:
-    """All chains of drafts with all numbers of tokens; each extends one seen before."""
-    paths: list[_Path] = []
-    for level in profile.drafts:
-        longer: list[_Path] = [
-            ((level,), (gamma,), *_proposed(profile, level, gamma)) for gamma in steps
-        ]
-        for chain, gammas, counts, seconds in paths:
-            for gamma in steps:
-                filled = _filled(profile, chain[-1], level, gamma, counts, seconds)
-                longer.append(((*chain, level), (*gammas, gamma), *filled))
-        yield from longer
-        paths += longer
-
-
-def _lookaheads(profile: Profile) -> list[Candidate]:
-    found = []
-    for proposer in profile.members:
-        if not 0 < profile.weights[proposer] < 1:
-            continue
-        seconds, ahead = min((lookahead(profile, proposer, a), a) for a in range(_MOST_AHEAD + 1))
-        name = f"lookahead {profile.names[proposer]} {ahead}"
-        arguments = {"proposer": proposer, "ahead": ahead}
-        found.append(Candidate(name, "lookahead", arguments, (), seconds))
-    return found
-
-
-def _lookups(profile: Profile) -> list[Candidate]:
-    if not profile.found:
-        return []
-    seconds, gamma = min((lookup(profile, g), g) for g in range(1, len(profile.found) + 1))
-    arguments = {"num_speculative_tokens": gamma}
-    return [Candidate(f"lookup {gamma}", "lookup", arguments, (), seconds)]
-
-
-def _relaxations(profile: Profile, most: int) -> list[Candidate]:
-    """For each rule, whose drafts it is best for."""
-    best: dict[str, Candidate] = {}
-    for one in profile.relaxed:
-        seconds, gamma = min((relaxing(profile, one, g), g) for g in range(1, most + 1))
-        arguments = {"num_speculative_tokens": gamma, "acceptance": one.acceptance}
-        mine, drafts = _proposer(profile, one.model)
-        name = f"speculative {profile.names[one.model]} {gamma} {one.acceptance}"
-        found = Candidate(
-            name, "speculative", arguments | mine, drafts, seconds, one.law, one.divergence
-        )
-        earlier = best.get(one.acceptance, found)
-        best[one.acceptance] = min(earlier, found, key=lambda each: each.seconds)
-    return list(best.values())
-
-
-def _proposer(profile: Profile, model: int) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Arguments and drafts by which a candidate says who proposes."""
-    separate = model - len(profile.weights)
-    return ({"proposer": model}, ()) if separate < 0 else ({}, (separate,))
-
-
-def _stops(profile: Profile, most: int) -> list[Candidate]:
-    """For each kind of stop, whose drafts it had better end."""
-    best: dict[str, Candidate] = {}
-    for one in profile.stopped:
-        seconds, gamma = min((stopping(profile, one, g), g) for g in range(2, max(most, 2) + 1))
-        arguments: dict[str, Any] = {"num_speculative_tokens": gamma, "stop": one.stop}
-        mine, drafts = _proposer(profile, one.model)
-        kind = one.stop["kind"]
-        name = f"speculative {profile.names[one.model]} {gamma} {kind} stop"
-        found = Candidate(name, "speculative", arguments | mine, drafts, seconds)
-        best[kind] = min(best.get(kind, found), found, key=lambda each: each.seconds)
-    return list(best.values())
-
-
-def _some(most: int) -> list[int]:
-    return [gamma for gamma in (1, 2, 3, 4, 6, 8, 12, 16) if gamma <= most]
-
-
-def _joined(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))
 
 
 def least_chance(profile: Profile, proposer: int, seconds: float) -> float:
