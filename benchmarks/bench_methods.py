@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from specens import SpeculativeDecoder, family
-from specens.cli import terminal
+from specens.cli import loading
+from specens.cli.output import progress
 from specens.loop.statistics import Statistics
 from specens.members.member import member
 from specens.members.weight_head import last_hidden
@@ -46,7 +47,7 @@ def main() -> int:
     parser.add_argument("--draft", default="family:draft")
     parser.add_argument("--members", default="family:code,family:prose", help="of an ensemble")
     parser.add_argument("--name", help="of other models: results are bench_methods_NAME")
-    parser.add_argument("--dtype", choices=terminal.DTYPES, default="auto", help="of the weights")
+    parser.add_argument("--dtype", choices=loading.DTYPES, default="auto", help="of the weights")
     parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="which table to measure")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="written for each prompt")
@@ -60,9 +61,9 @@ def main() -> int:
     if options.save and options.name is None and options.part != PARTS[0]:
         parser.error("--part: expected all where the family's results are saved, got a part")
     suffix = "" if options.name is None else f"_{options.name}"
-    models, tokenizers = terminal.load("bench_methods", names, dtype=options.dtype)
+    models, tokenizers = loading.load(names, loading.Loading(options.dtype))
     cast = Cast(models, tokenizers)
-    prompts = [terminal.encode("bench_methods", tokenizers[0], one) for one in family.PROMPTS]
+    prompts = [loading.encode(tokenizers[0], text) for text in family.PROMPTS]
     rows, mixtures, tables = [], [], {}
     how = f"{str(cast.target.dtype).removeprefix('torch.')}, {options.tokens} tokens for each of "
     how += f"{len(prompts)} prompts, threads: {options.threads[0]}"
@@ -107,7 +108,7 @@ def main() -> int:
 
 def is_shipped(model: str) -> bool:
     """Whether it is one of the family."""
-    return model.startswith(terminal.FAMILY_PREFIX)
+    return model.startswith(loading.FAMILY_PREFIX)
 
 
 class Cast:
@@ -180,7 +181,7 @@ def measured(
     label: str, works: dict[str, Callable[[], Statistics]], rounds: int
 ) -> list[Comparison]:
     """The rows of contestants, with a bar for whoever waits."""
-    with terminal.progress(label, len(works) * (rounds + 1)) as step:
+    with progress(label, len(works) * (rounds + 1)) as step:
         return compare(works, rounds, progress=step)
 
 

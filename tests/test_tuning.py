@@ -24,7 +24,7 @@ from toys import noisy, prompts, toy
 from typer.testing import CliRunner
 
 from specens import SpeculativeDecoder, family
-from specens.cli import app, terminal
+from specens.cli import app, loading
 from specens.members.member import Member
 from specens.schedules import SCHEDULES, EntropyStop, stop_features
 from specens.tuning import Candidate, decoder_of, stops, tune
@@ -906,8 +906,8 @@ def test_a_lossy_rule_is_reported_and_not_chosen(tmp_path: Path) -> None:
     [
         (("--draft", "family:draft", "--acceptance", "block"), "lossy rule that judges each token"),
         (("--draft", "family:draft", "--acceptance", "jss"), "unknown rule 'jss'"),
-        (("--acceptance", "js"), "acceptance: expected a draft or a second member to judge"),
-        (("--max-new-tokens", "2"), "max_new_tokens: expected enough to time every model"),
+        (("--acceptance", "js"), "--acceptance: expected a draft or a second member to judge"),
+        (("--max-new-tokens", "2"), "--max-new-tokens: expected enough to time every model"),
     ],
 )
 def test_mistakes_of_tune(arguments: tuple[str, ...], words: str) -> None:
@@ -990,4 +990,4 @@ def test_mistakes(arguments: tuple[str, ...], words: str) -> None:
     result = run("generate", "x", *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
-    assert terminal.FAMILY_PREFIX not in result.stderr
+    assert loading.FAMILY_PREFIX not in result.stderr
