@@ -87,6 +87,10 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
         ("tune", "--output", "/no/such/folder/tuned.json"),
         "tune: --output: expected a file in a folder that exists",
     ),
+    "a folder for what tune finds": (
+        ("tune", "--output", "/"),
+        "tune: --output: expected a file in a folder that exists, got '/'",
+    ),
     "no such target": (
         ("train", "draft", "--target", "/no/such"),
         "train draft: --target: expected a folder or a hub name",
@@ -106,7 +110,7 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
     "ensemble": (("generate", "x", "--ensemble", "sum"), "unknown name 'sum'"),
     "schedule": (("generate", "x", "--schedule", "fast"), "unknown name 'fast'"),
-    "acceptance": (("generate", "x", "--acceptance", "typcal"), "unknown rule 'typcal'"),
+    "acceptance": (("generate", "x", "--acceptance", "typcal"), "generate: --acceptance: name: "),
     "method": (("generate", "x", "--method", "fast"), "--method: unknown name 'fast'"),
     "method and schedule": (
         ("generate", "x", "--method", "fsd", "--schedule", "plain"),
@@ -183,6 +187,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake: str) -> None:
 NEED_NO_TORCH = (
     *("no command", "unknown command", "unknown option", "empty prompt", "no such file"),
     *("prompt and file", "no such folder", "no such draft", "no place for what tune finds"),
+    "a folder for what tune finds",
     *("no such target", "no such member", "gamma text", "weights text", "draft weight alone"),
     *("temperature", "dtype", "stop", "max new tokens", "too many tokens", "probe nothing"),
     *("probe no folder", "bench gamma", "bench repeats", "demo gamma"),

@@ -62,7 +62,7 @@ def _sentence(context: Any, op: str, argument: str, rest: str) -> str:
     command = _command_of(context)
     if argument in spelled:
         return f"{command}: {spelled[argument]}: {rest}"
-    where = command if op == command.split()[0] else f"{command}: {op}"
+    where = command if op == command.split()[0] else f"{command}: {spelled.get(op, op)}"
     option = options.SPELLED.get(argument)
     return f"{where}: {argument}: {rest}" + (f" (here: {option})" if option else "")
 

@@ -128,8 +128,8 @@ def check_folder(argument: str, path: Path) -> None:
     """Find out before the work, not after it, that there is no place for its result.
 
     Raises:
-        Refusal: the folder of the file, which was given as `argument`, does not exist.
+        Refusal: the file, which was given as `argument`, is a folder, or is in none.
     """
-    if not path.parent.is_dir():
+    if path.is_dir() or not path.parent.is_dir():
         expected = "a file in a folder that exists"
         raise Refusal("options", argument, expected, repr(str(path)))
