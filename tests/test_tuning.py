@@ -24,27 +24,18 @@ from toys import noisy, prompts, toy
 from typer.testing import CliRunner
 
 from specens import SpeculativeDecoder, family
-from specens.cli import app, terminal
+from specens.cli import app, loading
 from specens.members.member import Member
 from specens.schedules import SCHEDULES, EntropyStop, stop_features
-from specens.tuning import measure as measuring
+from specens.tuning import Candidate, decoder_of, stops, tune
 from specens.tuning import predict as tuning
+from specens.tuning.agreement import Agreement, curve, read, starts
 from specens.tuning.compare import sampling
-from specens.tuning.measure import (
-    STOPS,
-    _Agreement,
-    _curve,
-    _drafts,
-    _LookUps,
-    _read,
-    _replayed,
-    _starts,
-    _Sweep,
-    decoder_of,
-    fit_stop,
-    tune,
-)
-from specens.tuning.predict import Candidate, Profile, Stopped, candidates, survival
+from specens.tuning.lookups import LookUps, replayed
+from specens.tuning.measure import Sweep
+from specens.tuning.predict import Profile, Stopped, survival
+from specens.tuning.search import candidates
+from specens.tuning.stops import STOPS, draw, fit_stop
 from specens_kernels import Acceptance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -345,8 +336,15 @@ def test_known_speedups() -> None:
 
 def test_times_are_interpolated_and_go_on() -> None:
     times = ((1, 1.0), (2, 3.0), (4, 4.0))
-    assert [tuning.at(times, n) for n in (0, 1, 2, 3, 4, 6)] == [1.0, 1.0, 3.0, 3.5, 4.0, 5.0]
-    assert tuning.at(((1, 2.0),), 7) == 2.0
+    assert [tuning.interpolated(times, n) for n in (0, 1, 2, 3, 4, 6)] == [
+        1.0,
+        1.0,
+        3.0,
+        3.5,
+        4.0,
+        5.0,
+    ]
+    assert tuning.interpolated(((1, 2.0),), 7) == 2.0
 
 
 def test_chances_go_on_with_the_last_ratio() -> None:
@@ -574,9 +572,8 @@ def test_what_is_predicted_is_what_the_loop_takes(
     found = tune(
         models[:2],
         texts(),
+        sampling(300 if temperature > 0 else 120, temperature=temperature),
         drafts=models[2:],
-        temperature=temperature,
-        max_new_tokens=300 if temperature > 0 else 120,
         weights=(0.6, 0.4),
     )
     for times, (start, each) in zip(found.profile.forwards, COSTS.values(), strict=True):
@@ -597,10 +594,10 @@ def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
     """Against full forwards, without a cache."""
     text, drafts = texts()[0], [models[2], models[0]]
     decoder = SpeculativeDecoder(models[:2], schedule="hierarchy", draft=drafts, weights=(0.6, 0.4))
-    sweep, agreement = _Sweep(), _Agreement(4, 2, 8)
+    sweep, agreement = Sweep(), Agreement(4, 2, 8)
     decoder.schedule = sweep
     written = decoder.generate(text, seed=0, **sampling(80, temperature=0.7))
-    _read(decoder, sweep, agreement, written, text.shape[1])
+    read(decoder, sweep, agreement, written, text.shape[1])
     with torch.no_grad():
         laws = [
             (model(written[:, :-1]).logits[0, text.shape[1] - 1 :] / 0.7).double().softmax(-1)
@@ -618,23 +615,23 @@ def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
 def test_a_block_begins_where_another_ended() -> None:
     """Greedy drafts, four kept and four refused: five blocks of eight tokens, one kept whole."""
 
-    def starts(kept: torch.Tensor, size: int) -> list[float]:
-        return _starts(kept, kept, size).tolist()
+    def begins_of(kept: torch.Tensor, size: int) -> list[float]:
+        return starts(kept, kept, size).tolist()
 
     text = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0] * 6, dtype=torch.float64)
     begins = [1.0, 0, 0, 0, 0, 1, 1, 1] * 6
-    assert starts(text, 4) == begins
+    assert begins_of(text, 4) == begins
     # Of the texts' last block, what would come next is not known.
-    assert _curve([text], 8)[:4] == pytest.approx([0.25] * 4, abs=0.02)
+    assert curve([text], 8)[:4] == pytest.approx([0.25] * 4, abs=0.02)
     even = torch.full((200,), 0.7, dtype=torch.float64)
-    assert _curve([even], 8) == pytest.approx([0.7**n for n in range(1, 9)])
-    assert _curve([even[:3]], 8) == pytest.approx([0.7, 0.49, 0.343])
+    assert curve([even], 8) == pytest.approx([0.7**n for n in range(1, 9)])
+    assert curve([even[:3]], 8) == pytest.approx([0.7, 0.49, 0.343])
 
 
 def test_the_text_that_is_measured_by_is_the_ensembles(models: list[Any]) -> None:
     plain = SpeculativeDecoder(models[:2], schedule="plain")
     swept = SpeculativeDecoder(models[:2], schedule="hierarchy", draft=[models[2]])
-    swept.schedule = _Sweep()
+    swept.schedule = Sweep()
     for text in texts():
         found, expected = (
             one.generate(text, do_sample=False, max_new_tokens=60) for one in (swept, plain)
@@ -644,7 +641,7 @@ def test_the_text_that_is_measured_by_is_the_ensembles(models: list[Any]) -> Non
 
 def test_too_little_text_is_an_error(models: list[Any]) -> None:
     with pytest.raises(ValueError, match="tune: max_new_tokens: expected enough to time every mod"):
-        tune(models[:2], texts()[:1], max_new_tokens=2)
+        tune(models[:2], texts()[:1], sampling(2))
 
 
 def ending(models: list[Any], monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
@@ -655,10 +652,10 @@ def ending(models: list[Any], monkeypatch: pytest.MonkeyPatch, tokens: Sequence[
 def test_texts_that_end_at_once_are_measured_by(
     models: list[Any], clock: Clock, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    options: dict[str, Any] = {"drafts": models[2:], "temperature": temperature}
-    whole = tune(models[:2], texts(), max_new_tokens=40, **options)
+    options = sampling(40, temperature=temperature)
+    whole = tune(models[:2], texts(), options, drafts=models[2:])
     ending(models, monkeypatch, range(23))  # every token does
-    found = tune(models[:2], texts(), max_new_tokens=40, **options)
+    found = tune(models[:2], texts(), options, drafts=models[2:])
     assert found.num_tokens == 120
     assert found == replace(whole, seconds=found.seconds)
     assert models[0].generation_config.eos_token_id == list(range(23))
@@ -672,7 +669,7 @@ def test_acceptance_is_of_the_texts_up_to_their_ends(
     options = sampling(200, temperature=0.0)
     sizes = [plain.generate(text, **options).shape[1] - text.shape[1] for text in texts()]
     assert 16 <= sum(sizes) < 600  # some do end
-    found = tune(models[:2], texts(), max_new_tokens=200, temperature=0.0)
+    found = tune(models[:2], texts(), options)
     assert found.num_tokens == sum(sizes)
     # What is written beyond the ends is timed all the same.
     assert [n for n, _ in found.profile.forwards[0]] == [1, 2, 4, 8]
@@ -681,20 +678,20 @@ def test_acceptance_is_of_the_texts_up_to_their_ends(
 def test_few_turns_are_enough(models: list[Any], clock: Clock) -> None:
     """Each model is timed in two sizes at least: a block costs more than its first token."""
     for count in (6, 8, 12):
-        found = tune(models[:2], texts()[:1], drafts=models[2:], max_new_tokens=count)
+        found = tune(models[:2], texts()[:1], sampling(count), drafts=models[2:])
         for times, (start, each) in zip(found.profile.forwards, COSTS.values(), strict=True):
             assert len(times) > 1
             assert all(seconds == start + each * n for n, seconds in times)
 
 
 def test_a_product_has_no_components(models: list[Any]) -> None:
-    found = tune(models[:2], texts(), ensemble="product", weights=(1.5, -0.5), max_new_tokens=40)
+    found = tune(models[:2], texts(), sampling(40), ensemble="product", weights=(1.5, -0.5))
     kinds = {one.schedule for one in found.candidates}
     assert kinds == {"plain", "speculative", "alternating", "lookup"}
 
 
 def test_every_kind_of_stop_is_a_candidate(models: list[Any]) -> None:
-    found = tune(models[:2], texts(), drafts=models[2:], max_new_tokens=40)
+    found = tune(models[:2], texts(), sampling(40), drafts=models[2:])
     stops = {one.arguments["stop"]["kind"]: one for one in found.candidates if "stop" in one.name}
     assert set(stops) == {"confidence", "entropy", "learned"}
     for kind, one in stops.items():
@@ -723,7 +720,7 @@ def test_a_stop_is_told_the_same_by_the_loop_and_by_measuring(models: list[Any])
             told.append(stop_features(log_probs, logits))
             return [False] * len(logits)
 
-    decoder = SpeculativeDecoder(models[:1], schedule="speculative", draft=models[2], stop=Ears())
+    decoder = SpeculativeDecoder(models[:1], schedule=Speculative(stop=Ears()), draft=models[2])
     for temperature in (0.0, 0.7):
         told.clear()
         written = decoder.generate(texts()[0], seed=1, **sampling(12, temperature=temperature))
@@ -733,7 +730,7 @@ def test_a_stop_is_told_the_same_by_the_loop_and_by_measuring(models: list[Any])
         law = (logits / (temperature or 1.0)).softmax(-1)
         if temperature == 0:
             law = torch.nn.functional.one_hot(law.argmax(-1), 23).float()
-        seen = _drafts(logits, law, law, greedy=temperature == 0)
+        seen = draw(logits, law, law, greedy=temperature == 0)
         assert bool((seen.chances == 1).all())
         near = (seen.features[0] - told[0].double()).abs().amax(-1)
         assert float(near.min()) < 1e-4  # one of the four draws is the loop's; at 0 all are
@@ -747,10 +744,10 @@ def test_long_proposals_are_predicted_too(
 ) -> None:
     """Stops that end some blocks, and look-ups, at sizes that the search would not choose."""
     # No law over 23 tokens is flat enough for the default.
-    monkeypatch.setitem(measuring._READY, "entropy", EntropyStop(least=0.35))
+    monkeypatch.setitem(stops.READY, "entropy", EntropyStop(least=0.35))
     size = 300 if temperature > 0 else 120
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
-    found = tune(models[:2], texts(), max_new_tokens=size, temperature=temperature, **options)
+    found = tune(models[:2], texts(), sampling(size, temperature=temperature), **options)
     here, wrong, ends = found.profile, [], []
 
     def compare(predicted: float, schedule: str, arguments: dict[str, Any], draft: bool) -> float:
@@ -785,8 +782,8 @@ def test_lossy_rules_are_predicted_and_never_the_best(
 ) -> None:
     rules = [Acceptance.parse(rule) for rule in LOSSY]
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
-    law: dict[str, Any] = {"temperature": temperature, "acceptances": rules}
-    found = tune(models[:2], texts(), max_new_tokens=120, **law, **options)
+    writing = sampling(120, temperature=temperature)
+    found = tune(models[:2], texts(), writing, acceptances=rules, **options)
     lossy = {one.arguments["acceptance"]: one for one in found.candidates if not one.lossless}
     assert list(lossy) == sorted(LOSSY, key=lambda rule: lossy[rule].seconds)
     assert not found.candidates[0].lossless  # or the next line would say nothing
@@ -820,7 +817,7 @@ def test_long_blocks_begin_more_rarely_where_drafts_are_kept(
 ) -> None:
     """Greedy texts that repeat themselves: a draft is kept in two of them, never in the third."""
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
-    found = tune(models[:2], texts(), max_new_tokens=120, temperature=0.0, **options)
+    found = tune(models[:2], texts(), sampling(120, temperature=0.0), **options)
     way = Candidate("", "speculative", {"num_speculative_tokens": gamma}, (0,), 0.0)
     expected = seconds_per_token(decoder_of(way, models[:2], **options), 0.0, 1)
     predicted = tuning.speculative(found.profile, 2, gamma)
@@ -831,7 +828,7 @@ def test_long_blocks_begin_more_rarely_where_drafts_are_kept(
 
 
 def test_one_model_alone_looks_up(models: list[Any], clock: Clock) -> None:
-    found = tune(models[:1], texts(), max_new_tokens=40)
+    found = tune(models[:1], texts(), sampling(40))
     assert {one.schedule for one in found.candidates} == {"plain", "lookup"}
     start, each = COSTS["0"]
     (times,) = found.profile.forwards
@@ -842,14 +839,14 @@ def test_one_model_alone_looks_up(models: list[Any], clock: Clock) -> None:
 def test_what_is_looked_up_is_what_the_loop_looks_up() -> None:
     #        0  1  2  3  4  5  6  7  8  9
     text = [5, 6, 7, 5, 6, 7, 5, 8, 9, 5]
-    found = _LookUps(text, 3, 4)
+    found = LookUps(text, 3, 4)
     law = torch.full((10,), 0.5)
     for place in range(7):
         found.read(place, law)
     # "7" has not occurred; "5" has, and 6 7 5 is kept; "8" and "9" have not. The law finds each
     # proposal that follows what was written as likely as not.
     assert list(found.turns(4)) == [(0, 0.0), (3, 1.5), (0, 0.0), (0, 0.0)]
-    assert _replayed([found], 4) == ((0, 0.75, 0.0), (3, 0.25, 1.5))
+    assert replayed([found], 4) == ((0, 0.75, 0.0), (3, 0.25, 1.5))
     # Two at most: of 6 7, which are kept, then of 8, which follows "5" no more than 6 does.
     assert list(found.turns(2)) == [(0, 0.0), (2, 1.0), (2, 0.5), (0, 0.0), (0, 0.0)]
 
@@ -909,8 +906,8 @@ def test_a_lossy_rule_is_reported_and_not_chosen(tmp_path: Path) -> None:
     [
         (("--draft", "family:draft", "--acceptance", "block"), "lossy rule that judges each token"),
         (("--draft", "family:draft", "--acceptance", "jss"), "unknown rule 'jss'"),
-        (("--acceptance", "js"), "acceptance: expected a draft or a second member to judge"),
-        (("--max-new-tokens", "2"), "max_new_tokens: expected enough to time every model"),
+        (("--acceptance", "js"), "--acceptance: expected a draft or a second member to judge"),
+        (("--max-new-tokens", "2"), "--max-new-tokens: expected enough to time every model"),
     ],
 )
 def test_mistakes_of_tune(arguments: tuple[str, ...], words: str) -> None:
@@ -993,4 +990,4 @@ def test_mistakes(arguments: tuple[str, ...], words: str) -> None:
     result = run("generate", "x", *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
-    assert terminal.FAMILY_PREFIX not in result.stderr
+    assert loading.FAMILY_PREFIX not in result.stderr

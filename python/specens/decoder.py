@@ -31,7 +31,7 @@ from specens.members.probe import member
 from specens.members.translated import Translated
 from specens.members.vocabulary import shared_vocabulary
 from specens.members.weight_head import WeightHead, hidden_size
-from specens.schedules import SCHEDULES, read_schedule
+from specens.schedules import SCHEDULES, Component, read_schedule
 from specens_kernels import ENSEMBLES, Acceptance, Ensemble, Law, Refusal, Status
 
 __all__ = ["SpeculativeDecoder", "SpeculativeOutput"]
@@ -369,6 +369,11 @@ class SpeculativeDecoder:
                 expected = "numbers for a model whose states are replayed"
                 raise Refusal("decoder", "weights", expected, "a head")
             each.score_by = share
+
+    @property
+    def averages_members(self) -> bool:
+        """Whether each token of a sampled text may come from one member, drawn by its weight."""
+        return Component.suits(self._law(Warp()))
 
     def _law(self, warp: Warp) -> Law:
         return Law(

@@ -9,7 +9,7 @@ takes. To add a kind of argument, add a `Kind` here. Needs no torch.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
@@ -105,9 +105,8 @@ def word(*known: str) -> Kind:
     return Kind(" or ".join(map(repr, known)), accept, str)
 
 
-@dataclass(frozen=True)
 class Named:
-    """A value with a name, whose fields are its arguments.
+    """A dataclass with a name, whose fields are its arguments.
 
     name: what it is called in text. summary: what it does, in one line.
     """
@@ -117,7 +116,7 @@ class Named:
 
     def __post_init__(self) -> None:
         """Check every argument that is not its default."""
-        for each in fields(self):
+        for each in _arguments(self):
             value, kind = getattr(self, each.name), each.metadata["kind"]
             if value is each.default:
                 continue
@@ -133,11 +132,15 @@ class Named:
         return f"{self.name}:{written}" if written else self.name
 
     def _written(self) -> str:
-        given = {each.name: getattr(self, each.name) for each in fields(self)}
-        defaults = {each.name: each.default for each in fields(self)}
+        given = {each.name: getattr(self, each.name) for each in _arguments(self)}
+        defaults = {each.name: each.default for each in _arguments(self)}
         return ",".join(
             f"{name}={_written(value)}" for name, value in given.items() if value != defaults[name]
         )
+
+
+def _arguments(named: Any) -> "list[Field[Any]]":
+    return [each for each in fields(named) if "kind" in each.metadata]
 
 
 def _written(value: Any) -> str:
@@ -165,7 +168,7 @@ def read_named(op: str, text: str, known: Mapping[str, type[_T]]) -> _T:
     kind = known.get(name.strip())
     if kind is None:
         raise Refusal.unknown(op, "name", name.strip(), known)
-    kinds = {each.name: each.metadata["kind"] for each in fields(kind)}
+    kinds = {each.name: each.metadata["kind"] for each in _arguments(kind)}
     arguments: dict[str, Any] = {}
     for key, value in _parts(kind.name, rest).items():
         if key not in kinds:

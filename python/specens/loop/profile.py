@@ -10,7 +10,7 @@ field to `Profile`. Needs no torch.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specens.loop.schedule import DraftStop, Schedule
@@ -111,6 +111,12 @@ class Profile:
         """Seconds to verify so many drafts, their forwards not counted."""
         return interpolated(self.verify, drafts)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: stops as text."""
+        stopped = [{**stopped.__dict__, "stop": str(stopped.stop)} for stopped in self.stopped]
+        relaxed = [dict(relaxed.__dict__) for relaxed in self.relaxed]
+        return {**self.__dict__, "stopped": stopped, "relaxed": relaxed}
+
     def scored(self, proposer: int | None, drafts: int) -> float:
         """Seconds for the ensemble to read and verify so many drafts."""
         # A member that proposes has read all but its last draft.
@@ -141,6 +147,10 @@ class Candidate:
     def lossless(self) -> bool:
         """Whether the text has exactly the law that was asked for."""
         return self.law == "target"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the schedule as text."""
+        return {**self.__dict__, "schedule": str(self.schedule)}
 
 
 def interpolated(times: Times, count: float) -> float:

@@ -89,7 +89,6 @@ class Verification:
         return self.members is None and self.scored is None
 
 
-@dataclass(frozen=True)
 class DraftStop(Named):
     """When a proposer had better let the others speak.
 
@@ -107,9 +106,11 @@ class DraftStop(Named):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class Schedule(Named):
-    """One way of taking turns. Its fields are its arguments; None is decided by the models.
+    """One way of taking turns: a frozen dataclass.
+
+    Its fields are its arguments, made by `specens.loop.named.argument`; None is decided by the
+    models.
 
     fewest_drafts, most_drafts: models outside the ensemble that it takes; drafts_in_words says it.
     verifies_drafts: whether its drafts verify one another, each by a rule of its own.

@@ -36,6 +36,7 @@ __all__ = [
     "Plain",
     "Speculative",
     "read_schedule",
+    "with_tokens",
 ]
 
 SCHEDULES: Mapping[str, type[Schedule]] = MappingProxyType(
@@ -53,6 +54,11 @@ SCHEDULES: Mapping[str, type[Schedule]] = MappingProxyType(
         )
     }
 )
+
+
+def with_tokens(text: str, tokens: str) -> str:
+    """The text of a schedule with "tokens=..." among its arguments."""
+    return f"{text}{',' if ':' in text else ':'}tokens={tokens}"
 
 
 def read_schedule(text: str) -> Schedule:
