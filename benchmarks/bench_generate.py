@@ -29,7 +29,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import specens
-from specens import SpeculativeDecoder, Statistics
+from specens import (
+    Alternating,
+    Component,
+    Plain,
+    Schedule,
+    Speculative,
+    SpeculativeDecoder,
+    Statistics,
+)
 from specens_kernels import native
 
 SHIPPED = Path(specens.__file__).parent / "family"
@@ -142,14 +150,14 @@ class Contestant:
         return self.seconds[-1]
 
 
-def ours(members: list[Any], schedule: str, **arguments: Any) -> Contestant:
+def ours(members: list[Any], schedule: Schedule, **arguments: Any) -> Contestant:
     """One of our schedules; `modes` and `peer` as for `Contestant`."""
-    modes = ("sampled",) if schedule == "component" else ("greedy", "sampled")
+    modes = ("sampled",) if schedule.sampled_mixture else ("greedy", "sampled")
     single = len(members) == 1
     decoder = SpeculativeDecoder(members, schedule=schedule, **arguments)
     return Contestant(
         lambda ids, options, seed: decoder.generate(ids, seed=seed, **options),
-        None if schedule == "component" else ("plain, 1 member" if single else "plain"),
+        None if schedule.sampled_mixture else ("plain, 1 member" if single else "plain"),
         decoder,
         modes,
         peer=single,
@@ -174,23 +182,19 @@ def contestants(family: Family, quick: bool) -> dict[str, Contestant]:
     """Every schedule over the draft lengths that make sense for it, and the peers."""
     members, draft = family.members, family.draft
     others = [1] * (len(members) - 1)
-    listed = {"plain": ours(members, "plain"), "component": ours(members, "component")}
+    listed = {"plain": ours(members, Plain()), "component": ours(members, Component())}
     for gamma in (2,) if quick else (1, 2, 4):
-        listed[f"speculative [{gamma}]"] = ours(
-            members, "speculative", num_speculative_tokens=gamma
-        )
+        listed[f"speculative [{gamma}]"] = ours(members, Speculative(gamma))
     for gamma in () if draft is None else (4,) if quick else (2, 4, 6):
-        listed[f"speculative with draft [{gamma}]"] = ours(
-            members, "speculative", draft=draft, num_speculative_tokens=gamma
-        )
+        listed[f"speculative with draft [{gamma}]"] = ours(members, Speculative(gamma), draft=draft)
     for gamma in (1, 4) if quick else range(1, 7):
         name = f"alternating [{','.join(map(str, (gamma, *others)))}]"
-        listed[name] = ours(members, "alternating", num_speculative_tokens=[gamma, *others])
-    listed["plain, 1 member"] = ours(members[:1], "plain")
+        listed[name] = ours(members, Alternating((gamma, *others)))
+    listed["plain, 1 member"] = ours(members[:1], Plain())
     listed["transformers, 1 member"] = theirs(members[0])
     if draft is not None:
         listed["speculative with draft, 1 member [4]"] = ours(
-            members[:1], "speculative", draft=draft, num_speculative_tokens=4
+            members[:1], Speculative(4), draft=draft
         )
         listed["transformers assistant_model, 1 member [4]"] = theirs(members[0], draft, 4)
     if len(members) == 2:

@@ -25,7 +25,7 @@ from harness import WRONG, Spread
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specens import SpeculativeDecoder
+from specens import Alternating, Speculative, SpeculativeDecoder
 from specens_kernels import native
 
 GAMMA = 4
@@ -143,15 +143,12 @@ def contestants(target: Any, draft: Any, batch: int) -> dict[str, Any]:
             lambda ids, options: target.generate(ids, **options, **extra),
         )
 
-    gamma = {"num_speculative_tokens": GAMMA}
     listed = {
         "plain": our(SpeculativeDecoder([target], schedule="plain")),
-        "speculative": our(
-            SpeculativeDecoder([target], schedule="speculative", draft=draft, **gamma)
-        ),
+        "speculative": our(SpeculativeDecoder([target], schedule=Speculative(GAMMA), draft=draft)),
         "plain of two": our(SpeculativeDecoder([target, draft], schedule="plain")),
         "alternating of two": our(
-            SpeculativeDecoder([target, draft], schedule=Alternating(order=[1, 0]), **gamma)
+            SpeculativeDecoder([target, draft], schedule=Alternating(GAMMA, order=(1, 0)))
         ),
     }
     if batch == 1:  # assisted generation takes one sequence
@@ -240,9 +237,7 @@ def profile(vocab_size: int, batch: int, options: argparse.Namespace) -> None:
     print(f"V = {vocab_size}, B = {batch}: {decoder.statistics.turns} turns")
     statistics = pstats.Stats(profiler).strip_dirs()
     statistics.sort_stats("tottime").print_stats(15)
-    statistics.sort_stats("cumulative").print_stats(
-        "specens|run.py|ops.py|members.py|schedules.py", 15
-    )
+    statistics.sort_stats("cumulative").print_stats("specens|loop|ops.py|members|schedules", 15)
 
 
 def in_ms(row: dict[str, Any], name: str) -> str:

@@ -21,11 +21,20 @@ import torch
 from divergence import divergence
 from torch import Tensor
 
-from specens import SpeculativeDecoder, family
+from specens import (
+    Alternating,
+    Component,
+    LookAhead,
+    Plain,
+    Schedule,
+    Speculative,
+    SpeculativeDecoder,
+    family,
+)
 from specens.cli import loading
 from specens.cli.output import progress
 from specens.loop.statistics import Statistics
-from specens.members.member import member
+from specens.members.probe import member
 from specens.methods import METHODS, Method, build
 from specens.tuning.compare import Comparison, compare, sampling, workload
 
@@ -247,22 +256,21 @@ def mixture_rows(
         )
     rows = []
     for name, (models, weights) in pairs.items():
-        schedules: dict[str, dict[str, Any]] = {
-            "plain": {"schedule": "plain"},
-            "component": {"schedule": "component"},
-            "lookahead": {"schedule": "lookahead"},
+        schedules: dict[str, Schedule] = {
+            "plain": Plain(),
+            "component": Component(),
+            "lookahead": LookAhead(),
         }
-        for gamma in (1, 2, 4):
-            given = {"num_speculative_tokens": gamma}
-            schedules[f"speculative {gamma}"] = {"schedule": "speculative", **given}
-            schedules[f"alternating {gamma}"] = {"schedule": "alternating", **given}
+        for tokens in (1, 2, 4):
+            schedules[f"speculative {tokens}"] = Speculative(tokens)
+            schedules[f"alternating {tokens}"] = Alternating(tokens)
         works = {
             key: workload(
-                SpeculativeDecoder(models, weights=weights, **arguments),
+                SpeculativeDecoder(models, weights=weights, schedule=schedule),
                 prompts,
                 **sampling(options.tokens),
             )
-            for key, arguments in schedules.items()
+            for key, schedule in schedules.items()
         }
         costs = forward_times(models)
         for comparison in measured(name, works, options.rounds):

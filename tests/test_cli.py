@@ -5,6 +5,7 @@ A new way to go wrong is one more entry of `MISTAKES`. The shipped family is pac
 nothing here needs a network.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -25,9 +26,10 @@ from typer.testing import CliRunner, Result
 
 from specens import SpeculativeDecoder, Statistics, family
 from specens.cli import app, loading, output
+from specens.methods import METHODS
 from specens.schedules import SCHEDULES
 from specens.tuning.compare import compare, sampling, total
-from specens_kernels import Refusal
+from specens_kernels import ENSEMBLES, Refusal
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("--max-new-tokens", "12", "--seed", "7")
@@ -101,17 +103,20 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     ),
     "gamma 0": (
         ("generate", "x", "--gamma", "0"),
-        "num_speculative_tokens: expected integers >= 1, got 0 (here: --gamma)",
+        "alternating: tokens: expected integers >= 1, got 0 (here: --gamma)",
     ),
-    "gamma text": (("generate", "x", "--gamma", "two"), "generate: --gamma: expected integers"),
+    "gamma text": (
+        ("generate", "x", "--gamma", "two"),
+        "alternating: tokens: expected integers >= 1, got 'two'",
+    ),
     "four gammas": (("generate", "x", "--gamma", "1,2,3,4"), "expected 1 or 3 integers"),
     "weights": (("generate", "x", "--weights", "0.5,0.3,0.3"), "sum to 1"),
     "one weight": (("generate", "x", "--weights", "1"), "--weights: expected 3 numbers"),
     "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
-    "ensemble": (("generate", "x", "--ensemble", "sum"), "unknown name 'sum'"),
-    "schedule": (("generate", "x", "--schedule", "fast"), "unknown name 'fast'"),
+    "ensemble": (("generate", "x", "--ensemble", "sum"), "got 'sum'"),
+    "schedule": (("generate", "x", "--schedule", "fast"), "got 'fast'"),
     "acceptance": (("generate", "x", "--acceptance", "typcal"), "generate: --acceptance: name: "),
-    "method": (("generate", "x", "--method", "fast"), "--method: unknown name 'fast'"),
+    "method": (("generate", "x", "--method", "fast"), "--method: expected one of plain, "),
     "method and schedule": (
         ("generate", "x", "--method", "fsd", "--schedule", "plain"),
         "--schedule: expected none beside --method fsd",
@@ -132,10 +137,13 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     ),
     "plausibility": (("generate", "x", "--plausibility", "0.1"), "--plausibility: expected 0"),
     "proposer": (
-        ("generate", "x", "--schedule", "speculative", "--proposer", "3"),
-        "generate: --proposer: expected None with a draft, else 0 to 2",
+        ("generate", "x", "--schedule", "speculative:proposer=3"),
+        "speculative: proposer: expected None with a draft, else 0 to 2",
     ),
-    "order": (("generate", "x", "--order", "0,0"), "--order: expected every member 0 to 2 once"),
+    "order": (
+        ("generate", "x", "--schedule", "alternating:order=0,0"),
+        "order: expected every member 0 to 2 once",
+    ),
     "draft": (("generate", "x", "--draft", "family:draft"), "draft: expected None"),
     "component": (
         ("generate", "x", "--schedule", "component", "--temperature", "0"),
@@ -251,8 +259,11 @@ def test_models_and_prompts_go_to_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_help_names_every_schedule() -> None:
     shown = " ".join(run("generate", "--help").output.split())
-    *others, last = SCHEDULES
-    assert f"{', '.join(others)} or {last}, which None is" in shown
+    for name, schedule in SCHEDULES.items():
+        names = ", ".join(field.name for field in dataclasses.fields(schedule))
+        assert f"{name} ({names}): {schedule.summary}." in shown or not names
+        assert f"{schedule.summary}." in shown
+    assert all(f" {name}" in shown for name in (*ENSEMBLES, *METHODS))
 
 
 def test_a_hierarchy_takes_any_number_of_drafts() -> None:
@@ -472,9 +483,9 @@ def test_without_a_seed_the_text_differs_from_run_to_run() -> None:
     "arguments",
     [
         ("--schedule", "plain"),
-        ("--schedule", "speculative", "--gamma", "3", "--proposer", "1"),
+        ("--schedule", "speculative:proposer=1", "--gamma", "3"),
         ("--schedule", "speculative", "--draft", "family:draft"),
-        ("--gamma", "2,3,1", "--order", "1,0,2"),
+        ("--gamma", "2,3,1", "--schedule", "alternating:order=1,0,2"),
     ],
     ids=" ".join,
 )

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from specens import SpeculativeDecoder
 from specens.cli import app, loading, train_draft
 from specens.members.weight_head import WeightHead
+from specens.schedules import Speculative
 from specens.training import batches, distil, examples, front, loop, rewards
 from specens.training.diversed import Pair, advantages, head_loss, train_head
 from specens.training.examples import HELD_OUT_MODULES, Example

@@ -25,17 +25,31 @@ from typer.testing import CliRunner
 
 from specens import SpeculativeDecoder, family
 from specens.cli import app, loading
+from specens.loop.profile import Candidate, Profile, Stopped, interpolated, survival
 from specens.members.member import Member
-from specens.schedules import SCHEDULES, EntropyStop, stop_features
-from specens.tuning import Candidate, decoder_of, stops, tune
-from specens.tuning import predict as tuning
+from specens.schedules import (
+    SCHEDULES,
+    STOPS,
+    Alternating,
+    Component,
+    ConfidenceStop,
+    EntropyStop,
+    Hierarchy,
+    LookAhead,
+    Lookup,
+    Plain,
+    Speculative,
+    read_schedule,
+)
+from specens.schedules.mixture import best_ahead
+from specens.schedules.stops import stop_features
+from specens.tuning import decoder_of, stops, tune
 from specens.tuning.agreement import Agreement, curve, read, starts
 from specens.tuning.compare import sampling
 from specens.tuning.lookups import LookUps, replayed
 from specens.tuning.measure import Sweep
-from specens.tuning.predict import Profile, Stopped, survival
-from specens.tuning.search import candidates
-from specens.tuning.stops import STOPS, draw, fit_stop
+from specens.tuning.search import candidates, least_chance
+from specens.tuning.stops import draw, fit_stop
 from specens_kernels import Acceptance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +82,7 @@ def profile() -> Profile:
         stopped=tuple(
             Stopped(
                 model,
-                {"kind": "confidence", "least": 0.4},
+                ConfidenceStop(),
                 tuple(GOES**n for n in range(1, 5)),
                 tuple(KEPT * BOTH**n for n in range(4)),
                 asking=0.04,
@@ -225,38 +239,38 @@ def alternating_turn(dice: Dice, order: Sequence[int], gammas: Sequence[int]) ->
 
 
 SIMULATIONS: dict[str, tuple[Callable[[Profile], float], Callable[[Dice], Turn]]] = {
-    "plain": (tuning.plain, plain_turn),
-    "lookahead 0": (lambda p: tuning.lookahead(p, 0, 0), lambda d: lookahead_turn(d, 0, 0, 16)),
-    "lookahead 3": (lambda p: tuning.lookahead(p, 2, 3), lambda d: lookahead_turn(d, 2, 3, 16)),
+    "plain": (Plain.seconds, plain_turn),
+    "lookahead 0": (lambda p: LookAhead.seconds(p, 0, 0), lambda d: lookahead_turn(d, 0, 0, 16)),
+    "lookahead 3": (lambda p: LookAhead.seconds(p, 2, 3), lambda d: lookahead_turn(d, 2, 3, 16)),
     "lookahead cut": (
-        lambda p: tuning.lookahead(p, 0, 2, 3),
+        lambda p: LookAhead.seconds(p, 0, 2, 3),
         lambda d: lookahead_turn(d, 0, 2, 3),
     ),
-    "member 3": (lambda p: tuning.speculative(p, 2, 3), lambda d: speculative_turn(d, 2, 3)),
-    "draft 6": (lambda p: tuning.speculative(p, 4, 6), lambda d: speculative_turn(d, 4, 6)),
+    "member 3": (lambda p: Speculative.seconds(p, 2, 3), lambda d: speculative_turn(d, 2, 3)),
+    "draft 6": (lambda p: Speculative.seconds(p, 4, 6), lambda d: speculative_turn(d, 4, 6)),
     "stop of a member": (
-        lambda p: tuning.stopping(p, p.stopped[0], 6),
+        lambda p: Speculative.stopped_seconds(p, p.stopped[0], 6),
         lambda d: stopping_turn(d, 1, 6),
     ),
     "stop of a draft": (
-        lambda p: tuning.stopping(p, p.stopped[1], 3),
+        lambda p: Speculative.stopped_seconds(p, p.stopped[1], 3),
         lambda d: stopping_turn(d, 4, 3),
     ),
-    "lookup": (lambda p: tuning.lookup(p, 2), lookup_turn),
+    "lookup": (lambda p: Lookup.seconds(p, 2), lookup_turn),
     "hierarchy of 2": (
-        lambda p: tuning.hierarchy(p, (3, 5), (2, 4)),
+        lambda p: Hierarchy.seconds(p, (3, 5), (2, 4)),
         lambda d: hierarchy_turn(d, (3, 5), (2, 4)),
     ),
     "hierarchy of 3": (
-        lambda p: tuning.hierarchy(p, (3, 4, 5), (3, 3, 5)),
+        lambda p: Hierarchy.seconds(p, (3, 4, 5), (3, 3, 5)),
         lambda d: hierarchy_turn(d, (3, 4, 5), (3, 3, 5)),
     ),
     "alternating of 2": (
-        lambda p: tuning.alternating(p, (1, 0), (4, 2)),
+        lambda p: Alternating.seconds(p, (1, 0), (4, 2)),
         lambda d: alternating_turn(d, (1, 0), (4, 2)),
     ),
     "alternating of 3": (
-        lambda p: tuning.alternating(p, (2, 0, 1), (3, 1, 2)),
+        lambda p: Alternating.seconds(p, (2, 0, 1), (3, 1, 2)),
         lambda d: alternating_turn(d, (2, 0, 1), (3, 1, 2)),
     ),
 }
@@ -285,7 +299,7 @@ def test_a_prediction_is_the_mean_of_its_simulation(name: str) -> None:
 def test_a_component_reads_what_it_has_missed() -> None:
     turns = component_turns(Dice(profile()), 20_000)
     mean, error = simulated(turns)
-    assert abs(tuning.component(profile()) - mean) <= 4.5 * error
+    assert abs(Component.seconds(profile()) - mean) <= 4.5 * error
     lazy = sum(w * t[0][1] for w, t in zip(profile().weights, profile().forwards, strict=False))
     assert abs(lazy + 0.05 - mean) > 4.5 * error  # as if nothing were missed
 
@@ -299,21 +313,21 @@ def test_the_simulation_rejects_other_formulas() -> None:
 
     # A block whose verification costs one token's forward.
     flat = replace(here, forwards=tuple(times[:1] for times in here.forwards))
-    assert rejected(tuning.speculative(flat, 4, 6), SIMULATIONS["draft 6"][1])
+    assert rejected(Speculative.seconds(flat, 4, 6), SIMULATIONS["draft 6"][1])
     # Other numbers of tokens.
-    assert rejected(tuning.hierarchy(here, (3, 5), (1, 1)), SIMULATIONS["hierarchy of 2"][1])
-    assert rejected(tuning.alternating(here, (1, 0), (4, 1)), SIMULATIONS["alternating of 2"][1])
+    assert rejected(Hierarchy.seconds(here, (3, 5), (1, 1)), SIMULATIONS["hierarchy of 2"][1])
+    assert rejected(Alternating.seconds(here, (1, 0), (4, 1)), SIMULATIONS["alternating of 2"][1])
     # A stop that knows nothing of what is kept, and one that nobody minds.
     blind = replace(here.stopped[1], kept=tuple(KEPT * (GOES * KEPT) ** n for n in range(4)))
-    assert rejected(tuning.stopping(here, blind, 3), SIMULATIONS["stop of a draft"][1])
+    assert rejected(Speculative.stopped_seconds(here, blind, 3), SIMULATIONS["stop of a draft"][1])
     deaf = replace(here.stopped[1], going=(1.0, 1.0))
-    assert rejected(tuning.stopping(here, deaf, 3), SIMULATIONS["stop of a draft"][1])
+    assert rejected(Speculative.stopped_seconds(here, deaf, 3), SIMULATIONS["stop of a draft"][1])
     # Look-ups that always find something.
     always = replace(here, found=(here.found[0], FOUND[2:]))
-    assert rejected(tuning.lookup(always, 2), SIMULATIONS["lookup"][1])
+    assert rejected(Lookup.seconds(always, 2), SIMULATIONS["lookup"][1])
     # Tokens of others that are always kept.
     sure = replace(here, kept=(((1.0,),) * 7,) * 6)
-    assert rejected(tuning.lookahead(sure, 2, 3), SIMULATIONS["lookahead 3"][1])
+    assert rejected(LookAhead.seconds(sure, 2, 3), SIMULATIONS["lookahead 3"][1])
 
 
 def test_known_speedups() -> None:
@@ -327,16 +341,16 @@ def test_known_speedups() -> None:
             verify=((0, 0.0),),
             kept=(((chance,),) * (size + 1),) * size,
         )
-        found = tuning.alternating(free, range(size), (1,) * size)
+        found = Alternating.seconds(free, range(size), (1,) * size)
         assert found == pytest.approx(size - (size - 1) * chance, rel=1e-9)
         # Leviathan et al. 2023, theorem 3.8, with a member of the ensemble as the draft.
-        found = tuning.speculative(free, 0, 3)
+        found = Speculative.seconds(free, 0, 3)
         assert found == pytest.approx((3 + size) / sum(chance**i for i in range(4)))
 
 
 def test_times_are_interpolated_and_go_on() -> None:
     times = ((1, 1.0), (2, 3.0), (4, 4.0))
-    assert [tuning.interpolated(times, n) for n in (0, 1, 2, 3, 4, 6)] == [
+    assert [interpolated(times, n) for n in (0, 1, 2, 3, 4, 6)] == [
         1.0,
         1.0,
         3.0,
@@ -344,7 +358,7 @@ def test_times_are_interpolated_and_go_on() -> None:
         4.0,
         5.0,
     ]
-    assert tuning.interpolated(((1, 2.0),), 7) == 2.0
+    assert interpolated(((1, 2.0),), 7) == 2.0
 
 
 def test_chances_go_on_with_the_last_ratio() -> None:
@@ -361,19 +375,17 @@ def test_no_chain_and_no_number_of_tokens_is_faster_than_the_one_found() -> None
     chains = [c for n in (1, 2, 3) for c in itertools.combinations(here.drafts, n)]
     best = {
         chain: min(
-            (tuning.hierarchy(here, chain, gammas), gammas)
+            (Hierarchy.seconds(here, chain, gammas), gammas)
             for gammas in itertools.product(range(1, 6), repeat=len(chain))
         )
         for chain in chains
     }
-    found = [one for one in candidates(here, most=5) if one.drafts and "stop" not in one.arguments]
+    found = [one for one in candidates(here, most=5) if one.drafts and " stop" not in one.name]
     assert len(found) == len(chains)
     for one in found:
         seconds, gammas = best[tuple(MEMBERS + i for i in one.drafts)]
         assert one.seconds == pytest.approx(seconds)
-        tokens = one.arguments["num_speculative_tokens"]
-        assert (tokens if isinstance(tokens, list) else [tokens]) == list(gammas)
-        assert one.schedule == ("hierarchy" if len(gammas) > 1 else "speculative")
+        assert one.schedule == (Hierarchy(gammas) if len(gammas) > 1 else Speculative(*gammas))
     assert found[0].seconds == min(seconds for seconds, _ in best.values())
 
 
@@ -381,18 +393,18 @@ def test_candidates_are_sorted_and_of_every_kind() -> None:
     found = candidates(profile())
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     kinds = {*SCHEDULES} - {"companion"}  # as the README says
-    assert {one.schedule for one in found} == kinds
-    (stopped,) = [one for one in found if "stop" in one.arguments]
+    assert {one.schedule.name for one in found} == kinds
+    (stopped,) = [one for one in found if " stop" in one.name]
     seconds, model, gamma = min(
-        (tuning.stopping(profile(), one, gamma), one.model, gamma)
+        (Speculative.stopped_seconds(profile(), one, gamma), one.model, gamma)
         for one in profile().stopped
         for gamma in range(2, 9)
     )
     assert stopped.seconds == seconds
-    assert stopped.arguments["num_speculative_tokens"] == gamma
+    assert stopped.schedule.tokens == gamma
     assert stopped.drafts == (() if model < MEMBERS else (model - MEMBERS,))
     one_law = candidates(profile(), components=False)
-    assert {one.schedule for one in one_law} == kinds - {"component", "lookahead"}
+    assert {one.schedule.name for one in one_law} == kinds - {"component", "lookahead"}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -406,11 +418,11 @@ def test_members_are_tried_in_turn(size: int) -> None:
         base.verify,
         tuple(one[: size + 1] for one in base.kept[:size]),
     )
-    found = {one.schedule: one for one in reversed(candidates(here, most=4))}
+    found = {one.schedule.name: one for one in reversed(candidates(here, most=4))}
     assert ("alternating" in found) == (size > 1)
     if size in (2, 3):
         best = min(
-            tuning.alternating(here, order, gammas)
+            Alternating.seconds(here, order, gammas)
             for order in itertools.permutations(range(size))
             for gammas in itertools.product(range(1, 5), repeat=size)
         )
@@ -423,14 +435,14 @@ def test_blocks_that_are_always_kept_take_turns_for_ever() -> None:
     sure = replace(here, kept=(((1.0,),) * 7,) * 6)
     almost = replace(here, kept=(((1 - 1e-8,),) * 7,) * 6)
     order, gammas = (1, 0, 2), (2, 1, 3)
-    found = tuning.alternating(sure, order, gammas)
-    assert found == pytest.approx(tuning.alternating(almost, order, gammas), rel=1e-5)
+    found = Alternating.seconds(sure, order, gammas)
+    assert found == pytest.approx(Alternating.seconds(almost, order, gammas), rel=1e-5)
     assert found > sum(here.forward(m, 1) for m in range(MEMBERS)) / sum(gammas)
 
 
 def test_models_of_one_size_need_no_lookahead_and_cheap_ones_do() -> None:
     def best(share: float, cost: float, token_cost: float, kept: float) -> int:
-        return tuning.best_ahead((share, 1 - share), (cost, 1.0), 0, token_cost, kept, 16)
+        return best_ahead((share, 1 - share), (cost, 1.0), 0, token_cost, kept, 16)
 
     assert best(0.5, 1.0, 0.0, 1.0) == 0
     assert best(1.0, 0.1, 0.0, 1.0) == 0
@@ -447,16 +459,16 @@ def test_models_of_one_size_need_no_lookahead_and_cheap_ones_do() -> None:
 def test_looking_ahead_counts_every_member_that_is_asked() -> None:
     """One cheap member and four dear ones: a second foreign token is mostly another member's."""
     weights, costs = (0.2,) * 5, (0.1, 1.0, 1.0, 1.0, 1.0)
-    assert tuning.best_ahead(weights, costs, 0, 0.1, 0.7, 16) == 0
-    assert tuning.best_ahead((0.2, 0.8), (0.1, 1.0), 0, 0.1, 0.7, 16) >= 2
+    assert best_ahead(weights, costs, 0, 0.1, 0.7, 16) == 0
+    assert best_ahead((0.2, 0.8), (0.1, 1.0), 0, 0.1, 0.7, 16) >= 2
 
 
 def test_a_draft_is_not_worth_a_time_that_it_cannot_save() -> None:
     here = profile()
-    cheap, dear = (tuning.least_chance(here, m, 2.0) for m in (3, 1))
+    cheap, dear = (least_chance(here, m, 2.0) for m in (3, 1))
     assert 0.05 <= cheap < dear <= 0.95
     useless = replace(here, kept=(((0.0,),) * 7,) * 6)
-    assert tuning.least_chance(useless, 3, 2.0) == 0.95
+    assert least_chance(useless, 3, 2.0) == 0.95
 
 
 # --- the learned stop -----------------------------------------------------------------------------
@@ -581,7 +593,7 @@ def test_what_is_predicted_is_what_the_loop_takes(
     assert found.profile.draw == 0
     assert set(dict(found.profile.verify).values()) == {0.0}
     for one in found.candidates:
-        if "stop" in one.arguments:  # see test_long_proposals_are_predicted_too
+        if " stop" in one.name:  # see test_long_proposals_are_predicted_too
             continue
         decoder = decoder_of(one, models[:2], drafts=models[2:], weights=(0.6, 0.4))
         # When sampled, another text is written now: of 360 tokens the time varies by up to 7 %.
@@ -686,28 +698,24 @@ def test_few_turns_are_enough(models: list[Any], clock: Clock) -> None:
 
 def test_a_product_has_no_components(models: list[Any]) -> None:
     found = tune(models[:2], texts(), sampling(40), ensemble="product", weights=(1.5, -0.5))
-    kinds = {one.schedule for one in found.candidates}
+    kinds = {one.schedule.name for one in found.candidates}
     assert kinds == {"plain", "speculative", "alternating", "lookup"}
 
 
 def test_every_kind_of_stop_is_a_candidate(models: list[Any]) -> None:
     found = tune(models[:2], texts(), sampling(40), drafts=models[2:])
-    stops = {one.arguments["stop"]["kind"]: one for one in found.candidates if "stop" in one.name}
-    assert set(stops) == {"confidence", "entropy", "learned"}
-    for kind, one in stops.items():
-        saved = json.loads(json.dumps(one.arguments))
-        decoder = decoder_of(replace(one, arguments=saved), models[:2], drafts=models[2:])
-        made = decoder.schedule.stop  # type: ignore[attr-defined]
-        assert type(made) is type(
-            STOPS[kind](**({"coefficients": ()} if kind == "learned" else {}))
-        )
-        proposer = 2 if one.drafts else one.arguments["proposer"]
+    stopped = {one.schedule.stop.name: one for one in found.candidates if " stop" in one.name}
+    assert set(stopped) == set(STOPS)
+    for kind, one in stopped.items():
+        saved = json.loads(json.dumps(one.as_dict()))
+        again = replace(one, schedule=read_schedule(saved["schedule"]))
+        assert again == one
+        decoder = decoder_of(again, models[:2], drafts=models[2:])
+        stop = decoder.schedule.stop  # type: ignore[attr-defined]
+        assert type(stop) is STOPS[kind]
         if kind == "learned":
-            assert (*made.coefficients, made.least) == (
-                *found.stops[proposer].coefficients,
-                found.stops[proposer].least,
-            )
-    assert found.checked()[0].schedule == "plain"
+            assert stop == found.stops[2 if one.drafts else one.schedule.proposer]
+    assert found.checked()[0].schedule == Plain()
     assert found.best() == found.candidates[0]
 
 
@@ -750,29 +758,28 @@ def test_long_proposals_are_predicted_too(
     found = tune(models[:2], texts(), sampling(size, temperature=temperature), **options)
     here, wrong, ends = found.profile, [], []
 
-    def compare(predicted: float, schedule: str, arguments: dict[str, Any], draft: bool) -> float:
-        one = Candidate("", schedule, arguments, (0,) if draft else (), 0.0)
+    def compare(predicted: float, schedule: Any, draft: bool) -> float:
+        one = Candidate("", schedule, 0.0, (0,) if draft else ())
         decoder = decoder_of(one, models[:2], **options)
         expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
-        assert predicted == pytest.approx(expected, rel=0.08), arguments
+        assert predicted == pytest.approx(expected, rel=0.08), schedule
         return expected
 
     for one in here.stopped:
         if one.model == 0:
             continue
-        arguments = {"num_speculative_tokens": 8, "stop": one.stop}
-        arguments |= {} if one.model == 2 else {"proposer": one.model}
-        predicted = tuning.stopping(here, one, 8)
-        expected = compare(predicted, "speculative", arguments, one.model == 2)
-        wrong.append(abs(tuning.speculative(here, one.model, 8) / expected - 1))
+        schedule = Speculative(8, None if one.model == 2 else one.model, one.stop)
+        predicted = Speculative.stopped_seconds(here, one, 8)
+        expected = compare(predicted, schedule, one.model == 2)
+        wrong.append(abs(Speculative.seconds(here, one.model, 8) / expected - 1))
         ends.append(one.going[0] < 0.95)
     assert sum(ends) >= 3
     assert temperature > 0 or max(wrong) > 0.5  # as if nothing were stopped
     for gamma in (1, 4):
-        predicted = tuning.lookup(here, gamma)
-        expected = compare(predicted, "lookup", {"num_speculative_tokens": gamma}, False)
+        predicted = Lookup.seconds(here, gamma)
+        expected = compare(predicted, Lookup(gamma), False)
         sure = replace(here, found=(((gamma, 1.0, gamma),),) * gamma)
-        assert temperature == 0 or tuning.lookup(sure, gamma) < 0.9 * expected
+        assert temperature == 0 or Lookup.seconds(sure, gamma) < 0.9 * expected
 
 
 @pytest.mark.slow
@@ -784,7 +791,7 @@ def test_lossy_rules_are_predicted_and_never_the_best(
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
     writing = sampling(120, temperature=temperature)
     found = tune(models[:2], texts(), writing, acceptances=rules, **options)
-    lossy = {one.arguments["acceptance"]: one for one in found.candidates if not one.lossless}
+    lossy = {one.acceptance: one for one in found.candidates if not one.lossless}
     assert list(lossy) == sorted(LOSSY, key=lambda rule: lossy[rule].seconds)
     assert not found.candidates[0].lossless  # or the next line would say nothing
     assert found.best().lossless
@@ -797,18 +804,17 @@ def test_lossy_rules_are_predicted_and_never_the_best(
         if one.model != 2:
             continue
         for gamma in (2, 8):
-            arguments = {"num_speculative_tokens": gamma, "acceptance": one.acceptance}
-            way = Candidate("", "speculative", arguments, (0,), 0.0)
+            way = Candidate("", Speculative(gamma), 0.0, (0,), one.acceptance)
             decoder = decoder_of(way, models[:2], **options)
             expected = seconds_per_token(decoder, temperature, 3 if temperature > 0 else 1)
-            predicted = tuning.relaxing(found.profile, one, gamma)
+            predicted = Speculative.relaxed_seconds(found.profile, one, gamma)
             if temperature == 0:
-                assert predicted == pytest.approx(expected, rel=0.03), arguments
+                assert predicted == pytest.approx(expected, rel=0.03), way
             elif one.acceptance in SMOOTH:
-                assert predicted == pytest.approx(expected, rel=0.07), arguments
+                assert predicted == pytest.approx(expected, rel=0.07), way
             # A gate lets whole stretches pass or none: 360 tokens tell its time within some 20 %.
             if temperature > 0:
-                assert tuning.speculative(found.profile, 2, gamma) > 1.1 * expected, arguments
+                assert Speculative.seconds(found.profile, 2, gamma) > 1.1 * expected, way
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4, 8])
@@ -818,18 +824,18 @@ def test_long_blocks_begin_more_rarely_where_drafts_are_kept(
     """Greedy texts that repeat themselves: a draft is kept in two of them, never in the third."""
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
     found = tune(models[:2], texts(), sampling(120, temperature=0.0), **options)
-    way = Candidate("", "speculative", {"num_speculative_tokens": gamma}, (0,), 0.0)
+    way = Candidate("", Speculative(gamma), 0.0, (0,))
     expected = seconds_per_token(decoder_of(way, models[:2], **options), 0.0, 1)
-    predicted = tuning.speculative(found.profile, 2, gamma)
+    predicted = Speculative.seconds(found.profile, 2, gamma)
     assert predicted == pytest.approx(expected, rel=0.03)
     if gamma != 4:  # the size that one curve for all is made for
-        of_all = tuning.speculative(replace(found.profile, blocks=()), 2, gamma)
+        of_all = Speculative.seconds(replace(found.profile, blocks=()), 2, gamma)
         assert abs(of_all / expected - 1) > 0.07
 
 
 def test_one_model_alone_looks_up(models: list[Any], clock: Clock) -> None:
     found = tune(models[:1], texts(), sampling(40))
-    assert {one.schedule for one in found.candidates} == {"plain", "lookup"}
+    assert {one.schedule.name for one in found.candidates} == {"plain", "lookup"}
     start, each = COSTS["0"]
     (times,) = found.profile.forwards
     assert {1, 2, 4, 8} <= {n for n, _ in times}
@@ -892,7 +898,7 @@ def test_a_lossy_rule_is_reported_and_not_chosen(tmp_path: Path) -> None:
     saved = json.loads(file.read_text(encoding="utf-8"))
     assert saved["best"]["law"] == "target"
     lossy = [one for one in saved["candidates"] if one["law"] != "target"]
-    assert {one["arguments"]["acceptance"] for one in lossy} == {
+    assert {one["acceptance"] for one in lossy} == {
         "cactus:divergence=0.75",
         "js:threshold=0.3",
     }
@@ -942,7 +948,7 @@ def test_only_the_drafts_of_the_best_candidate_are_loaded(tmp_path: Path) -> Non
     file = tmp_path / "tuned.json"
     listed = {"models": ["family:code"], "drafts": ["/no/such", "family:draft", "/nor/this"]}
     for schedule, drafts in (("plain", []), ("speculative", [1])):
-        best = {"name": "x", "schedule": schedule, "arguments": {}, "drafts": drafts, "seconds": 1}
+        best = {"name": "x", "schedule": schedule, "drafts": drafts, "seconds": 1}
         file.write_text(json.dumps({**listed, "threads": 1, "law": {}, "best": best}))
         result = run("generate", "x", "--config", file, "--max-new-tokens", "4", "--json")
         assert result.exit_code == 0, result.output
@@ -957,8 +963,7 @@ def test_only_the_drafts_of_the_best_candidate_are_loaded(tmp_path: Path) -> Non
 def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:
     best = {
         "name": "x",
-        "schedule": "speculative",
-        "arguments": {"num_speculative_tokens": 2, "stop": {"kind": "confidence", "least": 0.4}},
+        "schedule": "speculative:tokens=2,stop=confidence(least=0.25)",
         "drafts": [0],
         "seconds": 1.0,
     }
@@ -967,8 +972,8 @@ def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(whole | {"best": best}))
     result = run("generate", "x", "--config", file, "--max-new-tokens", "4")
     assert result.exit_code == 0, result.output
-    other = {"num_speculative_tokens": 2, "stop": {"kind": "whim"}}
-    for wrong in ({"drafts": [1]}, {"arguments": other}, {"extra": 0}):
+    whim = {"schedule": "speculative:stop=whim"}
+    for wrong in ({"drafts": [1]}, whim, {"acceptance": "typcal"}, {"extra": 0}):
         file.write_text(json.dumps(whole | {"best": best | wrong}))
         result = run("generate", "x", "--config", file)
         assert result.exit_code == 2
