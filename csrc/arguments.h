@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "specens.h"
 
@@ -73,6 +74,16 @@ inline Integers read_integers(Reader& in) {
   return {data, wide, batch_stride, in.integer()};
 }
 
+// An id that a table has.
+template <typename Id, size_t kSize>
+Id read_id(Reader& in, const Named<Id> (&table)[kSize]) {
+  const int64_t id = in.integer();
+  for (const Named<Id>& entry : table) {
+    if (static_cast<int64_t>(entry.id) == id) return entry.id;
+  }
+  throw std::runtime_error("_C: no ensemble or rule has the id " + std::to_string(id));
+}
+
 inline int read_members(Reader& in, Logits* members) {
   const auto count = static_cast<int>(in.integer());
   if (count < 1 || count > kMaxMembers) {
@@ -90,7 +101,7 @@ inline Ensemble read_ensemble(Reader& in) {
   ensemble.top_k = read_values<int32_t>(in);
   ensemble.top_p = read_values<float>(in);
   ensemble.min_p = read_values<float>(in);
-  ensemble.id = static_cast<EnsembleId>(in.integer());
+  ensemble.space = read_id(in, kEnsembles);
   ensemble.warp_members = in.integer() != 0;
   ensemble.plausibility = in.real();
   ensemble.vocab_size = in.integer();
@@ -136,7 +147,7 @@ inline SampleParams read_sample(Reader& in) {
 inline VerifyParams read_verify(Reader& in) {
   VerifyParams params;
   params.ensemble = read_ensemble(in);
-  params.rule = static_cast<RuleId>(in.integer());
+  params.rule = read_id(in, kRules);
   for (double& parameter : params.parameters) parameter = in.real();
   params.memory = read_values<double>(in);
   params.bonus = in.integer() != 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Acceptance rules and ensembles: the arithmetic of specens_kernels/acceptance.py and ensembles.py,
-// written once for CPU and CUDA, and the names under which Python finds it.
+// Acceptance rules: the arithmetic of specens_kernels/acceptance.py, written once for CPU and CUDA,
+// and the names under which Python finds it.
 //
 // A rule judges one drafted token x at one row: `judge(at)` asks a backend's `At` for what it needs
 // and answers with a `Judgement`, a few numbers that say what x keeps and, for any token, what is
@@ -15,8 +15,7 @@
 //   Sums sums(const Measure&)  one sweep: sums over the vocabulary of a function of p and q
 // The last three are collective: on a GPU every thread of a block calls them, and gets the same.
 //
-// To add a rule: its struct, its id, its line in the table and in `with_rule`. To add an ensemble:
-// its functor, its id, its line in the table.
+// To add a rule: its struct, its id, its line in the table and in `with_rule`.
 #pragma once
 
 #include <cmath>
@@ -646,12 +645,14 @@ enum class RuleId : int {
   kEntropyVeto,
 };
 
-struct RuleEntry {
+// What Python calls an id.
+template <typename Id>
+struct Named {
   const char* name;
-  RuleId id;
+  Id id;
 };
 
-constexpr RuleEntry kRules[] = {
+constexpr Named<RuleId> kRules[] = {
     {"rejection", RuleId::kRejection},
     {"k_seq", RuleId::kRejection},  // of one token
     {"lenient", RuleId::kLenient},
@@ -721,35 +722,6 @@ SPECENS_HOST_DEVICE auto with_rule(RuleId id, Function&& function) {
     default:
       return function(Rejection{});
   }
-}
-
-// --- ensembles ---
-// fold(folded, value, weight), starting at 0.
-
-struct WeightedSum {
-  template <typename T>
-  static SPECENS_HOST_DEVICE T fold(T folded, T value, T weight) {
-    return folded + weight * value;
-  }
-};
-
-// What is folded: probabilities, or logits with one softmax afterwards.
-enum class Space : int { kProbs, kLogits };
-enum class EnsembleId : int { kMixture, kProduct };
-
-struct EnsembleEntry {
-  const char* name;
-  EnsembleId id;
-  Space space;
-};
-
-constexpr EnsembleEntry kEnsembles[] = {
-    {"mixture", EnsembleId::kMixture, Space::kProbs},
-    {"product", EnsembleId::kProduct, Space::kLogits},
-};
-
-SPECENS_HOST_DEVICE constexpr Space space_of(EnsembleId id) {
-  return id == EnsembleId::kMixture ? Space::kProbs : Space::kLogits;
 }
 
 }  // namespace specens

@@ -61,11 +61,19 @@ struct Integers {
   }
 };
 
+// What is summed over members: probabilities, or logits with one softmax afterwards.
+enum class Space : int { kProbabilities, kLogits };
+
+constexpr Named<Space> kEnsembles[] = {
+    {"mixture", Space::kProbabilities},
+    {"product", Space::kLogits},
+};
+
 // M members' logits and how they become one law; reference.LawTensors.
 struct Ensemble {
   Logits members[kMaxMembers];
   int num_members;
-  EnsembleId id;
+  Space space;
   bool warp_members;  // scope "member"; else scope "ensemble"
   double plausibility;
   int64_t vocab_size;

@@ -481,7 +481,7 @@ double Law::value(int64_t token) const {
   for (int k = 0; k < num_sources_; ++k) {
     const double value = sources_[k].value(token);
     vetoed |= value == -kInfinity;
-    folded = WeightedSum::fold(folded, value, sources_[k].weight);
+    folded += sources_[k].weight * value;
   }
   if (vetoed || std::isnan(folded)) return -kInfinity;
   if (infinite_ && !one_member()) return folded == kInfinity ? 0.0 : -kInfinity;
@@ -706,7 +706,7 @@ void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposa
       const double temperature = warp.temperature(ensemble_, batch, member);
       // A member of a mixture is measured there, unless the mixture is what is warped.
       const bool bare = temperature == 1.0 && !warp.filter.active();
-      if (space_of(ensemble_.id) == Space::kProbs && (ensemble_.warp_members || bare) &&
+      if (ensemble_.space == Space::kProbabilities && (ensemble_.warp_members || bare) &&
           ensemble_.weights.at(batch, row, member) != 0.0f) {
         draft_ = &laws_[member];
       } else {
@@ -718,7 +718,7 @@ void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposa
       }
     }
   }
-  if (space_of(ensemble_.id) == Space::kProbs) {
+  if (ensemble_.space == Space::kProbabilities) {
     measure_mixture(batch, row, warp, pending, count);
   } else {
     measure_product(batch, row, warp, pending, count);

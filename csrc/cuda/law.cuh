@@ -74,7 +74,7 @@ struct Problem {
   Residual* residuals;  // (batch, sub_tiles)
   Decision* decisions;  // (batch,), of `judge`
 
-  SPECENS_HOST_DEVICE bool is_mixture() const { return space_of(ensemble.id) == Space::kProbs; }
+  SPECENS_HOST_DEVICE bool is_mixture() const { return ensemble.space == Space::kProbabilities; }
   // The members' slots come first, or the product's.
   SPECENS_HOST_DEVICE int proposal_slot() const { return is_mixture() ? ensemble.num_members : 1; }
   // Of the mixture's logarithm.
@@ -152,7 +152,7 @@ __device__ __forceinline__ double fold_in(const Row& row, int member, double fol
   const bool vetoed = (member == 0 && value < row.plausible) || (used && (value == kNoMass || cut));
   if (vetoed) return static_cast<double>(NAN);
   if (field.weight == 0.0f) return folded;
-  return WeightedSum::fold(folded, static_cast<double>(value), field.coefficient);
+  return folded + field.coefficient * static_cast<double>(value);
 }
 
 __device__ __forceinline__ double folded(double value) { return isnan(value) ? kNoMass : value; }
@@ -161,7 +161,7 @@ __device__ __forceinline__ double folded(double value) { return isnan(value) ? k
 __device__ __forceinline__ double mix_in(const Row& row, int member, double mixed, float value) {
   const Field& field = row.members[member];
   if (field.share == 0.0) return mixed;
-  return WeightedSum::fold(mixed, field_mass(field, value), field.share);
+  return mixed + field.share * field_mass(field, value);
 }
 
 // The value of a token with these logits.

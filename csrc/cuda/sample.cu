@@ -48,7 +48,7 @@ Problem problem_of(const SampleParams& params) {
   ensemble.members[0] = ensemble.members[params.member];
   ensemble.temperature.data += params.member * ensemble.temperature.member_stride;
   ensemble.num_members = 1;
-  ensemble.id = EnsembleId::kMixture;
+  ensemble.space = Space::kProbabilities;
   ensemble.warp_members = true;
   ensemble.plausibility = 0.0;
   problem.alone = true;

@@ -236,7 +236,7 @@ __device__ void finish_row(const Problem& problem, StatsShared& shared, int64_t 
 
 // Two kernels, for mixtures and for products, because a product takes more registers.
 template <Space kSpace>
-__global__ void __launch_bounds__(kThreads, kSpace == Space::kProbs ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kSpace == Space::kProbabilities ? 2 : 1)
     row_stats(Problem problem) {
   SPECENS_SHARED(StatsShared, shared);
   release_next();
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, kSpace == Space::kProbs ? 2 : 1)
       if (!shared.row.proposal.late) {
         sweep_logits(problem, shared.row, place, kSeparateDraft, sub_tile);
       }
-    } else if constexpr (kSpace == Space::kProbs) {
+    } else if constexpr (kSpace == Space::kProbabilities) {
       if (!shared.row.members[source].late) {
         sweep_logits(problem, shared.row, place, source, sub_tile);
       }
@@ -313,7 +313,8 @@ void launch_stats(const Problem& problem, cudaStream_t stream) {
     SPECENS_LAUNCH(row_stats<Space::kLogits>, grid, threads, sizeof(StatsShared), stream, problem);
     return;
   }
-  SPECENS_LAUNCH(row_stats<Space::kProbs>, grid, threads, sizeof(StatsShared), stream, problem);
+  SPECENS_LAUNCH(row_stats<Space::kProbabilities>, grid, threads, sizeof(StatsShared), stream,
+                 problem);
   if (problem.ensemble.warp_members) return;
   if (problem.cut) launch_thresholds(problem, Thresholds::kOfMixture, stream);
   SPECENS_LAUNCH(warped_stats, sweep, threads, sizeof(StatsShared), stream, problem);

@@ -221,7 +221,7 @@ __device__ double lane_residual(const Problem& problem, const Row& row, int64_t 
       } else if (row.warped) {
         values[i] = mix_in(row, k, values[i], logits[i]);
       } else {
-        values[i] = WeightedSum::fold(values[i], single_mass(field, logits[i]), scale);
+        values[i] += scale * single_mass(field, logits[i]);
       }
     }
   }

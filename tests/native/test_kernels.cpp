@@ -25,10 +25,10 @@
 namespace {
 
 using specens::DType;
-using specens::EnsembleId;
 using specens::Integers;
 using specens::Logits;
 using specens::RuleId;
+using specens::Space;
 using specens::Values;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -198,7 +198,7 @@ struct Situation {
   int64_t vocab_size, batch, nodes, rows;
   bool bonus, hostile;
   std::vector<Member> members;
-  EnsembleId id;
+  Space space;
   bool warp_members;
   double plausibility;
   RuleId rule;  // one that `Walk` knows the law of
@@ -299,7 +299,7 @@ void set_weights(Random& random, Situation& s) {
   const int64_t forms[][2] = {{1, 1}, {s.batch, 1}, {s.batch, s.rows}};
   const auto& form = forms[random.below(3)];
   s.weights = {form[0], form[1], members};
-  const bool mixture = s.id == EnsembleId::kMixture;
+  const bool mixture = s.space == Space::kProbabilities;
   for (size_t first = 0; first < s.weights.values.size(); first += members) {
     float* weights = &s.weights.values[first];
     const int64_t kind = random.below(8);
@@ -401,9 +401,9 @@ Situation situation(uint64_t seed) {
   for (int64_t m = 0; m < members; ++m) {
     s.members.push_back(make_member(random, s.batch, s.rows, s.vocab_size));
   }
-  s.id = random.pick({EnsembleId::kMixture, EnsembleId::kProduct});
+  s.space = random.pick({Space::kProbabilities, Space::kLogits});
   s.warp_members = !random.one_in(3);
-  const bool product = s.id == EnsembleId::kProduct;
+  const bool product = s.space == Space::kLogits;
   s.plausibility = product && random.one_in(3) ? random.pick({0.1, 0.5, 1.0}) : 0.0;
   set_weights(random, s);
   const bool all_greedy = random.one_in(6);
@@ -460,7 +460,7 @@ class Inputs {
       : random_(seed), filler_(random_.one_in(2) ? 255 : 127) {
     ensemble_.num_members = static_cast<int>(s.members.size());
     for (int m = 0; m < ensemble_.num_members; ++m) ensemble_.members[m] = logits(s.members[m]);
-    ensemble_.id = s.id;
+    ensemble_.space = s.space;
     ensemble_.warp_members = s.warp_members;
     ensemble_.plausibility = s.plausibility;
     ensemble_.vocab_size = s.vocab_size;
@@ -892,7 +892,7 @@ class Proposals {
     ensemble.num_members = 2;
     ensemble.members[0] = member < 0 ? inputs_.draft() : inputs_.ensemble().members[member];
     ensemble.members[1] = ensemble.members[0];
-    ensemble.id = EnsembleId::kMixture;
+    ensemble.space = Space::kProbabilities;
     ensemble.warp_members = true;
     ensemble.plausibility = 0.0;
     const float weights[] = {1.0f, 0.0f};
@@ -1230,10 +1230,10 @@ uint64_t check_tiny_law(uint64_t seed) {
   Situation s = {};
   s.vocab_size = random.pick({2, 3, 17});
   s.batch = s.rows = 1;
-  s.id = random.pick({EnsembleId::kMixture, EnsembleId::kProduct});
+  s.space = random.pick({Space::kProbabilities, Space::kLogits});
   s.warp_members = true;
   const int64_t members = 1 + random.below(3), size = s.vocab_size;
-  const bool mixture = s.id == EnsembleId::kMixture;
+  const bool mixture = s.space == Space::kProbabilities;
   std::vector<double> folded(static_cast<size_t>(size));
   s.weights = s.temperature = {1, 1, members};
   for (int64_t m = 0; m < members; ++m) {
