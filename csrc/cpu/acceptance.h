@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "law.h"
+#include "row_laws.h"
 
 namespace specens {
 

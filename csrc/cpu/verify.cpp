@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "acceptance.h"
-#include "law.h"
+#include "draw.h"
 
 namespace specens {
 namespace {
@@ -101,7 +101,7 @@ void Walk::complete() {
 
 bool Walk::accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const {
   const double coin = params_.uniforms.at(batch_, row + 1, 0);
-  const Law& target = laws_.target();
+  const RowLaw& target = laws_.target();
   if (greedy_) {
     if (!(coin < 1.0) || judgement.vetoed) return false;
     return judgement.trusted || (!target.empty() && drafted.token == best_);
