@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "rules.h"
+#include "rules/table.h"
 
 namespace specens {
 

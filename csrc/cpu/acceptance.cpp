@@ -82,7 +82,7 @@ class Best {
   std::atomic<double> threshold_{0.0};  // no fewer than n are as large, or it is 0
 };
 
-// The `At` of rules.h.
+// The `At` of rules/judgement.h.
 class At {
  public:
   At(const VerifyParams& params, RowLaws& laws, const Drafted& drafted)
@@ -91,14 +91,14 @@ class At {
         memory(drafted.memory),
         parameters(params.parameters),
         vocab_size(params.ensemble.vocab_size),
-        bare(drafted.bare),
+        at_zero(drafted.at_zero),
         laws_(laws),
         drafted_(drafted) {}
 
   const double p, q, memory;
   const double* const parameters;
   const int64_t vocab_size;
-  const bool bare;
+  const bool at_zero;
 
   double highest(Side side) const {
     laws_.complete_draft();
@@ -122,8 +122,8 @@ class At {
     return best.nth_largest();
   }
 
-  template <typename Measure>
-  Sums sums(const Measure& measure) const {
+  template <typename Sum>
+  Sums sums(const Sum& sum) const {
     laws_.complete_draft();
     const RowLaw& target = laws_.target();
     std::unique_ptr<Sums[]> parts(new Sums[target.sub_tiles()]);
@@ -131,13 +131,13 @@ class At {
       const int sub_tile = static_cast<int>(index);
       double whole[kSubTile], drafted[kSubTile];
       fill_law(target, sub_tile, whole);
-      if (Measure::kReadsDraft) fill_draft(laws_, drafted_, sub_tile, drafted);
-      parts[index] = kernels().measures[index_of_measure<Measure>()](
-          &measure, whole, Measure::kReadsDraft ? drafted : whole, target.count(sub_tile));
+      if (Sum::kReadsDraft) fill_draft(laws_, drafted_, sub_tile, drafted);
+      parts[index] = kernels().sums[index_of_sum<Sum>()](
+          &sum, whole, Sum::kReadsDraft ? drafted : whole, target.count(sub_tile));
     });
     Sums total = {};
     for (int s = 0; s < target.sub_tiles(); ++s) {
-      for (int k = 0; k < Measure::kSums; ++k) total.value[k] += parts[s].value[k];
+      for (int k = 0; k < Sum::kSums; ++k) total.value[k] += parts[s].value[k];
     }
     return total;
   }

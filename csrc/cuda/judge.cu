@@ -37,7 +37,7 @@ __device__ __forceinline__ double block_max(double own, double (&totals)[kWarps]
   return own;
 }
 
-// The `At` of rules.h, in every thread of the block.
+// The `At` of rules/judgement.h, in every thread of the block.
 class At {
  public:
   __device__ __forceinline__ At(const Problem& problem, const VerifyParams& params,
@@ -49,14 +49,14 @@ class At {
         memory(remembered),
         parameters(params.parameters),
         vocab_size(problem.ensemble.vocab_size),
-        bare(shared.row.greedy),
+        at_zero(shared.row.greedy),
         problem_(problem),
         shared_(shared) {}
 
   const double p, q, memory;
   const double* const parameters;
   const int64_t vocab_size;
-  const bool bare;
+  const bool at_zero;
 
   __device__ __forceinline__ double highest(Side side) const {
     const Row& row = shared_.row;
@@ -98,17 +98,17 @@ class At {
     return least;
   }
 
-  template <typename Measure>
-  __device__ __forceinline__ Sums sums(const Measure& measure) const {
+  template <typename Sum>
+  __device__ __forceinline__ Sums sums(const Sum& sum) const {
     const Row& row = shared_.row;
-    double own[Measure::kSums] = {};
+    double own[Sum::kSums] = {};
     for (int64_t token = threadIdx.x; token < vocab_size; token += kThreads) {
-      const double drafted = Measure::kReadsDraft ? draft_mass(row, token) : 0.0;
-      measure.add(target_mass(row, token), drafted, StandardLog{}, own);
+      const double drafted = Sum::kReadsDraft ? draft_mass(row, token) : 0.0;
+      sum.add(target_mass(row, token), drafted, StandardLog{}, own);
     }
     Sums sums = {};
 #pragma unroll
-    for (int k = 0; k < Measure::kSums; ++k) sums.value[k] = block_sum(own[k], shared_.totals);
+    for (int k = 0; k < Sum::kSums; ++k) sums.value[k] = block_sum(own[k], shared_.totals);
     return sums;
   }
 
@@ -148,7 +148,7 @@ class Judging {
         shared_(shared),
         b_(static_cast<int64_t>(blockIdx.x)),
         sweeps_(with_rule(params.rule, [](auto rule) { return decltype(rule)::kSweeps; })),
-        at_zero_(with_rule(params.rule, [](auto rule) { return decltype(rule)::kAtZero; })),
+        asked_at_zero_(with_rule(params.rule, [](auto rule) { return decltype(rule)::kAtZero; })),
         memory_(params.memory.data == nullptr ? 0.0 : params.memory.at(b_)) {}
 
   __device__ __forceinline__ Decision run() {
@@ -257,7 +257,7 @@ class Judging {
   // Whether the valid child of a row is kept; if not, what follows.
   __device__ __forceinline__ bool step(int64_t t, Decision& decision) {
     const Row& row = shared_.row;
-    const bool asks = !row.greedy || at_zero_;
+    const bool asks = !row.greedy || asked_at_zero_;
     for (bool refined = sweeps_;; refined = true) {
       if (asks && refined) refine_row(t);
       decision.judgement = asks ? ask() : Judgement{};
@@ -326,7 +326,7 @@ class Judging {
   JudgeShared& shared_;
   int64_t b_;
   bool sweeps_;
-  bool at_zero_;  // the rule is asked where the temperature is 0
+  bool asked_at_zero_;  // the rule is asked where the temperature is 0
   double memory_;
 };
 

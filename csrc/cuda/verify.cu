@@ -47,7 +47,7 @@ struct At {
   double p, q, memory;
   const double* parameters;
   int64_t vocab_size;
-  bool bare;
+  bool at_zero;
 };
 
 // The rules that are decided here sweep nothing, and leave what `rejection` does.
