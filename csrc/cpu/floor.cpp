@@ -8,16 +8,16 @@
 
 namespace specens {
 
-double floor_sweep(const Logits* members, int num_members, int64_t batch, int64_t rows,
-                   int64_t vocab_size, int threads) {
+double floor_sweep(const FloorParams& params, int threads) {
+  const int64_t vocab_size = params.vocab_size, rows = params.rows;
   const int64_t sub_tiles = (vocab_size + kSubTile - 1) / kSubTile;
-  const int64_t units = batch * rows * num_members;
+  const int64_t units = params.batch * rows * params.num_members;
   std::unique_ptr<Peak[]> peaks(new Peak[units * sub_tiles]);
   Team::run(threads, units * vocab_size, [&](const Team& team) {
     team.for_each(units * sub_tiles, kSubTilesPerPiece, [&](int, int64_t piece) {
       const int64_t unit = piece / sub_tiles;
-      const Logits& member = members[unit % num_members];
-      const int64_t row = unit / num_members;
+      const Logits& member = params.members[unit % params.num_members];
+      const int64_t row = unit / params.num_members;
       const int64_t begin = piece % sub_tiles * kSubTile;
       const int64_t count = std::min<int64_t>(kSubTile, vocab_size - begin);
       const auto* data = static_cast<const char*>(row_of(member, row / rows, row % rows));

@@ -740,9 +740,10 @@ Verdict run_verify(const Situation& s, const Asked& asked, const Inputs& inputs,
 }
 
 Swept run_floor_sweep(const Situation& s, const Inputs& inputs, int threads) {
-  const double total =
-      specens::floor_sweep(inputs.ensemble().members, inputs.ensemble().num_members, s.batch,
-                           s.rows, s.vocab_size, threads);
+  const specens::Ensemble& ensemble = inputs.ensemble();
+  specens::FloorParams params = {{}, ensemble.num_members, s.batch, s.rows, s.vocab_size};
+  std::copy_n(ensemble.members, ensemble.num_members, params.members);
+  const double total = specens::floor_sweep(params, threads);
   return {{std::isnan(total) ? std::nan("") : total}};
 }
 
