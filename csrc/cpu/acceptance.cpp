@@ -162,8 +162,6 @@ bool needs_draft_at_zero(RuleId rule) {
   return with_rule(rule, [](auto chosen) { return decltype(chosen)::kNeedsDraft; });
 }
 
-// --- what is left ---
-
 void Leftover::fill(int sub_tile, double* out) const {
   const RowLaw& target = laws_.target();
   const int count = target.count(sub_tile);
