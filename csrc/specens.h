@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The native entry points and their parameters: plain structs over addresses, shapes and strides.
 // What an op means is specens_kernels/reference.py; nothing here knows torch. Strides count
-// elements. To add an op: its parameters and entry here, its file in csrc/cpu, its binding in
-// bindings.cpp,
-// and how its parameters are read in flat.h.
+// elements. To add an op: its parameters and entry here, its file in csrc/cpu, the order of its
+// fields in flat.h, its line in bindings.cpp.
 #pragma once
 
 #include <cstdint>

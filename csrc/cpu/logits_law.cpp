@@ -11,9 +11,6 @@ namespace {
 
 constexpr float kInfinityF = std::numeric_limits<float>::infinity();
 
-// Log-probabilities this close, in nats, are tied; the reference's TIE.
-constexpr double kTie = 0x1p-40;
-
 float cleaned(float value, Cleaning cleaning, float threshold) {
   if (cleaning == Cleaning::kNone) return value;
   if (std::isnan(value)) value = -kInfinityF;
@@ -245,7 +242,7 @@ double LogitsLaw::value(int64_t token) const {
 Argmax LogitsLaw::argmax(double /*tie*/) const {
   if (empty_) return {};
   const Affine law = affine();
-  const double best = law(top_) - kTie;
+  const double best = law(top_) - kTieGap;
   for (int s = 0; s < sub_tiles_; ++s) {
     if (law(peaks_[s].max) < best) continue;
     double scores[kSubTile];

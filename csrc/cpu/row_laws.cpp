@@ -9,9 +9,7 @@
 namespace specens {
 namespace {
 
-// Log-probabilities this close, in nats, are tied; the reference's TIE. Single-precision
-// normalisers cannot tell apart what is nearer than the second.
-constexpr double kTie = 0x1p-40;
+// Single-precision normalisers cannot tell apart log-probabilities nearer than this, in nats.
 constexpr double kNearTie = 1e-6;
 
 }  // namespace
@@ -167,7 +165,7 @@ int64_t RowLaws::argmax() {
   const Argmax best = target_->argmax(kNearTie);
   if (!best.tied) return best.token;
   refine();
-  return target_->argmax(kTie).token;
+  return target_->argmax(kTieGap).token;
 }
 
 void RowLaws::measure_mixture(Sweep& sweep) {
