@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the implementation that every op runs on.
 
-    Here "triton" is Triton's interpreter under our guard, and "cuda" the emulator of csrc/simt.
+    Here "triton" is Triton's interpreter under our guard, and "cuda" the emulator of tests/simt.
     """
     name = request.param
     with ExitStack() as stack:
