@@ -3,7 +3,8 @@
 
 The same tokens, counts, paths and status for random calls at sizes from 2 to 262,144, and for a
 list of hard ones. A situation is a seed, and a failure prints it. No GPU is needed: "triton" is
-Triton's interpreter under our guard, "cuda" the emulator. To add a hard call, add a test.
+Triton's interpreter under our guard, "cuda" the emulator. With `--card` both are the real ones, on
+a CUDA device. To add a hard call, add a test; its calls are made by `Call`, which knows the device.
 """
 
 import math
@@ -20,7 +21,7 @@ from calls import COUNTED, DTYPES, REAL, SMALL, TILES, Call, call, check, check_
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, native, ops, sample
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, native, ops
 
 EVERY = pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
 
@@ -282,9 +283,9 @@ def test_greedy_takes_the_lowest_of_tied_tokens_in_any_tile(backend: str, ensemb
     for row, places in enumerate([(0, 29_999), (8191, 8192), (1024, 1023, 20_000)]):
         logits[0, row, list(places)] = 9.0
     law = Law((0.5, 0.5), ensemble, temperature=0.0)
-    with specens_kernels.backend(backend):
-        drawn = sample([logits, logits.clone()], torch.rand(1, 3, 4), law)
-    assert drawn.tokens.tolist() == [[0, 8191, 1023]]
+    arguments = ([logits, logits.clone()], torch.rand(1, 3, 4), law)
+    tokens = Call("sample", arguments, {}, "").run(backend)[0]
+    assert tokens.tolist() == [[0, 8191, 1023]]
 
 
 @EVERY
@@ -313,9 +314,9 @@ def test_greedy_between_confident_members_that_disagree(backend: str, first: int
 def test_greedy_ties_do_not_depend_on_the_order_of_a_sum(backend: str) -> None:
     members = [torch.tensor([[[-1.0, 2.0, 19.0]]]), torch.tensor([[[-1.0, 19.0, 2.0]]])]
     for logits in (members, members[::-1]):
-        with specens_kernels.backend(backend):
-            drawn = sample(logits, torch.zeros(1, 1, 4), Law((0.5, 0.5), temperature=0.0))
-        assert drawn.tokens.item() == 1
+        law = Law((0.5, 0.5), temperature=0.0)
+        one = Call("sample", (logits, torch.zeros(1, 1, 4), law), {}, "")
+        assert one.run(backend)[0].item() == 1
 
 
 @EVERY

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import REAL, SMALL, TILES, Call, call, is_near_a_threshold
+from calls import REAL, SMALL, TILES, Call, call, is_near_a_threshold, on_card
 from torch import Tensor
 
 import specens_kernels
@@ -37,21 +37,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("triton: it interprets in this process; `pytest -m gpu` compiles")
     with specens_kernels.backend(request.param):
         yield request.param
-
-
-def on_card(value: Any) -> Any:
-    """The same, every tensor in it on the card."""
-    if isinstance(value, Tensor):  # with its strides and its offset, whatever they are
-        whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
-        return whole.cuda().as_strided(value.shape, value.stride(), value.storage_offset())
-    if isinstance(value, Law):
-        names = ("weights", "temperature", "top_k", "top_p", "min_p")
-        moved = {name: on_card(getattr(value, name)) for name in names}
-        rest = {name: getattr(value, name) for name in ("ensemble", "scope", "plausibility")}
-        return Law(**moved, **rest, vocab_size=value.vocab_size)
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(on_card, value))
-    return {key: on_card(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def compare(one: Call, backend: str) -> None:
