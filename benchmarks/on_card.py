@@ -6,7 +6,9 @@
 takes the Python that runs it, which must have torch, and nothing beside this repository. It builds
 the kernels in place for the card that is there, then runs `parts`, most valuable first, each in a
 process group of its own. A part has a share of the time, and what earlier parts left over; at its
-limit the whole group is killed. A part that fails or hangs does not stop the next one.
+limit the whole group is killed. A part that fails or hangs does not stop the next one. Tests stop
+by themselves when their share is used, and go on at the end with what is left of the time: Triton
+compiles for hours to run them all.
 
 The folder $OUT (else build/card) gets two files: `card.log`, what the parts printed, and
 `card.json`, rewritten after each part: what became of it, and what it measured. A part that has
@@ -50,21 +52,29 @@ KEPT = ROOT / "build" / "card"
 RESULTS = HERE / "results"
 SECONDS = 540
 # A part that measures its own time ends this long before it would be killed.
-MARGIN_S = 12
+MARGIN_S = 25
 GRACE_S = 3
+LEAST_S = 45  # for which tests that were left are taken up again
 TAIL_LINES = 40
-WORKERS = 6
+WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One program. `seconds`: its share of the time; `result`: of its files, the one to keep."""
+    """One program.
+
+    seconds: its share of the time.
+    result: of the files that it writes, the one to keep.
+    fills: whether it uses whatever time it is given, so that it does not get more than its share
+        until all parts have had theirs.
+    """
 
     name: str
     command: Sequence[str]
     seconds: float
     environment: Mapping[str, str] = field(default_factory=dict)
     result: str = "result.json"
+    fills: bool = False
 
 
 def parts(dry: bool) -> list[Part]:
@@ -82,12 +92,12 @@ def parts(dry: bool) -> list[Part]:
     compiled = {"TRITON_INTERPRET": "1" if dry else "0"}
     return [
         Part("facts", [*own, "facts", *flags], 15),
-        Part("build", [*own, "build", *flags], 115),
-        _tests("tests-cuda", "cuda", ["-m", "gpu and not slow"], 50, dry),
+        Part("build", [*own, "build", *flags], 90),
+        _tests("tests-cuda", "cuda", ["-m", "gpu and not slow"], 45, dry),
         _tests("tests-triton", "triton", ["-m", "gpu and not slow"], 90, dry),
-        _tests("conformance-cuda", "cuda", CONFORMANCE, 40, dry),
-        _tests("conformance-triton", "triton", CONFORMANCE, 70, dry),
-        Part("bench-verify", bench, 70, result=measured),
+        _tests("conformance-cuda", "cuda", CONFORMANCE, 45, dry),
+        _tests("conformance-triton", "triton", CONFORMANCE, 75, dry),
+        Part("bench-verify", bench, 90, result=measured),
         Part("generation", [*own, "generation", *flags], 60, compiled),
         _tests("sanitizer", "cuda", ["-m", "gpu and slow"], 30, dry),
     ]
@@ -106,7 +116,8 @@ def _tests(name: str, backend: str, chosen: list[str], seconds: float, dry: bool
     if find_spec("xdist") is not None and not dry:  # a test's time is that of the CPU's reference
         command += ["-n", str(WORKERS)]
     interpret = {"TRITON_INTERPRET": "1" if dry else "0"}
-    return Part(name, command, seconds, {"CARD_BACKEND": backend, **interpret})
+    variables = {"CARD_BACKEND": backend, "OMP_NUM_THREADS": "1", **interpret}
+    return Part(name, command, seconds, variables, fills=True)
 
 
 @dataclass
@@ -133,6 +144,10 @@ class Report:
             if known.get("about") == self.about and not self.is_dirty:
                 self.records = known["parts"]
                 return
+
+    def outcome(self, part: Part) -> str:
+        """What became of the part; empty if it has not run."""
+        return str(self.records.get(part.name, {}).get("outcome", ""))
 
     @property
     def is_dirty(self) -> bool:
@@ -253,24 +268,31 @@ def run_all(todo: Sequence[Part], report: Report, seconds: float, again: bool = 
     report.out.mkdir(parents=True, exist_ok=True)
     log = report.out / "card.log"
     log.touch()
-    if not again:
-        report.load()
+    report.load()
+    for part in todo if again else ():
+        report.records.pop(part.name, None)
     report.write()
     until = time.time() + seconds
-    for place, part in enumerate(todo):
+
+    def one(part: Part, limit: float) -> None:
         before = report.records.get(part.name, {})
-        if before.get("outcome") == "passed" and not again:
-            print(f"{part.name}: has passed before", flush=True)
-            continue
-        later = sum(each.seconds for each in todo[place + 1 :])
-        limit = max(until - time.time() - later, min(part.seconds, until - time.time()), 1.0)
-        done = [] if again or report.is_dirty else before.get("result", {}).get("passed", [])
-        report.records[part.name] = record = run(part, limit, log, done)
+        done = before.get("result", {}).get("passed", [])
+        report.records[part.name] = record = run(part, max(limit, 1.0), log, done)
         report.write()
         print(f"{part.name}: {record['outcome']} in {record['seconds']} s", flush=True)
+
+    for place, part in enumerate(todo):
+        if report.outcome(part) == "passed":
+            print(f"{part.name}: has passed before", flush=True)
+            continue
+        rest = until - time.time() - sum(each.seconds for each in todo[place + 1 :])
+        one(part, part.seconds if part.fills and rest > part.seconds else rest)
+    for place, part in enumerate(left := [p for p in todo if report.outcome(p) == "incomplete"]):
+        share = (until - time.time()) / (len(left) - place)
+        if share > LEAST_S:
+            one(part, share)
     print(summary(todo, report))
-    failed = [p.name for p in todo if report.records[p.name]["outcome"] != "passed"]
-    return 1 if failed else 0
+    return 0 if all(report.outcome(part) == "passed" for part in todo) else 1
 
 
 def summary(todo: Sequence[Part], report: Report) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import rules
 import torch
-from calls import COUNTED, DTYPES, REAL, SMALL, TILES, Call, call, check, check_but_near
+from calls import COUNTED, DTYPES, ON_CARD, REAL, SMALL, TILES, Call, call, check, check_but_near
 from torch import Tensor
 
 import specens_kernels
@@ -36,12 +36,18 @@ COUNTS = {
 }
 
 
+def compiles(backend: str) -> bool:
+    """Whether a call takes many seconds, for kernels are compiled for it."""
+    return backend == "triton" and backend in ON_CARD
+
+
 def random_calls() -> Iterator[Any]:
     """(backend, sizes, seeds) in portions."""
     for place, (name, (sizes, counts, portion)) in enumerate(COUNTS.items()):
         for backend, count in counts.items():
-            for first in range(0, count, portion):
-                seeds = range(first, min(first + portion, count))
+            size = 1 if compiles(backend) else portion
+            for first in range(0, count, size):
+                seeds = range(first, min(first + size, count))
                 marks = [pytest.mark.slow] if name == "real" or backend == "triton" else []
                 values = (backend, sizes, [10_000 * place + seed for seed in seeds])
                 yield pytest.param(*values, id=f"{backend} {name} {first}", marks=marks)
@@ -68,7 +74,7 @@ RULE_COUNTS = {"native": 2400, "cuda": 100, "triton": 30}
 
 def random_rule_calls() -> Iterator[Any]:
     for backend, count in RULE_COUNTS.items():
-        portion = {"native": 200, "cuda": 50, "triton": 10}[backend]
+        portion = {"native": 200, "cuda": 50, "triton": 1 if compiles(backend) else 10}[backend]
         for first in range(0, count, portion):
             marks = [pytest.mark.slow] if backend == "triton" else []
             seeds = range(first, first + portion)
