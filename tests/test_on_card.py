@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,6 +98,25 @@ def test_what_has_passed_at_this_clean_commit_is_not_run_again(tmp_path: Path) -
     assert ran(tree="2") == "good bad "
     assert ran(commit="0123456789ab-dirty") == "good bad "
     assert ran(commit="0123456789ab-dirty") == "good bad "
+
+
+def test_what_had_too_little_time_goes_on_at_the_end(tmp_path: Path) -> None:
+    program = """
+import json, os
+done = json.load(open(os.environ["CARD_DONE"]))
+result = {"complete": bool(done), "passed": [*done, f"test {len(done)}"]}
+json.dump(result, open(os.environ["CARD_RESULT"], "w"))
+"""
+    fills = replace(part("tests", program), fills=True)
+    status, records = run([fills, part("next", "")], tmp_path / "out")
+    assert status == 0
+    assert records["tests"]["result"]["passed"] == ["test 0", "test 1"]
+    log = (tmp_path / "out" / "card.log").read_text()
+    assert [line.split()[1] for line in log.splitlines() if line.startswith("=====")] == [
+        "tests,",
+        "next,",
+        "tests,",
+    ]
 
 
 def test_a_kept_copy_replaces_a_folder_that_was_emptied(tmp_path: Path) -> None:
