@@ -76,7 +76,7 @@ def main() -> int:
     status = harness.finish(name, options, [*rows, *mixtures], tables, headline(rows))
     # A plot that is drawn before would make the tree look changed.
     if options.save and rows:
-        draw(rows, harness.RESULTS / f"{name}.png")
+        draw(rows, options.results / f"{name}.png")
     return status
 
 

@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for suffix in ("csv", "png"):
                 curves = first / f"curves.{suffix}"
                 if options.save and curves.exists():
-                    shutil.copy(curves, harness.RESULTS / f"train_{command}.{suffix}")
+                    shutil.copy(curves, options.results / f"train_{command}.{suffix}")
     return 0
 
 

@@ -234,7 +234,8 @@ def test_processors_and_padded_vocabularies(schedule):
 
 
 def test_each_row_has_its_own_share():
-    penalty = RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=torch.tensor([2, 0]))
+    penalty = RepetitionPenaltyLogitsProcessor(2.0)
+    penalty.prompt_ignore_length = torch.tensor([2, 0])  # as transformers after 5.17 is given it
     shared = TemperatureLogitsWarper(0.5)
     first, second = per_row([penalty, shared], 2)
     assert isinstance(first, LogitsProcessorList)
