@@ -7,7 +7,6 @@ hold, once a first call has made the law's numbers tensors. What the kernels can
 `Unsupported`.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .call import VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
 
@@ -72,49 +72,16 @@ def sample(
     return results
 
 
-def verify(
-    logits: list[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
-    if parents is not None:
+    if call.parents is not None:
         raise Unsupported("cuda", "parents", "None", "a tree")
-    if acceptance not in native._RULES:
-        raise Unsupported.unknown("cuda", "acceptance", acceptance, native._RULES)
-    law.refuse_fold("cuda")
-    _check(logits, law)
-    if draft_temperature is not None:
-        draft_temperature = draft_temperature.to(torch.float32)
-    memory = None if memory is None else memory.double()
-    flat, results = native.flatten_verify(
-        logits,
-        draft_tokens,
-        numbers,
-        parents,
-        proposers,
-        draft_logits,
-        draft_temperature,
-        lse,
-        draft_lse,
-        law,
-        acceptance,
-        parameters,
-        memory,
-        bonus,
-    )
-    _launch(module.cuda_verify, module.cuda_verify_workspace, flat, draft_tokens.device)
+    if call.acceptance not in native._RULES:
+        raise Unsupported.unknown("cuda", "acceptance", call.acceptance, native._RULES)
+    call.law.refuse_fold("cuda")
+    _check(call.logits, call.law)
+    flat, results = native.flatten_verify(call)
+    _launch(module.cuda_verify, module.cuda_verify_workspace, flat, call.draft_tokens.device)
     return results
 
 

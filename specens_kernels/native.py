@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, empty, float32, get_num_threads, int32, int64
 
+from .call import VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
 
@@ -84,44 +85,11 @@ def sample(
     return results
 
 
-def verify(
-    logits: list[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
-    if not draft_tokens.is_cpu:
-        raise _elsewhere(draft_tokens)
-    if draft_temperature is not None:
-        draft_temperature = draft_temperature.to(float32)
-    memory = None if memory is None else memory.double()
-    flat, results = flatten_verify(
-        logits,
-        draft_tokens,
-        numbers,
-        parents,
-        proposers,
-        draft_logits,
-        draft_temperature,
-        lse,
-        draft_lse,
-        law,
-        acceptance,
-        parameters,
-        memory,
-        bonus,
-    )
+    if not call.draft_tokens.is_cpu:
+        raise _elsewhere(call.draft_tokens)
+    flat, results = flatten_verify(call)
     flat.append(get_num_threads())
     _C.verify(flat)
     return results
@@ -181,25 +149,25 @@ def flatten_sample(
 
 
 def flatten_verify(
-    logits: list[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
+    call: VerifyCall,
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Arguments and results of `verify`.
-
-    draft_temperature: float32. memory: float64. They outlive the call.
-    """
+    """Arguments and results of `verify`."""
+    (
+        logits,
+        draft_tokens,
+        numbers,
+        law,
+        parents,
+        proposers,
+        draft_logits,
+        draft_temperature,
+        lse,
+        draft_lse,
+        acceptance,
+        parameters,
+        memory,
+        bonus,
+    ) = call
     if parents is not None:
         raise Unsupported("native", "parents", "None", "a tree")
     if acceptance not in _RULES:

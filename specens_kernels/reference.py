@@ -28,6 +28,7 @@ from .acceptance import (
     block_threshold,
     remember,
 )
+from .call import VerifyCall
 from .ensembles import Ensemble
 from .law import LawTensors
 from .refusal import Refusal
@@ -436,10 +437,10 @@ def mix(logits: Sequence[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    logits: Sequence[Tensor], numbers: Tensor, law: LawTensors, member: int
+    logits: Sequence[Tensor], uniforms: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities, log-sum-exps and status, each (B, T); see `ops.sample`."""
-    batch = len(numbers)
+    batch = len(uniforms)
     if member >= 0:
         greedy = greedy_rows(law, batch)
         temperature = law.temperature.double().expand(batch, len(logits))[:, member]
@@ -454,7 +455,7 @@ def sample(
     else:
         target = target_law(logits, law)
     best = first_argmax(target.log_probs)
-    drawn = draw(target.log_probs.exp(), numbers[..., 1:])
+    drawn = draw(target.log_probs.exp(), uniforms[..., 1:])
     token = torch.where(target.greedy[:, None], best, drawn)
     token = token.masked_fill((target.status & EMPTY_LAW) > 0, 0)
     log_prob = target.log_probs.gather(-1, token[..., None]).squeeze(-1)
@@ -685,55 +686,42 @@ def _at_row(law: LawTensors, row: int) -> LawTensors:
     return law if weights.shape[1] == 1 else law._replace(weights=weights[:, row : row + 1])
 
 
-def verify(
-    logits: Sequence[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities, accepted counts, path and status; see `ops.verify`."""
-    batch, nodes = draft_tokens.shape
-    device = draft_tokens.device
+    law, numbers = call.law, call.uniforms
+    batch, nodes = call.draft_tokens.shape
+    device = call.draft_tokens.device
     host = torch.device("cpu")
     tokens = torch.full((batch, nodes + 1), PADDING, dtype=torch.int64, device=host)
     log_probs = torch.zeros(batch, nodes + 1, dtype=torch.float32, device=host)
     num_accepted = torch.zeros(batch, dtype=torch.int32, device=host)
     path = torch.full((batch, nodes), PADDING, dtype=torch.int32, device=host)
     status = torch.zeros(batch, dtype=torch.int32, device=host)
+    parents, proposers, temperature = call.parents, call.proposers, call.draft_temperature
     if parents is None:  # a chain is a tree in which node i hangs off node i - 1
         parents = torch.arange(-1, nodes, device=host)[None]
     if proposers is None:
         proposers = torch.full((1, nodes), PADDING, device=host)
-    if draft_temperature is None:
-        draft_temperature = law.temperature[:, 0]
+    if temperature is None:
+        temperature = law.temperature[:, 0]
     for b in range(batch):
+        here = slice(b, b + 1)
         sequence = _Sequence(
-            logits=[tensor[b : b + 1] for tensor in logits],
-            tokens=draft_tokens[b].tolist(),
+            logits=[tensor[here] for tensor in call.logits],
+            tokens=call.draft_tokens[b].tolist(),
             parents=parents.expand(batch, nodes + 1)[b].tolist(),
             proposers=proposers.expand(batch, nodes)[b].tolist(),
             coins=numbers[b, :, 0].double(),
-            draft_logits=None if draft_logits is None else draft_logits[b : b + 1],
-            draft_temperature=draft_temperature.expand(batch)[b : b + 1],
-            lse=None if lse is None else lse[b : b + 1],
-            draft_lse=None if draft_lse is None else draft_lse[b : b + 1],
+            draft_logits=None if call.draft_logits is None else call.draft_logits[here],
+            draft_temperature=temperature.expand(batch)[here],
+            lse=None if call.lse is None else call.lse[here],
+            draft_lse=None if call.draft_lse is None else call.draft_lse[here],
             law=_at_batch(law, b),
-            rule=ACCEPTANCE_RULES[acceptance],
-            parameters=parameters,
+            rule=ACCEPTANCE_RULES[call.acceptance],
+            parameters=call.parameters,
         )
-        for accepted, step in enumerate(
-            _walk(sequence, None if memory is None else memory[b], bonus)
-        ):
+        memory = None if call.memory is None else call.memory[b]
+        for accepted, step in enumerate(_walk(sequence, memory, call.bonus)):
             status[b] |= step.status
             if step.child is not None:
                 token = sequence.tokens[step.child - 1]

@@ -20,6 +20,7 @@ from calls import DTYPES, REAL, SMALL, TILES, Call, call
 
 import specens_kernels
 from specens_kernels import Law, native, sample, verify
+from specens_kernels.call import VerifyCall
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=f"native: {native.REASON}")
 
@@ -149,7 +150,7 @@ def test_tensors_elsewhere_are_refused_before_their_addresses_are_taken() -> Non
         "uniforms": (tokens[0], tokens, 0, 0),
         "mix": ([rows], law),
         "sample": ([rows], numbers, law, -1),
-        "verify": ([rows], tokens, numbers, *(None,) * 6, law, "rejection", (), None, True),
+        "verify": (VerifyCall([rows], tokens, numbers, law),),
     }
     for name, arguments in calls.items():
         with pytest.raises(

@@ -19,6 +19,7 @@ from triton_guard import counted
 import specens_kernels
 from specens_kernels import Law, verify
 from specens_kernels import triton as kernels
+from specens_kernels.call import VerifyCall
 from specens_kernels.law import LawTensors
 
 triton_guard.install()
@@ -141,10 +142,7 @@ def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"logits: expected .*, got torch\.float64"):
         kernels.sample([rows.double()], numbers, law_tensors(1), -1)
     tokens = torch.zeros(1, 0, dtype=torch.int64)
-    rest = (*(None,) * 5, law_tensors(1))
     with pytest.raises(NotImplementedError, match="parents: expected None, got a tree"):
-        kernels.verify(
-            [rows], tokens, numbers, torch.tensor([[-1]]), *rest, "greedy", (), None, True
-        )
+        kernels.verify(VerifyCall([rows], tokens, numbers, law_tensors(1), torch.tensor([[-1]])))
     with pytest.raises(NotImplementedError, match=r"ensemble: expected fold=None, got .* 'median'"):
         kernels.mix([rows], law_tensors(1)._replace(fold="median@1"))

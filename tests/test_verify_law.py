@@ -32,6 +32,7 @@ from specens_kernels import (
     uniforms,
     verify,
 )
+from specens_kernels.call import VerifyCall
 
 FINE = 2.0**-44  # spacing of float64 numbers that rounding in the ops does not blur
 GRID = 2.0**-24
@@ -207,20 +208,19 @@ def in_float64(
         device = call.draft_tokens.device
         temperature = case.draft_temperature
         verdict = module.verify(
-            call.logits,
-            call.draft_tokens,
-            call.uniforms,
-            call.parents,
-            call.proposers,
-            call.draft_logits,
-            None if temperature is None else torch.tensor([temperature]),
-            None,
-            None,
-            law.tensors("verify", batch, rows, case.members, device, case.vocab_size),
-            chosen.rule.name,
-            chosen.parameters,
-            None,
-            case.bonus,
+            VerifyCall(
+                call.logits,
+                call.draft_tokens,
+                call.uniforms,
+                law.tensors("verify", batch, rows, case.members, device, case.vocab_size),
+                parents=call.parents,
+                proposers=call.proposers,
+                draft_logits=call.draft_logits,
+                draft_temperature=None if temperature is None else torch.tensor([temperature]),
+                acceptance=chosen.rule.name,
+                parameters=chosen.parameters,
+                bonus=case.bonus,
+            )
         )
         return verdict[0], verdict[3]
 

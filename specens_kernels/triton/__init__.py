@@ -46,7 +46,9 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(op)
     def run(*arguments: Any) -> Any:
         first = arguments[0]
-        device = (first if isinstance(first, torch.Tensor) else first[0]).device
+        while not isinstance(first, torch.Tensor):  # of a call, or of its logits
+            first = first[0]
+        device = first.device
         if device.type != "cuda":
             return op(*arguments)
         with torch.cuda.device(device):

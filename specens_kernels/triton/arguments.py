@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specens_kernels.acceptance import AcceptanceRule
+from specens_kernels.acceptance import ACCEPTANCE_RULES
+from specens_kernels.call import VerifyCall
 from specens_kernels.law import LawTensors
 from specens_kernels.reference import SUB_TILE, TILE
 from specens_kernels.refusal import Unsupported
@@ -225,21 +226,16 @@ def workspace(law: Law, batch: int) -> Workspace:
     )
 
 
-def proposal_arguments(
-    tokens: Tensor,
-    proposers: Tensor | None,
-    logits: Tensor | None,
-    temperature: Tensor | None,
-    lse: Tensor | None,
-    law: LawTensors,
-    rule: AcceptanceRule,
-) -> Proposal:
+def proposal_arguments(call: VerifyCall) -> Proposal:
     """What `verify` knows of the draft."""
+    rule = ACCEPTANCE_RULES[call.acceptance]
+    tokens, logits, lse = call.draft_tokens, call.draft_logits, call.draft_lse
     batch, nodes = tokens.shape
     if logits is not None:
         _check_dtype(logits)
-    temperature = law.temperature[:, 0] if temperature is None else temperature
-    members = None if proposers is None else proposers.expand(batch, nodes)
+    temperature = call.draft_temperature
+    temperature = call.law.temperature[:, 0] if temperature is None else temperature
+    members = None if call.proposers is None else call.proposers.expand(batch, nodes)
     return Proposal(
         tokens=tokens,
         tokens_batch=tokens.stride(0),
