@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specens_kernels import Law, backend, verify
-from specens_kernels.native import Unsupported
+from specens_kernels.refusal import Unsupported
 
 VOCAB_SIZE = 128256
 NUM_DRAFTS = 4

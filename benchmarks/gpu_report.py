@@ -41,6 +41,7 @@ from triton.compiler import ASTSource
 
 from specens_kernels import Acceptance, Law, backend, mix, sample, uniforms, verify
 from specens_kernels import triton as kernels
+from specens_kernels.call import VerifyCall
 
 ROOT = Path(__file__).parents[1]
 BUDGET = Path(__file__).with_name("gpu_budget.json")
@@ -152,14 +153,14 @@ def verifies(
     acceptance = Acceptance.parse(rule)
     tokens = torch.empty(1, NODES, dtype=torch.int64, device="meta")
     numbers = torch.empty(1, NODES + 1, 4, device="meta")
-    drafts: tuple[Any, ...] = (torch.empty_like(tokens), *(None,) * 4)
+    call = VerifyCall(logits, tokens, numbers, law, acceptance=acceptance.rule.name)
+    call = call._replace(parameters=acceptance.parameters)
     if known:
         lse = torch.empty(1, NODES + 1, len(logits), device="meta")
-        drafts = (None, logits[0], None, lse, lse[..., 0])
-    kernels.verify(
-        logits, tokens, numbers, None, *drafts, law,
-        acceptance.rule.name, acceptance.parameters, None, True,
-    )  # fmt: skip
+        call = call._replace(draft_logits=logits[0], lse=lse, draft_lse=lse[..., 0])
+    else:
+        call = call._replace(proposers=torch.empty_like(tokens))
+    kernels.verify(call)
 
 
 def the_other_ops() -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .ops import verify as verify
     from .reference import PADDING as PADDING
     from .refusal import Refusal as Refusal
+    from .refusal import Unsupported as Unsupported
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -52,7 +53,7 @@ _HOMES = {
         "verify",
     ),
     "reference": ("PADDING",),
-    "refusal": ("Refusal",),
+    "refusal": ("Refusal", "Unsupported"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 

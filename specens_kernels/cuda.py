@@ -7,7 +7,6 @@ hold, once a first call has made the law's numbers tensors. What the kernels can
 `Unsupported`.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import native
+from .call import VerifyCall
 from .law import LawTensors
-from .native import Unsupported
+from .refusal import Unsupported
 
 # Tests put the emulated kernels here, which take CPU tensors.
 module: Any = getattr(native, "_C", None)
@@ -53,6 +53,7 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tenso
 
 def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
+    law.refuse_fold("cuda")
     _check(logits, law)
     flat, results = native.flatten_mix(logits, law)
     _launch(module.cuda_mix, module.cuda_mix_workspace, flat, logits[0].device)
@@ -63,64 +64,34 @@ def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
+    if member < 0:
+        law.refuse_fold("cuda")
     _check(logits, law)
     flat, results = native.flatten_sample(logits, numbers, law, member)
     _launch(module.cuda_sample, module.cuda_sample_workspace, flat, logits[0].device)
     return results
 
 
-def verify(
-    logits: list[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
-    if parents is not None:
-        raise Unsupported("trees have no CUDA kernel")
-    if acceptance not in native._RULES:
-        raise Unsupported(f"rule {acceptance!r} has no CUDA kernel; add it to csrc/rules.h")
-    _check(logits, law)
-    if draft_temperature is not None:
-        draft_temperature = draft_temperature.to(torch.float32)
-    memory = None if memory is None else memory.double()
-    flat, results = native.flatten_verify(
-        logits,
-        draft_tokens,
-        numbers,
-        parents,
-        proposers,
-        draft_logits,
-        draft_temperature,
-        lse,
-        draft_lse,
-        law,
-        acceptance,
-        parameters,
-        memory,
-        bonus,
-    )
-    _launch(module.cuda_verify, module.cuda_verify_workspace, flat, draft_tokens.device)
+    if call.parents is not None:
+        raise Unsupported("cuda", "parents", "None", "a tree")
+    if call.acceptance not in native._RULES:
+        raise Unsupported.unknown("cuda", "acceptance", call.acceptance, native._RULES)
+    call.law.refuse_fold("cuda")
+    _check(call.logits, call.law)
+    flat, results = native.flatten_verify(call)
+    _launch(module.cuda_verify, module.cuda_verify_workspace, flat, call.draft_tokens.device)
     return results
 
 
 def _check_device(device: torch.device) -> None:
     if device.type != "cuda" and module is getattr(native, "_C", None):
-        raise Unsupported(f"tensors on {device} have no CUDA kernel")
+        raise Unsupported("cuda", "tensors", "tensors on a CUDA device", f"one on {device}")
     if device not in _refusals:
         _refusals[device] = _too_old(device)
     if _refusals[device]:
-        raise Unsupported(_refusals[device])
+        raise _refused(_refusals[device])
 
 
 def _too_old(device: torch.device) -> str:
@@ -130,18 +101,22 @@ def _too_old(device: torch.device) -> str:
     if capability >= _LEAST_CAPABILITY:
         return ""
     found, least = (".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
-    return f"{device} has compute capability {found}; CUDA kernels take {least} and newer"
+    return f"{device} of compute capability {found}, older than {least}"
+
+
+def _refused(why: str) -> Unsupported:
+    return Unsupported("cuda", "device", "one that runs the kernels", why)
 
 
 def _check(logits: list[Tensor], law: LawTensors) -> None:
     _check_device(logits[0].device)
     if len(logits) > _MAX_MEMBERS:
-        raise Unsupported(f"{len(logits)} members; CUDA kernels take {_MAX_MEMBERS}")
+        raise Unsupported("cuda", "logits", f"at most {_MAX_MEMBERS} members", len(logits))
     rows = logits[0].shape[0] * logits[0].shape[1]
     if rows > _MAX_ROWS:
-        raise Unsupported(f"{rows} rows; CUDA kernels take {_MAX_ROWS}")
+        raise Unsupported("cuda", "logits", f"at most {_MAX_ROWS} rows", rows)
     if law.vocab_size > _MAX_VOCABULARY:
-        raise Unsupported(f"{law.vocab_size} tokens; CUDA kernels take {_MAX_VOCABULARY}")
+        raise Unsupported("cuda", "vocab_size", f"at most {_MAX_VOCABULARY}", law.vocab_size)
 
 
 def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.device) -> None:
@@ -168,7 +143,7 @@ def _call(function: Any, flat: list[Any], device: torch.device) -> None:
             function(flat)
     except module.CudaUnsupported as error:
         _refusals[device] = str(error)
-        raise Unsupported(str(error)) from error
+        raise _refused(str(error)) from error
 
 
 def _stream(device: torch.device) -> int:

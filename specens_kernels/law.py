@@ -5,6 +5,7 @@ A law is built once and used for many calls: its numbers are checked when it is 
 knows by then (everything but the batch size) is not looked at again.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ensembles import ENSEMBLES
+from .ensembles import Ensemble
+from .refusal import Refusal, Unsupported
 
 SCOPES = ("member", "ensemble")
 _FILTERS = ("top_k", "top_p", "min_p")
@@ -34,6 +36,7 @@ class LawTensors(NamedTuple):
 
     weights: (M,), (B, M) or (B, T, M) float. temperature: (B or 1, M or 1) float.
     top_k: (B or 1,) int32 or None. top_p, min_p: (B or 1,) float or None.
+    space, fold: the ensemble's space, and the key of a fold of its own; "" is the weighted sum.
     flat: where the native kernels note how they read the rest; None where a tensor is the caller's,
         which may change.
     """
@@ -43,7 +46,8 @@ class LawTensors(NamedTuple):
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
-    ensemble: str
+    space: str
+    fold: str
     scope: str
     plausibility: float
     vocab_size: int
@@ -53,6 +57,17 @@ class LawTensors(NamedTuple):
     def arguments(self) -> tuple[Any, ...]:
         """The rest, in the order of the ops' schemas."""
         return self[:-1]
+
+    @property
+    def averages_members(self) -> bool:
+        """Whether the law is the weighted mean of the members' own, warped laws."""
+        return self.space == "probabilities" and not self.fold and self.scope == "member"
+
+    def refuse_fold(self, backend: str) -> None:
+        """For backends that know the weighted sums alone: raise Unsupported for another fold."""
+        if self.fold:
+            name = self.fold.rpartition("@")[0]
+            raise Unsupported(backend, "ensemble", "fold=None", f"the fold of {name!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +84,8 @@ class Law:
     values are not checked, for that would need the host.
 
     weights: M numbers, or (M,), (B, M) or (B, T, M) float tensor. Mixture: >= 0, summing to 1.
-    ensemble: "mixture" or "product"; an entry of `ENSEMBLES`.
+    ensemble: "mixture" or "product", an entry of `ENSEMBLES`; or an `Ensemble` with a fold of one's
+        own, which the reference alone obeys.
     temperature: a number, M numbers, or a (), (B,), (1, M) or (B, M) float tensor. >= 0; rows where
         all are 0 are greedy. Scope "ensemble" takes one per row: a number, (), (B,) or (B, 1).
     top_k: a count or (B,) integer tensor. 0 is off.
@@ -77,12 +93,12 @@ class Law:
     min_p: a ratio in [0, 1) or (B,) float tensor, of the largest probability. 0 is off.
     scope: "member" or "ensemble".
     plausibility: [0, 1]. Drops tokens that the first member (the expert) finds less than this times
-        its most probable token; 0 is off. For `product`.
+        its most probable token; 0 is off. For space "logits".
     vocab_size: columns that count; None is the narrowest member's width.
     """
 
     weights: Sequence[float] | Tensor = (1.0,)
-    ensemble: str = "mixture"
+    ensemble: Ensemble | str = "mixture"
     temperature: float | Sequence[float] | Tensor = 1.0
     top_k: int | Tensor = 0
     top_p: float | Tensor = 1.0
@@ -96,16 +112,15 @@ class Law:
         # Not fields: a copy of a law makes tensors of its own.
         object.__setattr__(self, "_tensors", {})
         object.__setattr__(self, "_numbers", {})
-        if self.ensemble not in ENSEMBLES:
-            raise _unknown("ensemble", self.ensemble, sorted(ENSEMBLES))
+        ensemble = Ensemble.of(self.ensemble)
         if self.scope not in SCOPES:
-            raise _unknown("scope", self.scope, SCOPES)
+            raise Refusal.unknown("law", "scope", self.scope, SCOPES)
         if not 0.0 <= self.plausibility <= 1.0:
             raise _out_of_range("plausibility", "a number in [0, 1]", self.plausibility)
-        if self.plausibility > 0 and ENSEMBLES[self.ensemble].space != "logits":
-            raise _out_of_range("plausibility", f"0 for {self.ensemble!r}", self.plausibility)
+        if self.plausibility > 0 and ensemble.space != "logits":
+            raise _out_of_range("plausibility", f"0 for {ensemble.name!r}", self.plausibility)
         if not isinstance(self.weights, Tensor):
-            self._check_weights([float(weight) for weight in self.weights])
+            _check_weights([float(weight) for weight in self.weights], ensemble)
         self._check_temperature()
         top_k: Any = self.top_k
         if not isinstance(top_k, (Tensor, Integral)) or (
@@ -122,17 +137,6 @@ class Law:
     def __getstate__(self) -> dict[str, Any]:
         """What a copy and a pickle take along: not the tensors, nor the addresses noted there."""
         return self.__dict__ | {"_tensors": {}, "_numbers": {}}
-
-    def _check_weights(self, weights: list[float]) -> None:
-        if not weights or any(
-            weight != weight or abs(weight) == float("inf") for weight in weights
-        ):
-            raise _out_of_range("weights", "M >= 1 finite numbers", weights)
-        if ENSEMBLES[self.ensemble].space == "probs" and (
-            min(weights) < 0 or abs(sum(weights) - 1) > 1e-6
-        ):
-            expected = f"numbers >= 0 that sum to 1 for {self.ensemble!r}"
-            raise _out_of_range("weights", expected, weights)
 
     def _check_temperature(self) -> None:
         if isinstance(self.temperature, Tensor):
@@ -151,7 +155,7 @@ class Law:
         """What the ops take. Made once for each device, where the law is made of numbers.
 
         Raises:
-            ValueError: a shape does not fit B, T and M, or a tensor is not on `device`; the message
+            Refusal: a shape does not fit B, T and M, or a tensor is not on `device`; the message
                 names `op`.
         """
         tensors: dict[tuple[torch.device, int], LawTensors] = self.__dict__["_tensors"]
@@ -168,15 +172,15 @@ class Law:
             or (len(shape) == 3 and shape[1] != rows)
         ):
             expected = f"(M={members},), (B={batch}, M) or (B, T={rows}, M)"
-            raise ValueError(f"{op}: weights: expected {expected}, got {tuple(shape)}")
+            raise Refusal(op, "weights", expected, tuple(shape))
         shape = known.temperature.shape
         most = members if self.scope == "member" else 1
         if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (1, most):
             expected = f"(), (B={batch},) or (B or 1, {most})"
-            raise ValueError(f"{op}: temperature: expected {expected}, got {tuple(shape)}")
+            raise Refusal(op, "temperature", expected, tuple(shape))
         for name, value in zip(_FILTERS, known[2:5], strict=True):
             if value is not None and (value.dim() != 1 or value.shape[0] not in (1, batch)):
-                raise ValueError(f"{op}: {name}: expected (B={batch},), got {tuple(value.shape)}")
+                raise Refusal(op, name, f"(B={batch},)", tuple(value.shape))
         return known
 
     def _make_tensors(self, op: str, device: torch.device, vocab_size: int) -> LawTensors:
@@ -187,15 +191,16 @@ class Law:
             if not isinstance(value, Tensor):
                 continue
             if value.device != device:
-                expected = f"a tensor on {device}, got one on {value.device}"
-                raise ValueError(f"{op}: {name}: expected {expected}")
+                raise Refusal(op, name, f"a tensor on {device}", f"one on {value.device}")
             value = value.to(dtype)
             if name == "temperature" and value.dim() < 2:
                 value = value.reshape(-1, 1)
             made[name] = value.reshape(-1) if name in _FILTERS else value
+        ensemble = Ensemble.of(self.ensemble)
         return LawTensors(
             **made,
-            ensemble=self.ensemble,
+            space=ensemble.space,
+            fold=ensemble.key,
             scope=self.scope,
             plausibility=self.plausibility,
             vocab_size=vocab_size,
@@ -238,9 +243,14 @@ def nobody_listens(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-def _unknown(argument: str, got: str, known: Sequence[str]) -> ValueError:
-    return ValueError(f"law: {argument}: unknown name {got!r}; known names: {', '.join(known)}")
+def _check_weights(weights: list[float], ensemble: Ensemble) -> None:
+    if not weights or any(not math.isfinite(weight) for weight in weights):
+        raise _out_of_range("weights", "M >= 1 finite numbers", weights)
+    is_mean = ensemble.space == "probabilities" and ensemble.fold is None
+    if is_mean and (min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
+        expected = f"numbers >= 0 that sum to 1 for {ensemble.name!r}"
+        raise _out_of_range("weights", expected, weights)
 
 
-def _out_of_range(argument: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"law: {argument}: expected {expected}, got {got}")
+def _out_of_range(argument: str, expected: str, got: object) -> Refusal:
+    return Refusal("law", argument, expected, got)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, empty, float32, get_num_threads, int32, int64
 
+from .call import VerifyCall
 from .law import LawTensors
+from .refusal import Unsupported
 
 # torch has loaded the OpenMP runtime that `_C` needs, so `_C` comes after it.
 try:
@@ -21,24 +23,19 @@ except ImportError as error:
     AVAILABLE = False
     REASON = f"the native kernels are not built ({error})"
     _RULES: dict[str, int] = {}
-    _ENSEMBLES: dict[str, int] = {}
     _MAX_MEMBERS = 0
 else:
     AVAILABLE = True
     REASON = ""
     _RULES = _C.rules()
-    _ENSEMBLES = _C.ensembles()
     _MAX_MEMBERS = _C.MAX_MEMBERS
     # A wrong SPECENS_CPU_ISA is reported here, not at the first call.
     _C.cpu_isa()
 
+_SPACES = {"probabilities": 0, "logits": 1}  # rules.h
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_VALUES = (0, 0, 0, 0)
 _MAX_PARAMETERS = 4  # rules.h
-
-
-class Unsupported(NotImplementedError):
-    """Valid arguments that no native kernel takes; the message is the reason."""
 
 
 def acceptance_rules() -> list[str]:
@@ -88,51 +85,18 @@ def sample(
     return results
 
 
-def verify(
-    logits: list[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
-    if not draft_tokens.is_cpu:
-        raise _elsewhere(draft_tokens)
-    if draft_temperature is not None:
-        draft_temperature = draft_temperature.to(float32)
-    memory = None if memory is None else memory.double()
-    flat, results = flatten_verify(
-        logits,
-        draft_tokens,
-        numbers,
-        parents,
-        proposers,
-        draft_logits,
-        draft_temperature,
-        lse,
-        draft_lse,
-        law,
-        acceptance,
-        parameters,
-        memory,
-        bonus,
-    )
+    if not call.draft_tokens.is_cpu:
+        raise _elsewhere(call.draft_tokens)
+    flat, results = flatten_verify(call)
     flat.append(get_num_threads())
     _C.verify(flat)
     return results
 
 
 def _elsewhere(tensor: Tensor) -> Unsupported:
-    return Unsupported(f"tensors on {tensor.device} have no native kernel")
+    return Unsupported("native", "tensors", "tensors on cpu", f"one on {tensor.device}")
 
 
 # --- flat arguments, which csrc/arguments.h reads, and the results they point to ---
@@ -155,6 +119,7 @@ def flatten_uniforms(
 
 def flatten_mix(logits: list[Tensor], law: LawTensors) -> tuple[list[Any], tuple[Tensor, Tensor]]:
     """Arguments and results of `mix`."""
+    law.refuse_fold("native")
     flat = _members(logits) + _law(law)
     batch, rows = logits[0].shape[:2]
     device = logits[0].device
@@ -168,6 +133,8 @@ def flatten_sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Arguments and results of `sample`."""
+    if member < 0:
+        law.refuse_fold("native")
     flat = _members(logits) + _law(law)
     batch, rows, _ = numbers.shape
     device = numbers.device
@@ -182,29 +149,30 @@ def flatten_sample(
 
 
 def flatten_verify(
-    logits: list[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
+    call: VerifyCall,
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Arguments and results of `verify`.
-
-    draft_temperature: float32. memory: float64. They outlive the call.
-    """
+    """Arguments and results of `verify`."""
+    (
+        logits,
+        draft_tokens,
+        numbers,
+        law,
+        parents,
+        proposers,
+        draft_logits,
+        draft_temperature,
+        lse,
+        draft_lse,
+        acceptance,
+        parameters,
+        memory,
+        bonus,
+    ) = call
     if parents is not None:
-        raise Unsupported("trees have no native kernel")
+        raise Unsupported("native", "parents", "None", "a tree")
     if acceptance not in _RULES:
-        raise Unsupported(f"rule {acceptance!r} has no native kernel")
+        raise Unsupported.unknown("native", "acceptance", acceptance, _RULES)
+    law.refuse_fold("native")
     flat = _members(logits) + _law(law)
     draft = _NO_VALUES if draft_logits is None else _logits(draft_logits)
     if draft_temperature is None:
@@ -237,16 +205,16 @@ def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
     """Address, dtype and strides over batch and row of (B, T, V)."""
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise Unsupported(f"logits of {tensor.dtype} have no native kernel")
+        raise Unsupported("native", "logits", "bfloat16, float16 or float32", tensor.dtype)
     if tensor._is_zerotensor():
-        raise Unsupported("logits without memory have no native kernel")
+        raise Unsupported("native", "logits", "tensors with memory", "a zero tensor")
     batch_stride, row_stride, _ = tensor.stride()
     return tensor.data_ptr(), dtype, batch_stride, row_stride
 
 
 def _members(logits: Sequence[Tensor]) -> list[Any]:
     if len(logits) > _MAX_MEMBERS:
-        raise Unsupported(f"{len(logits)} members; native kernels take {_MAX_MEMBERS}")
+        raise Unsupported("native", "logits", f"at most {_MAX_MEMBERS} members", len(logits))
     flat: list[Any] = [len(logits)]
     for tensor in logits:
         flat += _logits(tensor)
@@ -256,12 +224,10 @@ def _members(logits: Sequence[Tensor]) -> list[Any]:
 def _law(law: LawTensors) -> list[Any]:
     if law.flat:
         return law.flat
-    if law.ensemble not in _ENSEMBLES:
-        raise Unsupported(f"ensemble {law.ensemble!r} has no native kernel; add it to csrc/rules.h")
     flat: list[Any] = [*_weights(law.weights), *_per_row(law.temperature)]
     for value in (law.top_k, law.top_p, law.min_p):
         flat += _NO_VALUES if value is None else _per_row(value)
-    flat += _ENSEMBLES[law.ensemble], law.scope == "member", law.plausibility, law.vocab_size
+    flat += _SPACES[law.space], law.scope == "member", law.plausibility, law.vocab_size
     if law.flat is not None:
         law.flat[:] = flat  # at once: threads may share a law
     return flat
@@ -270,7 +236,7 @@ def _law(law: LawTensors) -> list[Any]:
 def _weights(weights: Tensor) -> tuple[int, int, int, int]:
     """Address and strides over batch, row and member of (M,), (B, M) or (B, T, M)."""
     if weights.dtype != float32:
-        raise Unsupported(f"weights of {weights.dtype} have no native kernel")
+        raise Unsupported("native", "weights", "float32", weights.dtype)
     strides = weights.stride()
     if len(strides) == 1:
         return weights.data_ptr(), 0, 0, strides[0]

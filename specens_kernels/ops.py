@@ -10,21 +10,22 @@ function here, and a test file and a benchmark of the same name.
 import enum
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import cuda, native, reference, triton
 from .acceptance import Acceptance
+from .call import VerifyCall
 from .law import Law, LawTensors, nobody_listens
-from .native import Unsupported
 from .reference import PADDING
+from .refusal import Refusal, Unsupported
 
 POINT_MASS = PADDING
 # For each type of device, the backends that "auto" tries, the best first.
@@ -65,8 +66,9 @@ class Sample(NamedTuple):
 
     tokens: (B, T) int64.
     log_probs: (B, T) float32. Log-probability of each token under the law it was drawn from.
-    lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for a mixture of several members
-        of scope "member". NaN, which is not known, for one such member whose weights are a tensor.
+    lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for several members of scope
+        "member" in space "probabilities". NaN, which is not known, for one such member whose
+        weights are a tensor.
     status: (B, T) int32. `Status` bits.
     """
 
@@ -177,7 +179,7 @@ def sample(
         raise ValueError(f"sample: member: expected None or 0 to {len(logits) - 1}, got {member}")
     if member is not None:
         return Sample(*_call_sample(tensors, uniforms, parameters, member))
-    alone = len(logits) == 1 and law.scope == "member" and law.ensemble == "mixture"
+    alone = len(logits) == 1 and parameters.averages_members
     if not alone or not isinstance(law.weights, Tensor):
         # Alone it is the same law, but one that has a log-sum-exp, which `verify` can be told.
         return Sample(*_call_sample(tensors, uniforms, parameters, 0 if alone else -1))
@@ -262,10 +264,8 @@ def verify(
         raise ValueError(
             f"verify: memory: expected None for acceptance {chosen.rule.name!r}, got a tensor"
         )
-    if memory is not None and (
-        memory.shape != (batch,) or memory.dtype not in _FLOATS or memory.device != device
-    ):
-        raise _wrong("verify", "memory", f"(B={batch},) float on {device}", memory)
+    if memory is not None:
+        memory = _check_memory(memory, batch, device)
     parents = _broadcast("parents", parents, batch, nodes + 1, device)
     proposers = _broadcast("proposers", proposers, batch, nodes, device)
     if draft_logits is not None:
@@ -275,32 +275,31 @@ def verify(
     if draft_temperature is not None:
         draft_temperature = _per_row("draft_temperature", draft_temperature, batch, device)
     if lse is not None:
-        if law.ensemble != "mixture" or law.scope != "member":
+        if not parameters.averages_members:
             expected = "None for a law other than a mixture of scope 'member'"
-            raise ValueError(f"verify: lse: expected {expected}, got a tensor")
+            raise Refusal("verify", "lse", expected, "a tensor")
         _check_lse("lse", lse, (batch, rows, len(tensors)), parameters, device)
     if draft_lse is not None:
         if draft_logits is None:
             raise ValueError("verify: draft_lse: expected None without draft_logits, got a tensor")
         _check_lse("draft_lse", draft_lse, draft_logits.shape[:2], parameters, device)
-    return Verdict(
-        *_call_verify(
-            tensors,
-            draft_tokens,
-            uniforms,
-            parents,
-            proposers,
-            draft_logits,
-            draft_temperature,
-            lse,
-            draft_lse,
-            parameters,
-            chosen.rule.name,
-            chosen.parameters,
-            memory,
-            bonus,
-        )
+    call = VerifyCall(
+        tensors,
+        draft_tokens,
+        uniforms,
+        parameters,
+        parents,
+        proposers,
+        draft_logits,
+        draft_temperature,
+        lse,
+        draft_lse,
+        chosen.rule.name,
+        chosen.parameters,
+        memory,
+        bonus,
     )
+    return Verdict(*_call_verify(call))
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -371,33 +370,65 @@ def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) ->
 
 def _available(name: str) -> ModuleType:
     if not _MODULES[name].AVAILABLE:
-        raise Unsupported(f"backend: {name}: {_MODULES[name].REASON}")
+        raise Unsupported(
+            "backend", "name", "a backend that runs here", f"{name!r}: {_MODULES[name].REASON}"
+        )
     return _MODULES[name]
 
 
 # --- schemas, fakes, registration -----------------------------------------------------------------
 
-_LAW = (
-    "Tensor weights, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
-    "str ensemble, str scope, float plausibility, int vocab_size"
-)
 _library: Any = torch.library.Library  # untyped
 _lib = _library("specens", "DEF")
 # Graphs that inductor captures by itself count all memory of a warm-up as theirs, and would find a
 # stream's workspace unaccounted for. A graph that the caller captures may hold the ops.
 _define = partial(_lib.define, tags=(torch.Tag.cudagraph_unsafe,))
-_define("uniforms(Tensor seeds, Tensor positions, int stream, int index) -> Tensor")
-_define(f"mix(Tensor[] logits, {_LAW}) -> (Tensor, Tensor)")
-_define(
-    f"sample(Tensor[] logits, Tensor uniforms, {_LAW}, int member) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-_define(
-    "verify(Tensor[] logits, Tensor draft_tokens, Tensor uniforms, Tensor? parents, "
-    "Tensor? proposers, Tensor? draft_logits, Tensor? draft_temperature, Tensor? lse, "
-    f"Tensor? draft_lse, {_LAW}, str acceptance, float[] parameters, Tensor? memory, bool bonus) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    Sequence[Tensor]: "Tensor[]",
+    Sequence[float]: "float[]",
+    str: "str",
+    float: "float",
+    int: "int",
+    bool: "bool",
+}
+# What crosses the dispatcher as its fields, and their types.
+_FIELDS: dict[Any, dict[str, Any]] = {
+    LawTensors: {name: kind for name, kind in get_type_hints(LawTensors).items() if name != "flat"},
+    VerifyCall: get_type_hints(VerifyCall),
+}
+
+
+def _schema(kinds: Mapping[str, Any]) -> str:
+    """The arguments of an op in the dispatcher's language, from annotations."""
+    return ", ".join(
+        _schema(_FIELDS[kind]) if kind in _FIELDS else f"{_TYPES[kind]} {name}"
+        for name, kind in kinds.items()
+    )
+
+
+def _flattened(arguments: Iterable[Any]) -> list[Any]:
+    """Arguments of a backend's op as the schema has them."""
+    flat: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, VerifyCall):
+            flat += _flattened(argument)
+        elif isinstance(argument, LawTensors):
+            flat += argument.arguments
+        else:
+            flat.append(argument)
+    return flat
+
+
+def _unflattened(kinds: Iterable[Any], flat: Iterator[Any]) -> list[Any]:
+    """The other way."""
+    return [
+        kind(*_unflattened(_FIELDS[kind].values(), flat)) if kind in _FIELDS else next(flat)
+        for kind in kinds
+    ]
 
 
 def _fake_uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
@@ -429,59 +460,56 @@ def _fake_verify(logits: list[Tensor], draft_tokens: Tensor, *rest: Any) -> tupl
     )
 
 
-def _register(
-    name: str, reference_op: Callable[..., Any], fake: Any, law_at: int | None
-) -> Callable[..., Any]:
-    """Register one op, whose `LawTensors` is argument `law_at`; returns the function to call."""
+def _register(name: str, reference_op: Callable[..., Any], fake: Any) -> Callable[..., Any]:
+    """Register one op under the schema of its reference; returns the function to call."""
+    kinds = get_type_hints(reference_op)
+    returned = kinds.pop("return")
+    results = ", ".join("Tensor" for _ in get_args(returned) or (returned,))
+    _define(f"{name}({_schema(kinds)}) -> ({results})")
     reference_op = torch.no_grad()(reference_op)
+
+    def unflattened(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *flat: implementation(*_unflattened(kinds.values(), iter(flat)))
+
     _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    _lib.impl(name, _unpacked(reference_op, law_at), "CompositeExplicitAutograd")
+    _lib.impl(name, unflattened(reference_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"specens::{name}", fake, lib=_lib)
     runs = {device: _first_that_can(name, reference_op, device) for device in _PREFERRED}
     for device, run in runs.items():
-        _lib.impl(name, _unpacked(run, law_at), device.upper())
+        _lib.impl(name, unflattened(run), device.upper())
     op: Callable[..., Any] = getattr(torch.ops.specens, name).default
 
     def call(*arguments: Any) -> Any:
-        tensors = list(_tensors(arguments))
+        tensors = _tensors(arguments)
         # The dispatcher would only call one of our functions, at twice a small call's cost.
         if tensors[0].device.type in runs and nobody_listens(tensors):
             return runs[tensors[0].device.type](*arguments)
-        if law_at is None:
-            return op(*arguments)
-        return op(*arguments[:law_at], *arguments[law_at].arguments, *arguments[law_at + 1 :])
+        return op(*_flattened(arguments))
 
     return call
 
 
-def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
     """All of them, but a law's own."""
+    tensors: list[Tensor] = []
     for argument in arguments:
+        if argument is None:
+            continue
         if isinstance(argument, Tensor):
-            yield argument
+            tensors.append(argument)
         elif isinstance(argument, list):
-            yield from argument
+            tensors += argument
+        elif isinstance(argument, VerifyCall):
+            tensors += _tensors(argument)
         elif isinstance(argument, LawTensors) and argument.flat is None:
-            yield from _tensors(argument[:5])
+            tensors += _tensors(argument[:5])
+    return tensors
 
 
-def _unpacked(implementation: Callable[..., Any], law_at: int | None) -> Callable[..., Any]:
-    """The implementation under the schema's signature, where the law is nine arguments."""
-    if law_at is None:
-        return implementation
-    end = law_at + len(LawTensors._fields) - 1
-
-    def run(*arguments: Any) -> Any:
-        law = LawTensors(*arguments[law_at:end])
-        return implementation(*arguments[:law_at], law, *arguments[end:])
-
-    return run
-
-
-_call_uniforms = _register("uniforms", reference.uniforms, _fake_uniforms, None)
-_call_mix = _register("mix", reference.mix, _fake_mix, 1)
-_call_sample = _register("sample", reference.sample, _fake_sample, 2)
-_call_verify = _register("verify", reference.verify, _fake_verify, 9)
+_call_uniforms = _register("uniforms", reference.uniforms, _fake_uniforms)
+_call_mix = _register("mix", reference.mix, _fake_mix)
+_call_sample = _register("sample", reference.sample, _fake_sample)
+_call_verify = _register("verify", reference.verify, _fake_verify)
 
 if not native.AVAILABLE:
     _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)
@@ -579,7 +607,7 @@ def _check_lse(
 
 
 def _per_row(argument: str, value: Tensor, batch: int, device: torch.device) -> Tensor:
-    """(1,) or (B,), of (), (1,) or (B,)."""
+    """(1,) or (B,) float32, of (), (1,) or (B,) float."""
     shape = value.shape
     if (
         len(shape) > 1
@@ -588,4 +616,11 @@ def _per_row(argument: str, value: Tensor, batch: int, device: torch.device) -> 
         or value.device != device
     ):
         raise _wrong("verify", argument, f"() or (B={batch},) float on {device}", value)
-    return value.reshape(-1)
+    return value.reshape(-1).to(torch.float32)
+
+
+def _check_memory(memory: Tensor, batch: int, device: torch.device) -> Tensor:
+    """(B,) float64."""
+    if memory.shape != (batch,) or memory.dtype not in _FLOATS or memory.device != device:
+        raise _wrong("verify", "memory", f"(B={batch},) float on {device}", memory)
+    return memory.double()

@@ -28,8 +28,10 @@ from .acceptance import (
     block_threshold,
     remember,
 )
-from .ensembles import ENSEMBLES
+from .call import VerifyCall
+from .ensembles import Ensemble
 from .law import LawTensors
+from .refusal import Refusal
 
 TILE = 8192
 SUB_TILE = 1024
@@ -228,36 +230,67 @@ def _filters(law: LawTensors, greedy: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _fold(values: Sequence[Tensor], weights: Tensor, ensemble: str, lse: Tensor) -> Tensor:
-    """Scores of the folded members: log of the mixture, or the weighted sum of logits.
-
-    A member of weight 0 is skipped. In a mixture, the weight of a member without mass goes to the
-    others. In a product, a token that any other member gives -inf has no mass, whatever the sign of
-    that member's weight.
+def _fold(values: Sequence[Tensor], weights: Tensor, law: LawTensors, lse: Tensor) -> Tensor:
+    """(B, T, V) scores of the combined members: log-probabilities, or combined logits.
 
     Args:
+        values: M tensors (B, T, V) float64. The members' scores, warped or bare.
+        weights: (B, T, M) float64.
         lse: (B, T, M). Of members of a mixture, where it was given; else NaN.
     """
-    entry = ENSEMBLES[ensemble]
-    folded = torch.zeros_like(values[0])
-    vetoed = torch.zeros_like(folded, dtype=torch.bool)
+    if law.fold:
+        return _obeyed(values, weights, Ensemble.by_key(law.fold))
+    if law.space == "probabilities":
+        return _weighted_laws(values, weights, lse)
+    return _weighted_logits(values, weights)
+
+
+def _weighted_laws(values: Sequence[Tensor], weights: Tensor, lse: Tensor) -> Tensor:
+    """A member of weight 0 is absent; the weight of a member without mass goes to the others."""
+    mass = torch.zeros_like(values[0])
     share = torch.zeros_like(weights[..., :1])
     for member, value in enumerate(values):
         weight = weights[..., member, None]
-        used = weight != 0
-        if entry.space == "probs":
-            alone = normalise_by(value, lse[..., member])
-            value = alone.log_probs.exp()
-            share = torch.where(alone.empty[..., None], share, share + weight)
-        else:
-            vetoed |= used & torch.isneginf(value)
-        folded = torch.where(used, entry.fold(folded, value, weight), folded)
-    if entry.space == "probs":
-        # Normalisers that were given are what is meant, though the sum be a little off 1.
-        known = ~torch.isnan(lse).all(-1)
-        total = torch.where(share > 0, share, 1.0).log().squeeze(-1)
-        return normalise_by(folded.log(), total.masked_fill(~known, torch.nan)).log_probs
-    return folded.masked_fill(vetoed | torch.isnan(folded), -torch.inf)
+        alone = normalise_by(value, lse[..., member])
+        share = torch.where(alone.empty[..., None], share, share + weight)
+        mass = torch.where(weight != 0, mass + weight * alone.log_probs.exp(), mass)
+    # Normalisers that were given are what is meant, though the sum be a little off 1.
+    known = ~torch.isnan(lse).all(-1)
+    total = torch.where(share > 0, share, 1.0).log().squeeze(-1)
+    return normalise_by(mass.log(), total.masked_fill(~known, torch.nan)).log_probs
+
+
+def _weighted_logits(values: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """A member of weight 0 is absent; a token that another one gives -inf has no mass.
+
+    Whatever the sign of that member's weight.
+    """
+    total = torch.zeros_like(values[0])
+    vetoed = torch.zeros_like(total, dtype=torch.bool)
+    for member, value in enumerate(values):
+        weight = weights[..., member, None]
+        vetoed |= (weight != 0) & torch.isneginf(value)
+        total = torch.where(weight != 0, total + weight * value, total)
+    return total.masked_fill(vetoed | torch.isnan(total), -torch.inf)
+
+
+def _obeyed(values: Sequence[Tensor], weights: Tensor, ensemble: Ensemble) -> Tensor:
+    """What the ensemble's own fold makes of the members; see `Ensemble`."""
+    assert ensemble.fold is not None
+    is_law = ensemble.space == "probabilities"
+    laws = torch.stack([normalise(value).log_probs.exp() if is_law else value for value in values])
+    combined = ensemble.fold(laws, weights.movedim(-1, 0)[..., None])
+    if not isinstance(combined, Tensor) or combined.shape != values[0].shape:
+        got = tuple(combined.shape) if isinstance(combined, Tensor) else type(combined).__name__
+        expected = f"{tuple(values[0].shape)} of laws {tuple(laws.shape)}"
+        raise Refusal(ensemble.name, "fold", expected, got)
+    combined = combined.double()
+    if not is_law:
+        return combined.masked_fill(torch.isnan(combined), -torch.inf)
+    if not bool(((combined >= 0) & torch.isfinite(combined)).all()):
+        least, most = combined.amin().item(), combined.amax().item()
+        raise Refusal(ensemble.name, "fold", "finite numbers >= 0", f"{least:g} to {most:g}")
+    return normalise(combined.log()).log_probs
 
 
 def target_law(logits: Sequence[Tensor], law: LawTensors, lse: Tensor | None = None) -> TargetLaw:
@@ -286,17 +319,18 @@ def target_law(logits: Sequence[Tensor], law: LawTensors, lse: Tensor | None = N
         value, bits = clean(tensor, law.vocab_size)
         one = None if lse is None else lse[..., member]
         known.append(given(one, value, temperatures[:, member], greedy))
-        bits = torch.where(weights[..., member] != 0, bits, 0)
+        if not law.fold:  # a fold of one's own may read members of weight 0
+            bits = torch.where(weights[..., member] != 0, bits, 0)
         status |= torch.where(torch.isnan(known[-1]), bits, 0)
         unread |= torch.where(torch.isnan(known[-1]), 0, bits)
         values.append(value)
     implausible = _implausible(values[0], by_member[0], law)
     if law.scope == "member":
         warped = [warp(v, t, *filters) for v, t in zip(values, by_member, strict=True)]
-        folded = _fold(warped, weights, law.ensemble, torch.stack(known, -1))
+        folded = _fold(warped, weights, law, torch.stack(known, -1))
         scores = folded.masked_fill(implausible, -torch.inf)
     else:
-        folded = _fold(values, weights, law.ensemble, torch.stack(known, -1))
+        folded = _fold(values, weights, law, torch.stack(known, -1))
         scores = warp(folded.masked_fill(implausible, -torch.inf), by_member[0], *filters)
     any_known = ~torch.isnan(torch.stack(known)).all(0)
     zero = torch.zeros_like(any_known, dtype=torch.float64)
@@ -403,10 +437,10 @@ def mix(logits: Sequence[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    logits: Sequence[Tensor], numbers: Tensor, law: LawTensors, member: int
+    logits: Sequence[Tensor], uniforms: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities, log-sum-exps and status, each (B, T); see `ops.sample`."""
-    batch = len(numbers)
+    batch = len(uniforms)
     if member >= 0:
         greedy = greedy_rows(law, batch)
         temperature = law.temperature.double().expand(batch, len(logits))[:, member]
@@ -421,7 +455,7 @@ def sample(
     else:
         target = target_law(logits, law)
     best = first_argmax(target.log_probs)
-    drawn = draw(target.log_probs.exp(), numbers[..., 1:])
+    drawn = draw(target.log_probs.exp(), uniforms[..., 1:])
     token = torch.where(target.greedy[:, None], best, drawn)
     token = token.masked_fill((target.status & EMPTY_LAW) > 0, 0)
     log_prob = target.log_probs.gather(-1, token[..., None]).squeeze(-1)
@@ -652,55 +686,42 @@ def _at_row(law: LawTensors, row: int) -> LawTensors:
     return law if weights.shape[1] == 1 else law._replace(weights=weights[:, row : row + 1])
 
 
-def verify(
-    logits: Sequence[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities, accepted counts, path and status; see `ops.verify`."""
-    batch, nodes = draft_tokens.shape
-    device = draft_tokens.device
+    law, numbers = call.law, call.uniforms
+    batch, nodes = call.draft_tokens.shape
+    device = call.draft_tokens.device
     host = torch.device("cpu")
     tokens = torch.full((batch, nodes + 1), PADDING, dtype=torch.int64, device=host)
     log_probs = torch.zeros(batch, nodes + 1, dtype=torch.float32, device=host)
     num_accepted = torch.zeros(batch, dtype=torch.int32, device=host)
     path = torch.full((batch, nodes), PADDING, dtype=torch.int32, device=host)
     status = torch.zeros(batch, dtype=torch.int32, device=host)
+    parents, proposers, temperature = call.parents, call.proposers, call.draft_temperature
     if parents is None:  # a chain is a tree in which node i hangs off node i - 1
         parents = torch.arange(-1, nodes, device=host)[None]
     if proposers is None:
         proposers = torch.full((1, nodes), PADDING, device=host)
-    if draft_temperature is None:
-        draft_temperature = law.temperature[:, 0]
+    if temperature is None:
+        temperature = law.temperature[:, 0]
     for b in range(batch):
+        here = slice(b, b + 1)
         sequence = _Sequence(
-            logits=[tensor[b : b + 1] for tensor in logits],
-            tokens=draft_tokens[b].tolist(),
+            logits=[tensor[here] for tensor in call.logits],
+            tokens=call.draft_tokens[b].tolist(),
             parents=parents.expand(batch, nodes + 1)[b].tolist(),
             proposers=proposers.expand(batch, nodes)[b].tolist(),
             coins=numbers[b, :, 0].double(),
-            draft_logits=None if draft_logits is None else draft_logits[b : b + 1],
-            draft_temperature=draft_temperature.expand(batch)[b : b + 1],
-            lse=None if lse is None else lse[b : b + 1],
-            draft_lse=None if draft_lse is None else draft_lse[b : b + 1],
+            draft_logits=None if call.draft_logits is None else call.draft_logits[here],
+            draft_temperature=temperature.expand(batch)[here],
+            lse=None if call.lse is None else call.lse[here],
+            draft_lse=None if call.draft_lse is None else call.draft_lse[here],
             law=_at_batch(law, b),
-            rule=ACCEPTANCE_RULES[acceptance],
-            parameters=parameters,
+            rule=ACCEPTANCE_RULES[call.acceptance],
+            parameters=call.parameters,
         )
-        for accepted, step in enumerate(
-            _walk(sequence, None if memory is None else memory[b], bonus)
-        ):
+        memory = None if call.memory is None else call.memory[b]
+        for accepted, step in enumerate(_walk(sequence, memory, call.bonus)):
             status[b] |= step.status
             if step.child is not None:
                 token = sequence.tokens[step.child - 1]

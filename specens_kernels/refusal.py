@@ -7,6 +7,9 @@ torch, so that a wrong word on a command line is answered at once.
 """
 
 from collections.abc import Iterable
+from typing import TypeVar
+
+_R = TypeVar("_R", bound="Refusal")
 
 
 class Refusal(ValueError):
@@ -30,6 +33,13 @@ class Refusal(ValueError):
         return f"{self.op}: {self.argument}: expected {self.expected}, got {self.got}"
 
     @classmethod
-    def unknown(cls, op: str, argument: str, name: object, known: Iterable[str]) -> "Refusal":
+    def unknown(cls: type[_R], op: str, argument: str, name: object, known: Iterable[str]) -> _R:
         """Of a name that a table does not have."""
         return cls(op, argument, f"one of {', '.join(known)}", repr(name))
+
+
+class Unsupported(Refusal, NotImplementedError):
+    """Valid arguments that one implementation does not take, though the reference does.
+
+    op: the implementation, such as "native".
+    """

@@ -60,6 +60,34 @@ def filtered(
     return values.masked_fill(~survives, -math.inf)
 
 
+# What is combined, and one token's number from those of the members and the weights.
+COMBINATIONS: dict[str, tuple[str, Callable[[list[float], Sequence[float]], float]]] = {
+    "minimum": ("probabilities", lambda values, weights: min(values)),
+    "maximum": ("probabilities", lambda values, weights: max(values)),
+    "quadratic_mean": (
+        "probabilities",
+        lambda values, weights: math.sqrt(
+            sum(w * x * x for w, x in zip(weights, values, strict=True))
+        ),
+    ),
+    "highest_logit": ("logits", lambda values, weights: max(values)),
+    "contrast": (
+        "logits",
+        lambda values, weights: values[0] + weights[-1] * (values[0] - values[-1]),
+    ),
+}
+
+
+def _combined(name: str, scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    space, combine = COMBINATIONS[name]
+    if space == "probabilities":
+        scores = [values.softmax(-1).nan_to_num(0.0) for values in scores]
+    numbers = [float32(weight) for weight in weights]
+    by_token = torch.stack(list(scores), -1).tolist()
+    combined = torch.tensor([combine(token, numbers) for token in by_token], dtype=torch.float64)
+    return combined.log() if space == "probabilities" else combined.nan_to_num(-math.inf, math.inf)
+
+
 def ensemble_law(
     logits: Sequence[Tensor],
     weights: Sequence[float],
@@ -83,7 +111,9 @@ def ensemble_law(
         implausible = expert < plausibility * expert.max()
     if by_member:
         scores = [filtered(v, t, **filters) for v, t in zip(scores, temperature, strict=True)]
-    if ensemble == "mixture":
+    if ensemble in COMBINATIONS:
+        folded = _combined(ensemble, scores, weights)
+    elif ensemble == "mixture":
         law = sum(float32(w) * v.softmax(-1) for w, v in zip(weights, scores, strict=True) if w)
         folded = law.log()
     else:

@@ -26,8 +26,8 @@ def tensors(law: Law, batch: int = 2, rows: int = 3, members: int = 2) -> tuple[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ensemble": "mixtur"}, "ensemble: unknown name 'mixtur'; known names: mixture, product"),
-        ({"scope": "row"}, "scope: unknown name 'row'; known names: member, ensemble"),
+        ({"ensemble": "mixtur"}, "ensemble: expected one of mixture, product, got 'mixtur'"),
+        ({"scope": "row"}, "scope: expected one of member, ensemble, got 'row'"),
         ({"weights": ()}, r"weights: expected M >= 1 finite numbers, got \[\]"),
         ({"weights": (1.0, math.nan)}, "weights: expected M >= 1 finite numbers, got"),
         (

@@ -20,6 +20,7 @@ from calls import DTYPES, REAL, SMALL, TILES, Call, call
 
 import specens_kernels
 from specens_kernels import Law, native, sample, verify
+from specens_kernels.call import VerifyCall
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=f"native: {native.REASON}")
 
@@ -130,13 +131,13 @@ def test_the_floor_reads_every_row() -> None:
 
 ROWS, NUMBERS = torch.zeros(1, 2, 5), torch.zeros(1, 2, 4)
 REFUSED = {
-    "trees": (
+    "got a tree": (
         verify,
         ([ROWS], torch.zeros(1, 1, dtype=torch.int64), NUMBERS, Law()),
         {"parents": torch.tensor([-1, 0])},
     ),
     "float64": (sample, ([ROWS.double()], NUMBERS, Law()), {}),
-    "17 members": (sample, ([ROWS] * 17, NUMBERS, Law([1 / 17] * 17)), {}),
+    "at most 16 members, got 17": (sample, ([ROWS] * 17, NUMBERS, Law([1 / 17] * 17)), {}),
 }
 
 
@@ -149,11 +150,23 @@ def test_tensors_elsewhere_are_refused_before_their_addresses_are_taken() -> Non
         "uniforms": (tokens[0], tokens, 0, 0),
         "mix": ([rows], law),
         "sample": ([rows], numbers, law, -1),
-        "verify": ([rows], tokens, numbers, *(None,) * 6, law, "rejection", (), None, True),
+        "verify": (VerifyCall([rows], tokens, numbers, law),),
     }
     for name, arguments in calls.items():
-        with pytest.raises(NotImplementedError, match=r"^tensors on meta have no native kernel$"):
+        with pytest.raises(
+            NotImplementedError, match=r"^native: tensors: expected .*, got one on meta$"
+        ):
             getattr(native, name)(*arguments)
+
+
+@pytest.mark.parametrize("unknown", [-1, 2, 99])
+def test_an_id_that_no_table_has_is_refused(unknown: int) -> None:
+    law = [1, *[0] * 24]  # one member's logits, weights, temperature and filters
+    rest = [True, 0.0, 5]
+    with pytest.raises(RuntimeError, match=rf"^_C: no ensemble or rule has the id {unknown}$"):
+        native._C.mix([*law, unknown, *rest])
+    with pytest.raises(RuntimeError, match=rf"^_C: no ensemble or rule has the id {unknown + 90}$"):
+        native._C.verify([*law, 0, *rest, unknown + 90])
 
 
 @pytest.mark.parametrize("why", REFUSED)

@@ -27,6 +27,8 @@ from specens_kernels import (
     uniforms,
     verify,
 )
+from specens_kernels.call import VerifyCall
+from specens_kernels.law import LawTensors
 
 LAW = Law((0.5, 0.5), temperature=0.7, top_k=5, top_p=0.9, min_p=0.01)
 SEEDS = torch.tensor([1, 2])
@@ -75,42 +77,56 @@ def inputs(batch: int = 2, vocab_size: int = 11) -> tuple[list[Tensor], Tensor, 
 def op_calls() -> list[Any]:
     """Every op with every optional argument given and left out."""
     logits, numbers, draft = inputs()
-    law = LAW.tensors("test", 2, 3, 2, draft.device, 11).arguments
-    bare = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None, "product", "ensemble", 0.1, 9)
-    lenient = ("lenient", [0.9], None, True)
-    parents = torch.tensor([[-1, 0, 0]], dtype=torch.int32)
-    proposers = torch.tensor([[0, -1]], dtype=torch.int32)
-    apart = (logits[0], torch.ones(2))
-    plain = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None, "mixture", "member", 0.0, 9)
-    known = (torch.stack([one.logsumexp(-1) for one in logits], -1), logits[0].logsumexp(-1))
+    law = LAW.tensors("test", 2, 3, 2, draft.device, 11)
+    numbers_of_law = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None)
+    bare = LawTensors(*numbers_of_law, "logits", "", "ensemble", 0.1, 9)
+    plain = LawTensors(*numbers_of_law, "probabilities", "", "member", 0.0, 9)
+    lenient = {"acceptance": "lenient", "parameters": [0.9]}
+    apart = {"draft_logits": logits[0], "draft_temperature": torch.ones(2)}
+    known = {
+        "lse": torch.stack([member.logsumexp(-1) for member in logits], -1),
+        "draft_lse": logits[0].logsumexp(-1),
+    }
     half = [member[:, :2] for member in logits]
+    verifications = {
+        "points": VerifyCall(logits, draft, numbers, bare),
+        "chain": VerifyCall(
+            half,
+            draft,
+            numbers,
+            law,
+            proposers=torch.tensor([[0, -1]], dtype=torch.int32),
+            acceptance="greedy",
+            bonus=False,
+        ),
+        "tree": VerifyCall(
+            logits,
+            draft,
+            numbers,
+            law,
+            parents=torch.tensor([[-1, 0, 0]], dtype=torch.int32),
+            **apart,
+            **lenient,
+        ),
+        "known": VerifyCall(logits, draft, numbers, plain, **apart, **known, **lenient),
+        "memory": VerifyCall(logits, draft, numbers, law, **apart)._replace(
+            acceptance="likelihood",
+            parameters=[2.0, 0.2],
+            memory=torch.zeros(2, dtype=torch.float64),
+        ),
+    }
     specens = torch.ops.specens
+    calls = {
+        "uniforms": (specens.uniforms, (SEEDS, POSITIONS, 1, 0)),
+        "mix": (specens.mix, (logits, law)),
+        "mix bare": (specens.mix, (logits, bare)),
+        "sample": (specens.sample, (logits, numbers, law, -1)),
+        "sample member": (specens.sample, (logits, numbers, bare, 1)),
+    }
+    calls |= {f"verify {name}": (specens.verify, (call,)) for name, call in verifications.items()}
     return [
-        pytest.param(specens.uniforms.default, (SEEDS, POSITIONS, 1, 0), id="uniforms"),
-        pytest.param(specens.mix.default, (logits, *law), id="mix"),
-        pytest.param(specens.mix.default, (logits, *bare), id="mix bare"),
-        pytest.param(specens.sample.default, (logits, numbers, *law, -1), id="sample"),
-        pytest.param(specens.sample.default, (logits, numbers, *bare, 1), id="sample member"),
-        pytest.param(
-            specens.verify.default,
-            (logits, draft, numbers, *(None,) * 6, *bare, "rejection", [], None, True),
-            id="verify points",
-        ),
-        pytest.param(
-            specens.verify.default,
-            (half, draft, numbers, None, proposers, *(None,) * 4, *law, "greedy", [], None, False),
-            id="verify chain",
-        ),
-        pytest.param(
-            specens.verify.default,
-            (logits, draft, numbers, parents, None, *apart, None, None, *law, *lenient),
-            id="verify tree",
-        ),
-        pytest.param(
-            specens.verify.default,
-            (logits, draft, numbers, None, None, *apart, *known, *plain, *lenient),
-            id="verify known",
-        ),
+        pytest.param(op.default, tuple(ops._flattened(arguments)), id=name)
+        for name, (op, arguments) in calls.items()
     ]
 
 
@@ -307,7 +323,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         "verify: parents: expected None for acceptance 'block', got a tensor",
     ),
     (
-        lambda: verify(two(), DRAFT, NUMBERS, HALVES, memory=torch.zeros(2)),
+        lambda: verify(two(), DRAFT, NUMBERS, HALVES, memory=torch.zeros(2, dtype=torch.float64)),
         "verify: memory: expected None for acceptance 'rejection', got a tensor",
     ),
     (
@@ -444,7 +460,9 @@ def test_native_is_refused_where_it_is_not_built(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(native, "AVAILABLE", False)
     monkeypatch.setattr(native, "REASON", "no compiler")
     with (
-        pytest.raises(NotImplementedError, match=r"^backend: native: no compiler$"),
+        pytest.raises(
+            NotImplementedError, match=r"^backend: name: expected .*, got 'native': no compiler$"
+        ),
         specens_kernels.backend("native"),
     ):
         pass

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import specens_kernels
-from specens_kernels import Refusal
+from specens_kernels import Refusal, Unsupported
 
 
 def test_a_refusal_is_facts_and_a_sentence() -> None:
@@ -47,3 +47,11 @@ def test_every_public_name_is_found_and_listed() -> None:
     assert {*specens_kernels.__all__} <= {*dir(specens_kernels)}
     with pytest.raises(AttributeError, match="has no attribute 'verifyy'"):
         _ = specens_kernels.verifyy
+
+
+def test_what_one_backend_does_not_take_is_a_refusal_and_not_implemented() -> None:
+    refusal = Unsupported.unknown("native", "acceptance", "mine", ("block", "greedy"))
+    assert str(refusal) == "native: acceptance: expected one of block, greedy, got 'mine'"
+    assert isinstance(refusal, Unsupported)
+    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, NotImplementedError)

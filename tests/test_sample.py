@@ -8,6 +8,7 @@ from typing import Any
 import laws
 import pytest
 import torch
+from folds import law_of
 from torch import Tensor
 
 from specens_kernels import Law, Sample, Status, mix, reference, sample, verify
@@ -21,6 +22,12 @@ LAWS: list[dict[str, Any]] = [
     {"temperature": (0.6, 1.3), "top_p": 0.85},
     {"min_p": 0.2, "scope": "ensemble"},
     {"ensemble": "product", "temperature": 1.5, "top_p": 0.9, "scope": "ensemble"},
+]
+# Folds of one's own, which the reference alone obeys.
+FOLDED: list[dict[str, Any]] = [
+    {"ensemble": "minimum", "temperature": (0.6, 1.3)},
+    {"ensemble": "quadratic_mean", "top_k": 4, "scope": "ensemble"},
+    {"ensemble": "highest_logit", "top_p": 0.85},
 ]
 
 
@@ -40,12 +47,12 @@ def measured_law(tokens_at: Any, vocab_size: int, resolution: float) -> Tensor:
     return torch.cat([torch.zeros(1), edges, torch.ones(1)]).double().diff()
 
 
-@pytest.mark.parametrize("options", LAWS, ids=str)
+@pytest.mark.parametrize("options", LAWS + FOLDED, ids=str)
 @pytest.mark.parametrize("member", [None, 1])
 def test_the_law_by_exact_inversion(options: dict[str, Any], member: int | None) -> None:
     """In float64, to the last bits, past the checks of the public op."""
     logits = [2 * torch.randn(5, dtype=torch.float64) for _ in range(2)]
-    law = Law((0.25, 0.75), **options)
+    law = law_of((0.25, 0.75), **options)
 
     def tokens_at(points: Tensor) -> Tensor:
         count = len(points)
@@ -173,7 +180,7 @@ def test_every_backend_draws_the_same_token(
     backend: str, vocab_size: int, options: dict[str, Any]
 ) -> None:
     logits = [3 * torch.randn(8, 4, vocab_size) for _ in range(2)]
-    law = Law((0.25, 0.75), **options)
+    law = law_of((0.25, 0.75), **options)
     numbers = torch.rand(8, 4, 4)
     drawn = sample(logits, numbers, law)
     arguments = law.tensors("sample", 8, 4, 2, numbers.device, vocab_size)

@@ -19,6 +19,7 @@ from triton_guard import counted
 import specens_kernels
 from specens_kernels import Law, verify
 from specens_kernels import triton as kernels
+from specens_kernels.call import VerifyCall
 from specens_kernels.law import LawTensors
 
 triton_guard.install()
@@ -136,15 +137,12 @@ def law_tensors(members: int) -> LawTensors:
 
 def test_what_has_no_kernel_is_refused() -> None:
     rows, numbers = torch.zeros(1, 1, 5), torch.zeros(1, 1, 4)
-    with pytest.raises(NotImplementedError, match="9 members; Triton kernels take 8"):
+    with pytest.raises(NotImplementedError, match="logits: expected at most 8 members, got 9"):
         kernels.mix([rows] * 9, law_tensors(9))
-    with pytest.raises(NotImplementedError, match=r"logits of torch\.float64"):
+    with pytest.raises(NotImplementedError, match=r"logits: expected .*, got torch\.float64"):
         kernels.sample([rows.double()], numbers, law_tensors(1), -1)
     tokens = torch.zeros(1, 0, dtype=torch.int64)
-    rest = (*(None,) * 5, law_tensors(1))
-    with pytest.raises(NotImplementedError, match="trees have no Triton kernel"):
-        kernels.verify(
-            [rows], tokens, numbers, torch.tensor([[-1]]), *rest, "greedy", (), None, True
-        )
-    with pytest.raises(NotImplementedError, match="ensemble 'median' has no Triton kernel"):
-        kernels.mix([rows], law_tensors(1)._replace(ensemble="median"))
+    with pytest.raises(NotImplementedError, match="parents: expected None, got a tree"):
+        kernels.verify(VerifyCall([rows], tokens, numbers, law_tensors(1), torch.tensor([[-1]])))
+    with pytest.raises(NotImplementedError, match=r"ensemble: expected fold=None, got .* 'median'"):
+        kernels.mix([rows], law_tensors(1)._replace(fold="median@1"))

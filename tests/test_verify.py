@@ -23,6 +23,7 @@ from specens_kernels import (
     uniforms,
     verify,
 )
+from specens_kernels.call import VerifyCall
 
 INF, NAN = math.inf, math.nan
 TOP = 1 - 2.0**-24  # the largest number in [0, 1) that `uniforms` returns
@@ -783,20 +784,10 @@ def test_every_backend_emits_what_the_reference_emits(
             draft_logits=draft_logits,
             acceptance=acceptance,
         )
-        proposal = (parents, proposers, draft_logits, None, None, None)
-        expected = Verdict(
-            *reference.verify(
-                logits,
-                draft,
-                numbers,
-                *proposal,
-                arguments,
-                chosen.rule.name,
-                chosen.parameters,
-                None,
-                True,
-            )
-        )
+        call = VerifyCall(
+            logits, draft, numbers, arguments, parents, proposers, draft_logits
+        )._replace(acceptance=chosen.rule.name, parameters=chosen.parameters)
+        expected = Verdict(*reference.verify(call))
         torch.testing.assert_close(verdict.log_probs, expected.log_probs, atol=2e-5, rtol=1e-5)
         assert_same(verdict._replace(log_probs=expected.log_probs), expected)
 

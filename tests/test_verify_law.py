@@ -12,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
+import folds
 import laws
 import pytest
 import rules
@@ -30,6 +32,7 @@ from specens_kernels import (
     uniforms,
     verify,
 )
+from specens_kernels.call import VerifyCall
 
 FINE = 2.0**-44  # spacing of float64 numbers that rounding in the ops does not blur
 GRID = 2.0**-24
@@ -124,6 +127,61 @@ CASES = [
     ),
     Case("the greedy rule", 3, CHAIN_2, (0, 1), HALVES, acceptance="greedy"),
 ]
+# Folds of one's own, which the reference alone obeys.
+FOLDED = [
+    Case("the least of two members", 4, CHAIN_2, (0, 1), HALVES, law={"ensemble": "minimum"}),
+    Case(
+        "the greatest of three, warped after the fold",
+        4,
+        CHAIN_2,
+        (SEPARATE, SEPARATE),
+        (0.5, 0.25, 0.25),
+        law={"ensemble": "maximum", "scope": "ensemble", "temperature": 0.75, "top_k": 3},
+        draft_temperature=1.25,
+    ),
+    Case(
+        "a power mean, weights for each position",
+        3,
+        CHAIN_2,
+        (0, 1),
+        lambda d: (0.2 + 0.3 * d, 0.8 - 0.3 * d),
+        law={"ensemble": "quadratic_mean", "temperature": (0.75, 1.25)},
+    ),
+    Case(
+        "a power mean, members with filters, without a bonus token",
+        4,
+        CHAIN_2,
+        (1, 1),
+        (0.7, 0.3),
+        law={"ensemble": "quadratic_mean", "top_p": 0.9},
+        bonus=False,
+    ),
+    Case(
+        "the highest logit, drawn siblings and a point",
+        4,
+        (-1, 0, 0, 1, 0),
+        (0, 0, 1, POINT),
+        HALVES,
+        points={4: 2},
+        law={"ensemble": "highest_logit"},
+    ),
+    Case(
+        "a contrast with plausibility",
+        4,
+        CHAIN_2,
+        (0, 0),
+        (1.0, 0.5),
+        law={"ensemble": "contrast", "plausibility": 0.1, "temperature": 0.75},
+    ),
+    Case(
+        "temperature 0 of a maximum",
+        3,
+        CHAIN_2,
+        (0, 1),
+        HALVES,
+        law={"ensemble": "maximum", "temperature": 0.0},
+    ),
+]
 
 
 def law_of(case: Case, batch: int, dtype: torch.dtype = torch.float32) -> Law:
@@ -131,7 +189,7 @@ def law_of(case: Case, batch: int, dtype: torch.dtype = torch.float32) -> Law:
     if callable(weights):
         rows = len(case.parents) - (not case.bonus)
         weights = torch.tensor([weights(row) for row in range(rows)]).expand(batch, rows, -1)
-    return Law(weights=weights, vocab_size=case.vocab_size, **(case.law or {}))
+    return folds.law_of(weights, vocab_size=case.vocab_size, **(case.law or {}))
 
 
 def rule_of(case: Case) -> Acceptance:
@@ -150,20 +208,19 @@ def in_float64(
         device = call.draft_tokens.device
         temperature = case.draft_temperature
         verdict = module.verify(
-            call.logits,
-            call.draft_tokens,
-            call.uniforms,
-            call.parents,
-            call.proposers,
-            call.draft_logits,
-            None if temperature is None else torch.tensor([temperature]),
-            None,
-            None,
-            law.tensors("verify", batch, rows, case.members, device, case.vocab_size),
-            chosen.rule.name,
-            chosen.parameters,
-            None,
-            case.bonus,
+            VerifyCall(
+                call.logits,
+                call.draft_tokens,
+                call.uniforms,
+                law.tensors("verify", batch, rows, case.members, device, case.vocab_size),
+                parents=call.parents,
+                proposers=call.proposers,
+                draft_logits=call.draft_logits,
+                draft_temperature=None if temperature is None else torch.tensor([temperature]),
+                acceptance=chosen.rule.name,
+                parameters=chosen.parameters,
+                bonus=case.bonus,
+            )
         )
         return verdict[0], verdict[3]
 
@@ -253,7 +310,7 @@ def case_named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + FOLDED, ids=str)
 def test_the_emitted_law_is_the_ensembles(case: Case) -> None:
     law, surprise = laws.observed_law(case, in_float64(case), FINE)
     assert laws.joint_distance(case, law) < 1e-12
@@ -261,12 +318,21 @@ def test_the_emitted_law_is_the_ensembles(case: Case) -> None:
     assert surprise <= FINE  # every decision flips within one step of the closed form
 
 
+# Triton's interpreter is slow.
+CASES_OF = {
+    "reference": CASES + FOLDED,
+    "native": CASES,
+    "triton": CASES[::4],
+    "cuda": CASES,
+}
+
+
 @pytest.mark.parametrize(
     ("backend", "case"),
     [
         pytest.param(backend, case, id=f"{backend}-{case}")
         for backend in ("reference", "native", "triton", "cuda")
-        for case in (CASES[::4] if backend == "triton" else CASES)  # its interpreter is slow
+        for case in CASES_OF[backend]
     ],
     indirect=["backend"],
 )
@@ -549,9 +615,11 @@ def block_law(
     return law
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_block_has_the_targets_law(seed: int) -> None:
-    case = Case("block", 3, CHAIN_2, (1, 1), (0.7, 0.3), acceptance="block", seed=seed)
+@pytest.mark.parametrize(
+    ("seed", "law"), [(1, {}), (2, {}), (1, {"ensemble": "maximum", "temperature": 0.75})]
+)
+def test_a_block_has_the_targets_law(seed: int, law: dict[str, Any]) -> None:
+    case = Case("block", 3, CHAIN_2, (1, 1), (0.7, 0.3), law=law, acceptance="block", seed=seed)
     assert laws.joint_distance(case, block_law(case)) < 1e-9
 
 

@@ -164,7 +164,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected 3 + 4 numbers, got 8",
     ),
     "size": (ours(GOOD, '{"draft_hidden_size": "3"}'), "expected counts as hidden sizes"),
-    "ensemble": (ours(GOOD, '{"ensemble": "sum"}'), "ensemble: unknown name 'sum'"),
+    "ensemble": (
+        ours(GOOD, '{"ensemble": "sum"}'),
+        "ensemble: expected one of mixture, product, got 'sum'",
+    ),
     "metadata": (ours(GOOD, '{"metadata": 3}'), "expected an object as metadata"),
     "list": (ours(GOOD, "[]"), "expected an object, got list"),
     "upstream: not torch": (

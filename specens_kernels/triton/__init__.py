@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels for CUDA and ROCm, under the signatures of the ops in `ops.py`.
 
-The package imports without Triton; then `AVAILABLE` is false and `REASON` says why. Rules and folds
-are device functions of the same names in `rules.py`. To add an op: its file here, with its kernels
+The package imports without Triton; then `AVAILABLE` is false and `REASON` says why. Rules are
+device functions of the same names in `rules.py`. To add an op: its file here, with its kernels
 and the function that launches them; what two ops share is in `laws.py` and `stats.py`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from specens_kernels.native import Unsupported
+from specens_kernels.refusal import Unsupported
 
 AVAILABLE = find_spec("triton") is not None
 REASON = "" if AVAILABLE else "Triton is not installed"
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
     try:
         files = [import_module(f"{__name__}.{each}") for each in _OPS]
     except ImportError as error:
-        raise Unsupported(f"Triton cannot be imported ({error})") from error
+        raise Unsupported("triton", "import", "Triton", error) from error
     # Importing a file has put it here under its name, which is the op's.
     ops = {each: getattr(file, each) for each, file in zip(_OPS, files, strict=True)}
     globals().update({each: _on_its_device(op) for each, op in ops.items()})
@@ -46,7 +46,9 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(op)
     def run(*arguments: Any) -> Any:
         first = arguments[0]
-        device = (first if isinstance(first, torch.Tensor) else first[0]).device
+        while not isinstance(first, torch.Tensor):  # of a call, or of its logits
+            first = first[0]
+        device = first.device
         if device.type != "cuda":
             return op(*arguments)
         with torch.cuda.device(device):

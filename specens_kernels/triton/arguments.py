@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specens_kernels.acceptance import AcceptanceRule
+from specens_kernels.acceptance import ACCEPTANCE_RULES
+from specens_kernels.call import VerifyCall
 from specens_kernels.law import LawTensors
-from specens_kernels.native import Unsupported
 from specens_kernels.reference import SUB_TILE, TILE
-
-from . import rules
+from specens_kernels.refusal import Unsupported
 
 MAX_MEMBERS = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,7 +30,7 @@ class Law(NamedTuple):
 
     sources: M + 1, or M + 2 where there is one that is warped as a whole.
     kind: "mixture" (of warped members), "warped" (a mixture of bare members, warped as a whole) or
-        "product". by_member: whether members are warped.
+        "product" (a weighted sum of logits). by_member: whether members are warped.
     first, columns: the first member's column of the temperature, and how many there are.
     lse: (B, T, M) float32 log-sum-exps of the members; None if none is known. late: whether rows
         that are known, and the bonus row, are swept only where a token is drawn; `verify` says so.
@@ -68,7 +67,6 @@ class Law(NamedTuple):
     sources: Any
     kind: Any
     by_member: Any
-    fold: Any
     first: Any
     columns: Any
     filtered: Any
@@ -133,7 +131,7 @@ class Workspace(NamedTuple):
 def check_device(device: torch.device) -> None:
     """Refuse tensors that no kernel can reach."""
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise Unsupported("CPU tensors have no Triton kernel, but with TRITON_INTERPRET=1")
+        raise Unsupported("triton", "tensors", "tensors on a GPU, or TRITON_INTERPRET=1", device)
 
 
 def law_arguments(
@@ -144,19 +142,17 @@ def law_arguments(
     batch, rows = logits[0].shape[:2]
     columns = len(logits)
     if columns > MAX_MEMBERS:
-        raise Unsupported(f"{columns} members; Triton kernels take {MAX_MEMBERS}")
-    if law.ensemble not in rules.FOLDS:
-        raise Unsupported(
-            f"ensemble {law.ensemble!r} has no Triton kernel; add it to triton/rules.py"
-        )
+        raise Unsupported("triton", "logits", f"at most {MAX_MEMBERS} members", columns)
     alone = member >= 0
     if alone:
         logits = logits[member : member + 1]
+    else:
+        law.refuse_fold("triton")
     for tensor in logits:
         _check_dtype(tensor)
     by_member = alone or law.scope == "member"
     kind = "mixture" if by_member else "warped"
-    if law.ensemble == "product" and not alone:
+    if law.space == "logits" and not alone:
         kind = "product"
     weights = None if alone else _expanded_weights(law.weights, batch, rows)
     temperature = law.temperature.expand(batch, columns)
@@ -196,7 +192,6 @@ def law_arguments(
         sources=tl.constexpr(len(logits) + (1 if kind == "mixture" else 2)),
         kind=tl.constexpr(kind),
         by_member=tl.constexpr(by_member),
-        fold=tl.constexpr(rules.FOLDS[law.ensemble]),
         first=tl.constexpr(max(member, 0)),
         columns=tl.constexpr(columns),
         filtered=tl.constexpr(any(value is not None for value in filters)),
@@ -231,21 +226,16 @@ def workspace(law: Law, batch: int) -> Workspace:
     )
 
 
-def proposal_arguments(
-    tokens: Tensor,
-    proposers: Tensor | None,
-    logits: Tensor | None,
-    temperature: Tensor | None,
-    lse: Tensor | None,
-    law: LawTensors,
-    rule: AcceptanceRule,
-) -> Proposal:
+def proposal_arguments(call: VerifyCall) -> Proposal:
     """What `verify` knows of the draft."""
+    rule = ACCEPTANCE_RULES[call.acceptance]
+    tokens, logits, lse = call.draft_tokens, call.draft_logits, call.draft_lse
     batch, nodes = tokens.shape
     if logits is not None:
         _check_dtype(logits)
-    temperature = law.temperature[:, 0] if temperature is None else temperature
-    members = None if proposers is None else proposers.expand(batch, nodes)
+    temperature = call.draft_temperature
+    temperature = call.law.temperature[:, 0] if temperature is None else temperature
+    members = None if call.proposers is None else call.proposers.expand(batch, nodes)
     return Proposal(
         tokens=tokens,
         tokens_batch=tokens.stride(0),
@@ -275,7 +265,7 @@ def _is_wide(logits: Tensor) -> bool:
 
 def _check_dtype(tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
-        raise Unsupported(f"logits of {tensor.dtype} have no Triton kernel")
+        raise Unsupported("triton", "logits", "bfloat16, float16 or float32", tensor.dtype)
 
 
 def _expanded_weights(weights: Tensor, batch: int, rows: int) -> Tensor:

@@ -21,6 +21,14 @@ BOUND_SLACK = tl.constexpr(1e-12)
 _NOWHERE = tl.constexpr(2**31 - 1)
 
 
+def given(value):
+    """Whether an argument that may be a tuple is one and not None, which Triton 3.6 cannot tell."""
+    return not (value is None or (isinstance(value, tl.constexpr) and value.value is None))
+
+
+given.__triton_builtin__ = True  # type: ignore[attr-defined]  # runs while kernels are compiled
+
+
 @triton.jit
 def no():
     return tl.full((), 0, tl.int1)
@@ -184,7 +192,7 @@ def is_late(law, proposal, b, t, k, greedy):
     late = no()
     if law.late:
         late = known_lse(law, b, t, k, greedy) < float("inf")
-        if proposal is not None:
+        if given(proposal):
             late = late | ((t == proposal.nodes) & (greedy == 0))
     return late
 
@@ -257,7 +265,7 @@ def fold_in(law, folded, vetoed, value, coefficient, cutoff):
     used = coefficient != 0
     value = tl.where(value < cutoff, -float("inf"), value)
     vetoed = vetoed | (used & (value == -float("inf")))
-    return tl.where(used, law.fold(folded, value.to(tl.float64), coefficient), folded), vetoed
+    return tl.where(used, folded + coefficient * value.to(tl.float64), folded), vetoed
 
 
 @triton.jit
@@ -303,7 +311,7 @@ def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl
     drafted = tl.full(offsets.shape, -float("inf"), tl.float32)
     for k in tl.static_range(law.members):
         read = laws[2][k] != 0
-        if proposal is not None:
+        if given(proposal):
             read = read | (proposer == k)
         if law.plausible and k == 0:
             read = yes()
@@ -311,7 +319,7 @@ def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl
         if law.late and law.lse is not None:
             flags |= tl.where(laws[2][k] != 0, flags_of(raw), 0)
         value = clean(raw)
-        if proposal is not None:
+        if given(proposal):
             drafted = tl.where(proposer == k, value, drafted)
         if law.kind == "product":
             found, vetoed = fold_in(law, found, vetoed, value, laws[2][k], laws[3][k])
@@ -323,7 +331,7 @@ def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl
         found = folded_value(found, vetoed)
     elif law.kind == "warped":
         found = tl.where(found > 0, tl.log(found), -float("inf"))
-    if proposal is not None:
+    if given(proposal):
         if proposal.logits is not None:
             read = mask & (proposer == law.members)
             drafted = clean(load_raw(proposal_row(proposal, b, t), offsets, read))
@@ -350,7 +358,7 @@ def flagged_look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.c
     )
     if law.kind != "mixture":
         found = mass_of(found, laws, law.members + 1, DTYPE)
-    if proposal is not None:
+    if given(proposal):
         drafted = mass_of(drafted, laws, law.members, DTYPE)
     return found, drafted, flags
 
@@ -558,7 +566,7 @@ def with_source(laws, top, inverse, scale, cutoff):
 @triton.jit
 def proposal_laws(law, proposal, work, row, b, t, proposer, greedy, laws):
     """`laws` with the proposal's, and its status bits."""
-    if proposal is None:
+    if not given(proposal):
         zero = tl.full((), 0.0, tl.float64)
         return with_source(laws, zero, zero, zero, zero), tl.full((), 0, tl.int32)
     else:

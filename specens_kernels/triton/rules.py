@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acceptance rules and folds as device functions, under the names of the registries' entries.
+"""Acceptance rules as device functions, under the names of the registries' entries.
 
 The simplest rules say what x keeps of its p and q alone, and leave what `rejection` does. Of the
 others a row's scalars, at most one of them a sum over the vocabulary, make a judgement, (kept,
 scale, bound, trusted): what x keeps, two numbers that say what is left of any token, and whether x
 is kept at temperature 0 though it is not the target's best. Numbers are float64. To add one: its
-entry in `acceptance.py` or `ensembles.py`, then the same arithmetic here, named in `RULES`.
+entry in `acceptance.py`, then the same arithmetic here, named in `RULES`.
 """
 
 import math
@@ -354,12 +354,7 @@ def block_threshold(reach, mass_left):
     return tl.where(mass_left > 0, share, tl.where(reach >= 1.0, 1.0, 0.0))
 
 
-# --- folds and names ------------------------------------------------------------------------------
-
-
-@triton.jit
-def weighted_sum(folded, value, weight):
-    return folded + weight * value
+# --- names ----------------------------------------------------------------------------------------
 
 
 class Rule(NamedTuple):
@@ -432,4 +427,3 @@ RULES = {
     "entropy_veto": Rule(judge=plain, left=left_unless_vetoed, at_zero=True, vetoes=True),
     "likelihood": _gate_of(likelihood, walks=True),
 }
-FOLDS = {"mixture": weighted_sum, "product": weighted_sum}

@@ -8,7 +8,6 @@ of that row alone, a program for each tile, or sweeps what was put off until the
 `emit` draws, one program for each sequence.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from specens_kernels.acceptance import ACCEPTANCE_RULES
-from specens_kernels.law import LawTensors
-from specens_kernels.native import Unsupported
+from specens_kernels.call import VerifyCall
+from specens_kernels.refusal import Unsupported
 
 from . import rules
 from .arguments import Law, Proposal, law_arguments, proposal_arguments, workspace
@@ -340,39 +339,24 @@ def emit(law, proposal, work, verdict):
     tl.store(verdict.status + b, status)
 
 
-def verify(
-    logits: list[Tensor],
-    draft_tokens: Tensor,
-    numbers: Tensor,
-    parents: Tensor | None,
-    proposers: Tensor | None,
-    draft_logits: Tensor | None,
-    draft_temperature: Tensor | None,
-    lse: Tensor | None,
-    draft_lse: Tensor | None,
-    law: LawTensors,
-    acceptance: str,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
-    if parents is not None:
-        raise Unsupported("trees have no Triton kernel")
-    if acceptance not in rules.RULES:
-        raise Unsupported(f"rule {acceptance!r} has no Triton kernel")
-    rule = rules.RULES[acceptance]
-    batch, nodes = draft_tokens.shape
-    made = law_arguments(logits, law, lse=lse)
-    drafts = (proposers, draft_logits, draft_temperature, draft_lse)
-    proposal = proposal_arguments(draft_tokens, *drafts, law, ACCEPTANCE_RULES[acceptance])
-    if rule.judge is None and acceptance != "greedy" and nodes > 0:
-        puts_off = lse is not None or (bonus and _is_dense(proposal))
+    if call.parents is not None:
+        raise Unsupported("triton", "parents", "None", "a tree")
+    if call.acceptance not in rules.RULES:
+        raise Unsupported.unknown("triton", "acceptance", call.acceptance, rules.RULES)
+    rule = rules.RULES[call.acceptance]
+    batch, nodes = call.draft_tokens.shape
+    made = law_arguments(call.logits, call.law, lse=call.lse)
+    proposal = proposal_arguments(call)
+    is_greedy_rule = ACCEPTANCE_RULES[call.acceptance].greedy
+    if rule.judge is None and not is_greedy_rule and nodes > 0:
+        puts_off = call.lse is not None or (call.bonus and _is_dense(proposal))
         late = puts_off and made.kind.value == "mixture" and not made.filtered.value
         made = made._replace(late=tl.constexpr(late))
     work = workspace(made, batch)
-    verdict = _verdict(made, numbers, batch, nodes, rule, parameters, memory, bonus)
-    many = len(logits) > 3
+    verdict = _verdict(made, call, rule)
+    many = len(call.logits) > 3
     if batch > 0 and made.rows > 0:
         sweep(made, proposal, work, batch)
         warps = WARPS_OF_MANY if many else DECIDE_WARPS
@@ -381,12 +365,12 @@ def verify(
         else:
             rows = 1 if rule.walks else made.rows
             judge[(batch, rows)](made, proposal, work, verdict, num_warps=JUDGE_WARPS)
-        leaves = _is_dense(proposal) and rule.left is not None and acceptance != "greedy"
+        leaves = _is_dense(proposal) and rule.left is not None and not is_greedy_rule
         if leaves or made.late.value:
             tiles = made.sub_tiles // made.narrow.value
             residual[(batch, tiles)](made, proposal, work, verdict, num_warps=NARROW_WARPS)
     if batch > 0:
-        warps = WARPS_OF_MANY if many or lse is not None else EMIT_WARPS
+        warps = WARPS_OF_MANY if many or call.lse is not None else EMIT_WARPS
         emit[(batch,)](made, proposal, work, verdict, num_warps=warps)
     return verdict.tokens, verdict.log_probs, verdict.num_accepted, verdict.path, verdict.status
 
@@ -400,16 +384,9 @@ def _constants(values: Any) -> tuple[Any, ...]:
     return tuple(None if value is None else tl.constexpr(value) for value in values)
 
 
-def _verdict(
-    law: Law,
-    numbers: Tensor,
-    batch: int,
-    nodes: int,
-    rule: rules.Rule,
-    parameters: Sequence[float],
-    memory: Tensor | None,
-    bonus: bool,
-) -> Verdict:
+def _verdict(law: Law, call: VerifyCall, rule: rules.Rule) -> Verdict:
+    numbers, memory = call.uniforms, call.memory
+    batch, nodes = call.draft_tokens.shape
     device = numbers.device
     rows = batch * law.rows
     known = law.late.value and law.lse is not None
@@ -423,7 +400,7 @@ def _verdict(
         numbers_batch=batch_stride,
         numbers_row=row_stride,
         numbers_word=word_stride,
-        parameters=_constants(parameters or (1.0,)),
+        parameters=_constants(call.parameters or (1.0,)),
         memory=memory,
         memory_batch=0 if memory is None else memory.stride(0),
         outcomes=empty(rows),
@@ -439,7 +416,7 @@ def _verdict(
         num_accepted=empty(batch),
         path=empty(batch, nodes),
         status=empty(batch),
-        bonus=tl.constexpr(bonus),
+        bonus=tl.constexpr(call.bonus),
         rule=rules.Rule(*_constants(rule)),
         steps=tl.constexpr(triton.next_power_of_2(nodes + 1)),
     )

@@ -10,6 +10,8 @@ it into a folder of this package and add its name to `FAMILY`.
 from importlib.resources import files
 from pathlib import Path
 
+from specens_kernels import Refusal
+
 FAMILY = ("code", "prose", "draft")
 
 # What the demo and the benchmarks of the command line ask them to continue.
@@ -24,12 +26,10 @@ def path(name: str) -> Path:
     """The folder of one of `FAMILY`, as `from_pretrained` takes it.
 
     Raises:
-        ValueError: there is no such model.
+        Refusal: there is no such model.
     """
     if name not in FAMILY:
-        raise ValueError(
-            f"family: name: unknown name {name!r}; known names: {', '.join(sorted(FAMILY))}"
-        )
+        raise Refusal.unknown("family", "name", name, FAMILY)
     return Path(str(files(__name__) / name))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Laws`: what one member has said about the tokens that are not committed yet.
+"""`MemberLaws`: what one member has said about the tokens that are not committed yet.
 
 The logits of its forwards are kept as they came; a row's laws are found in them when they are
 asked for, as a view where one forward gave them all. Nothing is read back to the host.
@@ -22,7 +22,7 @@ class Chunk:
     places: dict[Row, tuple[int, int, int]]  # row -> (k, first, count)
 
 
-class Laws:
+class MemberLaws:
     """What one member has said about the tokens that are not committed yet."""
 
     def __init__(self) -> None:
@@ -67,20 +67,20 @@ class Laws:
         pieces = [self._pieces(row, begin, count) for row, begin in zip(rows, begins, strict=True)]
         head = pieces[0]
         if sum(size for *_, size in head) == count and all(
-            len(mine) == len(head)
+            len(pieces_of_row) == len(head)
             and all(
                 a[0] is b[0] and a[2:] == b[2:] and a[1] == k and len(a[0].logits) == len(rows)
-                for a, b in zip(mine, head, strict=True)
+                for a, b in zip(pieces_of_row, head, strict=True)
             )
-            for k, mine in enumerate(pieces)
+            for k, pieces_of_row in enumerate(pieces)
         ):
             parts = [chunk.logits[:, at : at + size] for chunk, _, at, size in head]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        sample_chunk = next(mine for mine in pieces if mine)[0][0].logits
+        sample_chunk = next(pieces_of_row for pieces_of_row in pieces if pieces_of_row)[0][0].logits
         laws = sample_chunk.new_empty(len(rows), count, sample_chunk.shape[-1])
-        for k, mine in enumerate(pieces):
+        for k, pieces_of_row in enumerate(pieces):
             column = 0
-            for chunk, place, at, size in mine:
+            for chunk, place, at, size in pieces_of_row:
                 laws[k, column : column + size] = chunk.logits[place, at : at + size]
                 column += size
         return laws

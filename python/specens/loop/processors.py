@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers asks of each logit and each token: processors and stopping criteria.
+"""What transformers asks of each logit: processors.
 
 Temperature, top-k, top-p and min-p become parameters of the law and run inside the kernels. Every
 other processor runs here, on each member's logits, once per position, on the prefix that leads to
@@ -10,7 +10,7 @@ seen. To fuse another warper, add it to `split`.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +21,14 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     PrefixConstrainedLogitsProcessor,
-    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from specens.loop.rows import Row
+from specens.loop.text import Text
+from specens_kernels import Refusal
 
 # Each call changes what the next one returns, or runs a model of its own.
 STATEFUL = frozenset(
@@ -75,10 +77,8 @@ def split(processors: Iterable[Any], *, do_sample: bool) -> tuple[Warp, list[Any
         listed.pop()  # every law is normalised anyway
     for processor in listed:
         if any(base.__name__ in STATEFUL for base in type(processor).__mro__):
-            raise ValueError(
-                f"generate: logits_processor: expected processors without a history, got "
-                f"{type(processor).__name__}"
-            )
+            expected = "processors without a history"
+            raise Refusal("generate", "logits_processor", expected, type(processor).__name__)
     first = next((i for i, p in enumerate(listed) if isinstance(p, _FUSED)), len(listed))
     tail = listed[first:]
     order = [_FUSED.index(type(p)) if type(p) in _FUSED else -1 for p in tail]
@@ -128,58 +128,39 @@ def per_row(processors: list[Any], batch: int) -> list[LogitsProcessorList]:
             shares["_prefix_allowed_tokens_fn"] = lambda _, text: allowed(row, text)
         if not shares or batch == 1:
             return processor
-        mine = copy.copy(processor)
+        share_of_row = copy.copy(processor)
         for name, value in shares.items():
-            setattr(mine, name, value)
-        return mine
+            setattr(share_of_row, name, value)
+        return share_of_row
 
     return [LogitsProcessorList([share(p, row) for p in processors]) for row in range(batch)]
 
 
-class Stopper:
-    """Says after each token whether its row is finished; nothing ever runs past that token.
+def processed(
+    processors: Sequence[LogitsProcessorList],
+    text: Text,
+    rows: Sequence[Row],
+    starts: Sequence[int],
+    counts: Sequence[int],
+    logits: Tensor,
+    narrowest: int,
+) -> Tensor:
+    """(R, q, V) float32: the logits of a forward, each processed on the prefix that leads to it.
 
-    End-of-sequence tokens and the maximum length are plain comparisons on the host. Any other
-    criterion is asked token by token, with the row's text so far, left padding included.
-
-    max_length: columns that a row has at most. A prompt that is longer gets one token, as in
-        transformers, whose criteria are asked after each.
+    Args:
+        processors: per row of the batch. text: of the batch.
+        rows: R rows. starts, counts: where each row's tokens of the forward begin, and how many.
+        logits: (R, q, V_m). narrowest: V. Some processors remember the width that they saw first,
+            so all members show them one.
     """
-
-    def __init__(self, criteria: StoppingCriteriaList, generation_config: Any, width: int) -> None:
-        """`width`: columns of the prompts."""
-        # The user's own criteria of these types replace those of the generation config.
-        ends = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
-        self.eos = frozenset(token for tensor in ends for token in tensor.view(-1).tolist())
-        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        longest = int(min(lengths, default=generation_config.max_length))
-        self.max_length = max(longest, width + 1)
-        self.others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
-
-    def cut(self, tokens: list[int], text: Tensor, length: int) -> tuple[int, bool]:
-        """How many of the new `tokens` are kept, and whether the row is then finished.
-
-        Args:
-            tokens: what was emitted, in order.
-            text: (S,) int64. The row, padding and new tokens included.
-            length: columns of `text` before the new tokens.
-        """
-        for kept, token in enumerate(tokens, start=1):
-            if token in self.eos or length + kept >= self.max_length:
-                return kept, True
-            if self.others and self._asks_to_stop(text[None, : length + kept]):
-                return kept, True
-        return len(tokens), False
-
-    def _asks_to_stop(self, text: Tensor) -> bool:
-        # A criterion may answer for the batch with one bool; each is asked about one row only.
-        for criterion in self.others:
-            answer = torch.as_tensor(criterion(text, None))
-            if answer.numel() != 1:
-                raise ValueError(
-                    f"generate: stopping_criteria: expected one answer for the one row asked "
-                    f"about, got {answer.numel()} from {type(criterion).__name__}"
-                )
-            if bool(answer):
-                return True
-        return False
+    logits = logits[..., :narrowest].to(torch.float32, copy=True)
+    for k, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+        of_row: Any = processors[row.index]
+        for j in range(max(0, row.length - start - 1), count):
+            prefix = text.tokens[row.index : row.index + 1, : row.pad + start + 1 + j]
+            scores = of_row(prefix, logits[k : k + 1, j])
+            if scores.shape != (1, narrowest):
+                expected = f"scores (1, {narrowest}) for the one row asked about"
+                raise Refusal("generate", "logits_processor", expected, tuple(scores.shape))
+            logits[k, j] = scores[0]
+    return logits

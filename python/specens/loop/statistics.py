@@ -51,6 +51,12 @@ class Statistics:
             self.by_position[position][0] += 1
             self.by_position[position][1] += kept
 
+    def emit(self, num_tokens: int, replaced: bool, status: int) -> None:
+        """Count what one verification of a row emitted, and whether its last token was drawn."""
+        self.num_tokens += num_tokens
+        self.num_replaced += replaced
+        self.status |= status
+
     @property
     def acceptance_rate(self) -> float:
         """Accepted / tested draft tokens; NaN if nothing was drafted."""

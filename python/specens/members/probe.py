@@ -20,21 +20,23 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from specens.members.by_row import CropMember, ReplayMember
 from specens.members.cache import Masks, Signature, layer_kinds
-from specens.members.member import (
-    CropMember,
-    Member,
-    ReplayMember,
-    SlotMember,
+from specens.members.facts import (
     check_causal_lm,
     forward_arguments,
     model_name,
     text_config,
     vocab_size,
 )
+from specens.members.member import Member
+from specens.members.slot import SlotMember
+from specens_kernels import Refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MODES = ("auto", "slot", "crop", "replay")
 
 logger = logging.getLogger("specens")
 
@@ -119,6 +121,20 @@ def probe(model: PreTrainedModel, *, mode: str = "auto") -> Probe:
     return known[key]
 
 
+def member(model: PreTrainedModel, *, mode: str = "auto") -> Member:
+    """A member for this model: the fastest kind that reproduces the model's own logits.
+
+    Args:
+        model: a causal LM of transformers; it is not modified.
+        mode: "slot", "crop" or "replay" insists on one kind; "auto" lets `probe` choose.
+    Raises:
+        ValueError: not a causal LM, an unknown mode, or one that is not exact for this model.
+    """
+    if mode not in MODES:
+        raise Refusal.unknown("member", "mode", mode, MODES)
+    return probe(model, mode=mode).member(model)
+
+
 def _examine(model: PreTrainedModel, mode: str) -> Probe:
     name = model_name(model)
     # A rounding that sends a token to other experts is no fault of the mode and happens with
@@ -152,8 +168,8 @@ def _examine(model: PreTrainedModel, mode: str) -> Probe:
                 fault = f"{type(refusal).__name__}: {fault}"
         fault = fault.removeprefix(f"{candidate.mode}: ")
         refused.append(f"{candidate.mode}: {fault}")
-    raise ValueError(
-        f"member: mode: expected one that is exact for {name}, got {mode!r} ({'; '.join(refused)})"
+    raise Refusal(
+        "member", "mode", f"one that is exact for {name}", f"{mode!r} ({'; '.join(refused)})"
     )
 
 
@@ -192,10 +208,9 @@ class _Game:
         prefix = self._plain(self.sequences[:, : self.prompt])
         noise = self.typical(self.errors(prefix, self.expected[:, : self.prompt]))
         if not noise < 0.2:
-            raise ValueError(
-                f"member: model: expected a causal LM, got {type(model).__name__}, whose logits "
-                f"depend on later tokens (by {noise:.2g} of their spread)"
-            )
+            kind = type(model).__name__
+            fault = f"{kind}, whose logits depend on later tokens (by {noise:.2g} of their spread)"
+            raise Refusal("member", "model", "a causal LM", fault)
         # Rounding stays well below the square root of the unit roundoff, relative to the spread
         # of the logits, and a wrong mask or position well above. No dtype is finer than float32,
         # in which norms and states are computed anyway. What two plain forwards differ by is
@@ -234,9 +249,9 @@ class _Game:
             spans = [slice(start, start + q) for start in starts]
             tokens = [self.sequences[row, span] for row, span in zip(rows, spans, strict=True)]
             logits = member.forward(torch.stack(tokens), counts, among)
-            for row, span, count, found in zip(rows, spans, counts, logits, strict=True):
+            for row, span, count, row_logits in zip(rows, spans, counts, logits, strict=True):
                 expected = self.expected[row, span][:count]
-                errors.setdefault(kind, []).append(self.errors(found[:count], expected))
+                errors.setdefault(kind, []).append(self.errors(row_logits[:count], expected))
 
         def reject(lengths: Sequence[int]) -> None:
             junk = self.sequences[: len(lengths)].flip(1)[:, :2]
@@ -258,7 +273,7 @@ class _Game:
         feed("selected", [1], [3])
         reject([n + 5])
         feed("selected", [1], [1])
-        return max(self.typical(torch.cat(found)) for found in errors.values())
+        return max(self.typical(torch.cat(of_kind)) for of_kind in errors.values())
 
     def tree(self, member: SlotMember) -> bool:
         """Whether a tree's logits are those of its paths, in rows of two lengths."""

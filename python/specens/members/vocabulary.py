@@ -7,6 +7,8 @@ A draft that is said to have another vocabulary is compared token by token (`sha
 from collections.abc import Sequence
 from typing import Any
 
+from specens_kernels import Refusal
+
 
 def shared_vocabulary(models: Sequence[Any], tokenizers: Sequence[Any] | None) -> int:
     """Columns of the logits that count: the ids that every model has.
@@ -24,24 +26,23 @@ def shared_vocabulary(models: Sequence[Any], tokenizers: Sequence[Any] | None) -
     widths = [int(model.config.get_text_config().vocab_size) for model in models]
     if tokenizers is None:
         if len(set(widths)) > 1:
-            raise ValueError(
-                f"decoder: tokenizers: expected one per model, since their vocabulary sizes differ "
-                f"({', '.join(map(str, widths))}), got None"
-            )
+            sizes = ", ".join(map(str, widths))
+            expected = f"one per model, since their vocabulary sizes differ ({sizes})"
+            raise Refusal("decoder", "tokenizers", expected, "None")
         return widths[0]
     if len(tokenizers) != len(models):
-        raise ValueError(
-            f"decoder: tokenizers: expected {len(models)}, one per model, got {len(tokenizers)}"
-        )
+        raise Refusal("decoder", "tokenizers", f"{len(models)}, one per model", len(tokenizers))
     by_id = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
     first = by_id[0]
     for place, other in enumerate(by_id[1:], start=1):
         differing = sorted(i for i in first.keys() | other.keys() if first.get(i) != other.get(i))
         if differing:
             shown = ", ".join(f"{i}: {first.get(i)!r} / {other.get(i)!r}" for i in differing[:5])
-            raise ValueError(
-                f"decoder: tokenizers: expected the same token for every id, got {len(differing)} "
-                f"that differ between models 0 and {place} ({shown})"
+            raise Refusal(
+                "decoder",
+                "tokenizers",
+                "the same token for every id",
+                f"{len(differing)} that differ between models 0 and {place} ({shown})",
             )
     return min([*widths, int(max(first)) + 1])
 
@@ -58,9 +59,7 @@ def shared_tokens(target: Any, draft: Any, target_size: int, draft_size: int) ->
     strings = {i: _string(token) for token, i in target.get_vocab().items() if i < target_size}
     found = {i: ids[string] for i, string in strings.items() if string in ids}
     if not found:
-        raise ValueError(
-            "decoder: draft_vocabulary: expected tokens that both tokenizers have, got none"
-        )
+        raise Refusal("decoder", "draft_vocabulary", "tokens that both tokenizers have", "none")
     return found
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specens_kernels import ENSEMBLES
+from specens_kernels import ENSEMBLES, Refusal
 
 _WEIGHTS, _FACTS = "weight_head.safetensors", "weight_head.json"
 _UPSTREAM_WEIGHTS, _UPSTREAM_FACTS = "ensemble_head.bin", "ensemble_config.json"
@@ -49,22 +49,16 @@ class WeightHead:
     def __post_init__(self) -> None:
         """Check shapes and names; keep float32 whatever came."""
         if self.ensemble not in ENSEMBLES:
-            known = ", ".join(sorted(ENSEMBLES))
-            raise ValueError(
-                f"weights: ensemble: unknown name {self.ensemble!r}; known names: {known}"
-            )
+            raise Refusal.unknown("weights", "ensemble", self.ensemble, ENSEMBLES)
         self.delta, self.bias = self.delta.float(), self.bias.float()
         if self.delta.dim() != 1 or self.delta.numel() == 0:
-            raise ValueError(
-                f"weights: delta: expected (H_draft + H_target,), got {tuple(self.delta.shape)}"
-            )
+            raise Refusal("weights", "delta", "(H_draft + H_target,)", tuple(self.delta.shape))
         if self.bias.dim() != 0:
-            raise ValueError(f"weights: bias: expected (), got {tuple(self.bias.shape)}")
+            raise Refusal("weights", "bias", "()", tuple(self.bias.shape))
         sizes = (self.draft_size, self.target_size)
         if None not in sizes and sum(size or 0 for size in sizes) != self.delta.numel():
-            raise ValueError(
-                f"weights: delta: expected {sizes[0]} + {sizes[1]} numbers, "
-                f"got {self.delta.numel()}"
+            raise Refusal(
+                "weights", "delta", f"{sizes[0]} + {sizes[1]} numbers", self.delta.numel()
             )
 
     def draft_weight(self, draft_hidden: Tensor, target_hidden: Tensor) -> Tensor:
@@ -80,15 +74,15 @@ class WeightHead:
         known = (self.draft_size, self.target_size)
         if sum(sizes) != self.delta.numel() or (None not in known and sizes != known):
             expected = self.delta.numel() if None in known else f"{known[0]} + {known[1]}"
-            raise ValueError(
-                f"weights: hidden states: expected sizes {expected} of draft + target, "
-                f"got {sizes[0]} + {sizes[1]}"
+            raise Refusal(
+                "weights",
+                "hidden states",
+                f"sizes {expected} of draft + target",
+                f"{sizes[0]} + {sizes[1]}",
             )
         if draft_hidden.shape[:-1] != target_hidden.shape[:-1]:
-            raise ValueError(
-                f"weights: target_hidden: expected {(*draft_hidden.shape[:-1], sizes[1])}, "
-                f"got {tuple(target_hidden.shape)}"
-            )
+            shape = (*draft_hidden.shape[:-1], sizes[1])
+            raise Refusal("weights", "target_hidden", str(shape), tuple(target_hidden.shape))
         draft_part, target_part = self.delta[: sizes[0]], self.delta[sizes[0] :]
         # Products and sums rather than a matmul: autocast and TF32 leave them in float32, and a
         # row's sum does not depend on the rows beside it.
@@ -107,12 +101,10 @@ class WeightHead:
     ) -> "WeightHead":
         """A head that says `draft_weight` everywhere: [0, 1]; where training starts."""
         if not 0.0 <= draft_weight <= 1.0:
-            raise ValueError(
-                f"weights: draft_weight: expected a number in [0, 1], got {draft_weight}"
-            )
+            raise Refusal("weights", "draft_weight", "a number in [0, 1]", draft_weight)
         if min(draft_size, target_size) < 1:
-            raise ValueError(
-                f"weights: hidden sizes: expected counts >= 1, got {draft_size} and {target_size}"
+            raise Refusal(
+                "weights", "hidden sizes", "counts >= 1", f"{draft_size} and {target_size}"
             )
         return cls(
             torch.zeros(draft_size + target_size),
@@ -169,12 +161,14 @@ class WeightHead:
         elif (folder / _UPSTREAM_WEIGHTS).is_file():
             head = _read_upstream(cls, folder)
         else:
-            raise ValueError(
-                f"weights: path: expected a folder with {_WEIGHTS} or {_UPSTREAM_WEIGHTS}, "
-                f"got {str(path)!r}"
+            raise Refusal(
+                "weights",
+                "path",
+                f"a folder with {_WEIGHTS} or {_UPSTREAM_WEIGHTS}",
+                repr(str(path)),
             )
         if not bool(head.delta.isfinite().all()) or bool(head.bias.isnan()):
-            raise ValueError("weights: delta: expected finite numbers, got NaN or infinity")
+            raise Refusal("weights", "delta", "finite numbers", "NaN or infinity")
         return head
 
 
@@ -183,14 +177,14 @@ def _read(cls: type[WeightHead], folder: Path) -> WeightHead:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"weights: {_WEIGHTS}: expected safetensors, got {error}") from error
+        raise Refusal("weights", _WEIGHTS, "safetensors", error) from error
     if sorted(tensors) != ["bias", "delta"]:
-        raise ValueError(f"weights: {_WEIGHTS}: expected bias and delta, got {sorted(tensors)}")
+        raise Refusal("weights", _WEIGHTS, "bias and delta", sorted(tensors))
     facts = _read_facts(folder / _FACTS)
     draft_size, target_size = _sizes(facts, _FACTS)
     metadata = facts.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise ValueError(f"weights: {_FACTS}: expected an object as metadata, got {metadata!r}")
+        raise Refusal("weights", _FACTS, "an object as metadata", repr(metadata))
     ensemble = str(facts.get("ensemble", "mixture"))
     return cls(tensors["delta"], tensors["bias"], ensemble, draft_size, target_size, metadata)
 
@@ -202,9 +196,11 @@ def _read_upstream(cls: type[WeightHead], folder: Path) -> WeightHead:
             raise EOFError("no zip file")
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"weights: {_UPSTREAM_WEIGHTS}: expected a state dict of tensors alone, got "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+        raise Refusal(
+            "weights",
+            _UPSTREAM_WEIGHTS,
+            "a state dict of tensors alone",
+            next(iter(str(error).splitlines()), type(error).__name__),
         ) from error
     shapes = {
         name: tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -212,9 +208,11 @@ def _read_upstream(cls: type[WeightHead], folder: Path) -> WeightHead:
     }
     rows = shapes.get("summary.weight", ())
     if len(shapes) != 2 or len(rows) != 2 or rows[0] != 2 or shapes.get("summary.bias") != (2,):
-        raise ValueError(
-            f"weights: {_UPSTREAM_WEIGHTS}: expected summary.weight (2, H) and summary.bias (2,), "
-            f"got {shapes or type(state).__name__}"
+        raise Refusal(
+            "weights",
+            _UPSTREAM_WEIGHTS,
+            "summary.weight (2, H) and summary.bias (2,)",
+            shapes or type(state).__name__,
         )
     weight, bias = state["summary.weight"].float(), state["summary.bias"].float()
     facts: dict[str, Any] = {}
@@ -234,9 +232,9 @@ def _read_facts(file: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"weights: {file.name}: expected a JSON file, got {error}") from error
+        raise Refusal("weights", file.name, "a JSON file", error) from error
     if not isinstance(facts, dict):
-        raise ValueError(f"weights: {file.name}: expected an object, got {type(facts).__name__}")
+        raise Refusal("weights", file.name, "an object", type(facts).__name__)
     return facts
 
 
@@ -244,7 +242,7 @@ def _sizes(facts: Mapping[str, Any], file: str) -> tuple[int | None, int | None]
     sizes = facts.get("draft_hidden_size"), facts.get("target_hidden_size")
     for size in sizes:
         if size is not None and (not isinstance(size, int) or size < 1):
-            raise ValueError(f"weights: {file}: expected counts as hidden sizes, got {size!r}")
+            raise Refusal("weights", file, "counts as hidden sizes", repr(size))
     return sizes
 
 
@@ -257,8 +255,8 @@ def last_hidden(model: Any) -> Iterator[list[Tensor]]:
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(
-            f"weights: model: expected a causal LM, got {type(model).__name__} without an LM head"
+        raise Refusal(
+            "weights", "model", "a causal LM", f"{type(model).__name__} without an LM head"
         )
     collected: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0]))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specens.members.member import forward_arguments
+from specens.members.facts import forward_arguments
 from specens.members.weight_head import WeightHead, last_hidden
 from specens_kernels import Law, Stream, sample, uniforms
 

@@ -9,10 +9,10 @@ the schedules that the command line and `benchmarks/` compare are listed: add on
 
 import itertools
 import math
-import statistics as _numbers
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from specens.decoder import SpeculativeDecoder
 from specens.loop.statistics import Statistics
+from specens.schedules import Alternating, Speculative
+from specens_kernels import Refusal
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """What `compare` found out about one contestant.
 
     tokens_per_second: median over the rounds, the prefill not counted; low, high: 10th and 90th
@@ -50,7 +52,7 @@ class Row:
     rounds: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The row for JSON, which has no NaN: None in its place."""
+        """For JSON, which has no NaN: None in its place."""
         return {name: finite(value) for name, value in asdict(self).items()}
 
 
@@ -60,7 +62,7 @@ def compare(
     *,
     limit_s: float | None = None,
     progress: Callable[[], None] | None = None,
-) -> list[Row]:
+) -> list[Comparison]:
     """Run the contestants in turn, round after round; the first round only warms up.
 
     Args:
@@ -69,44 +71,48 @@ def compare(
         limit_s: begin no further round after this many seconds; one is always measured.
         progress: called after each contestant's turn.
     Returns:
-        One row per contestant, in their order.
+        One comparison per contestant, in their order.
     Raises:
-        ValueError: there are no contestants, or `repeats` is below 1.
+        Refusal: there are no contestants, or `repeats` is below 1.
     """
     if not decoders:
-        raise ValueError("compare: decoders: expected at least one, got none")
+        raise Refusal("compare", "decoders", "at least one", "none")
     if repeats < 1:
-        raise ValueError(f"compare: repeats: expected a count >= 1, got {repeats}")
+        raise Refusal("compare", "repeats", "a count >= 1", repeats)
     began = time.perf_counter()
     rounds: list[dict[str, Statistics]] = []
     for number in range(repeats + 1):
         # Whoever runs after a slow neighbour finds other caches: the order changes every round.
         names = list(decoders) if number % 2 else list(decoders)[::-1]
-        found = {}
+        by_name = {}
         for name in names:
-            found[name] = decoders[name]()
+            by_name[name] = decoders[name]()
             if progress is not None:
                 progress()
         if number > 0:
-            rounds.append(found)
+            rounds.append(by_name)
         late = limit_s is not None and time.perf_counter() - began > limit_s
         if rounds and late:
             break
     first = next(iter(decoders))
-    return [_row(name, [(found[name], found[first]) for found in rounds]) for name in decoders]
+    return [
+        _comparison(name, [(by_name[name], by_name[first]) for by_name in rounds])
+        for name in decoders
+    ]
 
 
-def _row(name: str, rounds: list[tuple[Statistics, Statistics]]) -> Row:
-    speeds = [mine.tokens_per_second for mine, _ in rounds]
-    ratios = [mine.tokens_per_second / base.tokens_per_second for mine, base in rounds]
-    whole = total([mine for mine, _ in rounds])
-    return Row(
+def _comparison(name: str, rounds: list[tuple[Statistics, Statistics]]) -> Comparison:
+    """Of a contestant, from (its statistics, the first one's) of each round."""
+    speeds = [statistics.tokens_per_second for statistics, _ in rounds]
+    ratios = [statistics.tokens_per_second / base.tokens_per_second for statistics, base in rounds]
+    whole = total([statistics for statistics, _ in rounds])
+    return Comparison(
         name,
-        tokens_per_second=_numbers.median(speeds),
+        tokens_per_second=median(speeds),
         low=_percentile(speeds, 0.1),
         high=_percentile(speeds, 0.9),
         best=max(speeds),
-        ratio=_numbers.median(ratios),
+        ratio=median(ratios),
         ratio_low=_percentile(ratios, 0.1),
         ratio_high=_percentile(ratios, 0.9),
         acceptance_rate=whole.acceptance_rate,
@@ -129,24 +135,24 @@ def total(statistics: Sequence[Statistics]) -> Statistics:
     """The statistics of several calls with the same members, as if they were one.
 
     Raises:
-        ValueError: there are none, or their members differ.
+        Refusal: there are none, or their members differ.
     """
-    if not statistics or any(one.members != statistics[0].members for one in statistics):
-        names = [one.members for one in statistics]
-        raise ValueError(f"total: statistics: expected calls with the same members, got {names}")
+    names = [call.members for call in statistics]
+    if not names or any(members != names[0] for members in names):
+        raise Refusal("total", "statistics", "calls with the same members", names)
     whole = Statistics(list(statistics[0].members))
-    for one in statistics:
+    for call in statistics:
         for name in ("calls", "drafted", "tested", "accepted"):
-            pairs = zip(getattr(whole, name), getattr(one, name), strict=True)
+            pairs = zip(getattr(whole, name), getattr(call, name), strict=True)
             setattr(whole, name, [a + b for a, b in pairs])
-        positions = itertools.zip_longest(whole.by_position, one.by_position, fillvalue=[0, 0])
+        positions = itertools.zip_longest(whole.by_position, call.by_position, fillvalue=[0, 0])
         whole.by_position = [[a + c, b + d] for (a, b), (c, d) in positions]
-        whole.num_tokens += one.num_tokens
-        whole.num_replaced += one.num_replaced
-        whole.turns += one.turns
-        whole.status |= one.status
-        whole.prefill_seconds += one.prefill_seconds
-        whole.decode_seconds += one.decode_seconds
+        whole.num_tokens += call.num_tokens
+        whole.num_replaced += call.num_replaced
+        whole.turns += call.turns
+        whole.status |= call.status
+        whole.prefill_seconds += call.prefill_seconds
+        whole.decode_seconds += call.decode_seconds
     return whole
 
 
@@ -173,31 +179,26 @@ def contestants(
         arguments: for `SpeculativeDecoder`: weights, ensemble, scope...
     """
     size = len(members)
-    mine = None if tokenizers is None else list(tokenizers)[:size]
-    decoders = {
-        "plain": SpeculativeDecoder(members, schedule="plain", tokenizers=mine, **arguments)
-    }
-    mixture = arguments.get("ensemble", "mixture") == "mixture"
-    if sampled and mixture and arguments.get("scope", "member") == "member":
+    own = None if tokenizers is None else list(tokenizers)[:size]
+    decoders = {"plain": SpeculativeDecoder(members, schedule="plain", tokenizers=own, **arguments)}
+    if sampled and decoders["plain"].averages_members:
         decoders["component"] = SpeculativeDecoder(
-            members, schedule="component", tokenizers=mine, **arguments
+            members, schedule="component", tokenizers=own, **arguments
         )
     for gamma in gammas:
         if size > 1 or draft is not None:
             decoders[f"speculative {gamma}"] = SpeculativeDecoder(
                 members,
-                schedule="speculative",
-                num_speculative_tokens=gamma,
+                schedule=Speculative(tokens=gamma),
                 draft=draft,
-                tokenizers=mine if draft is None else tokenizers,
+                tokenizers=own if draft is None else tokenizers,
                 **arguments,
             )
         if size > 1:
             decoders[f"alternating {gamma}"] = SpeculativeDecoder(
                 members,
-                schedule="alternating",
-                num_speculative_tokens=gamma,
-                tokenizers=mine,
+                schedule=Alternating(tokens=gamma),
+                tokenizers=own,
                 **arguments,
             )
     return decoders
@@ -218,13 +219,13 @@ def workload(
     seeds = itertools.count(seed)
 
     def work() -> Statistics:
-        found = []
+        calls = []
         for prompt in prompts:
             mask = torch.ones_like(prompt)
             decoder.generate(prompt, attention_mask=mask, seed=next(seeds), **arguments)
             assert decoder.statistics is not None
-            found.append(decoder.statistics)
-        return total(found)
+            calls.append(decoder.statistics)
+        return total(calls)
 
     return work
 

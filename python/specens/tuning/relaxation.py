@@ -8,36 +8,41 @@ that judge whole blocks, or remember tokens before, are refused. Of a new rule w
 depends on the drafted token, add the name to `BY_TOKEN`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from specens_kernels import Acceptance
+from specens.decoder import SpeculativeDecoder
+from specens.loop.profile import Relaxed
+from specens.schedules import Speculative
+from specens.tuning.agreement import chunks, curves, law_of
+from specens.tuning.measure import Endless, Sweep, up_to_ends
+from specens_kernels import Acceptance, Refusal
 from specens_kernels.acceptance import Judgement, Situation
 
 # Rules whose masses depend on the drafted token: those are judged draft by draft, for as many of
 # the most probable drafts, which stand for the rest.
 BY_TOKEN = frozenset({"cactus", "typical", "top_k", "entropy_veto"})
 _CANDIDATES = 64
+# Tokens of a proposal where a lossy rule writes.
+_PROPOSED = 4
 
 
 def check_lossy(acceptance: Acceptance) -> Acceptance:
     """The rule itself.
 
     Raises:
-        ValueError: the rule is exact, or does not judge a token by itself.
+        Refusal: the rule is exact, or does not judge a token by itself.
     """
     rule = acceptance.rule
     if rule.lossless or rule.greedy or rule.block or rule.remembers:
-        raise ValueError(
-            "tune: acceptance: expected a lossy rule that judges each token by itself, got "
-            f"{rule.name!r}"
-        )
+        expected = "a lossy rule that judges each token by itself"
+        raise Refusal("tune", "acceptance", expected, repr(rule.name))
     return acceptance
 
 
-def written(acceptance: Acceptance) -> str:
+def spelled(acceptance: Acceptance) -> str:
     """As `Acceptance.parse` reads it: the first parameter, and others that are not the default."""
     pairs = enumerate(zip(acceptance.rule.parameters, acceptance.parameters, strict=True))
     numbers = ",".join(
@@ -46,6 +51,46 @@ def written(acceptance: Acceptance) -> str:
         if i == 0 or value != parameter.default
     )
     return f"{acceptance.rule.name}:{numbers}" if numbers else acceptance.rule.name
+
+
+def measure_rule(
+    decoder: SpeculativeDecoder,
+    sweep: Sweep,
+    rule: Acceptance,
+    proposer: int,
+    most: int,
+    write: Callable[[], list[tuple[Tensor, int]]],
+) -> Relaxed:
+    """What a lossy rule keeps of a proposer's drafts, in texts that the two of them write.
+
+    Where the text is another one, so is what is kept: the exact text would not tell.
+
+    Args:
+        decoder: of all models; it is given the rule, and a schedule of this proposer.
+        sweep: what has written with it before. rule: the rule. proposer: which model.
+        most: tokens of the longest block.
+        write: has the decoder write: (text, begin) as of `measure.write_texts`.
+    """
+    assert sweep.law is not None
+    assert sweep.member_law is not None
+    law, size = sweep.law, decoder.num_ensemble
+    schedule = Endless(Speculative(_PROPOSED, proposer))
+    decoder.schedule, decoder.acceptances = schedule, [rule]
+    models = [*decoder.members[:size], decoder.members[proposer]]
+    # A member that proposes reads once.
+    models = models[:size] if proposer < size else models
+    chances, distances = [], []
+    for text, begin in up_to_ends(write(), schedule.ends):
+        parts = []
+        for logits in chunks(models, text[:, :-1], begin - 1):
+            draft = law_of([logits[min(proposer, size)]], sweep.member_law)
+            target = law_of(logits[:size], law)
+            parts.append(relaxed(rule, target, draft, greedy=bool(law.temperature == 0)))
+        kept, distance = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        chances.append(kept)
+        distances.append(distance)
+    mean = float(torch.cat(distances).mean())
+    return Relaxed(proposer, spelled(rule), rule.rule.law, curves(chances, most), mean)
 
 
 def relaxed(

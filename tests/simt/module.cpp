@@ -3,8 +3,8 @@
 // and wrote.
 #include <pybind11/pybind11.h>
 
-#include "../arguments.h"
-#include "../cuda/bindings.h"
+#include "cuda/bindings.h"
+#include "flat.h"
 #include "simt.h"
 
 namespace py = pybind11;

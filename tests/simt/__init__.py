@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the CUDA kernels for the CPU, with CMake, and calls the ops on them."""
+"""The emulator: builds the CUDA kernels for the CPU, with CMake, and calls the ops on them.
+
+simt.h runs CUDA's threads; module.cpp is the module that CMake builds. To add to that module, bind
+it there.
+"""
 
 import fcntl
 import shutil
@@ -16,7 +20,7 @@ from typing import Any
 
 from specens_kernels import cuda
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "simt"
 
 
@@ -55,7 +59,7 @@ def _build() -> Any:
     for command in (configure, [tool, "--build", BUILD, "--target", "specens_simt"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    path = str(BUILD / f"specens_simt{sysconfig.get_config_var('EXT_SUFFIX')}")
+    path = str(BUILD / "tests" / f"specens_simt{sysconfig.get_config_var('EXT_SUFFIX')}")
     loader = ExtensionFileLoader("specens_simt", path)
     spec = spec_from_file_location("specens_simt", path, loader=loader)
     assert spec is not None
