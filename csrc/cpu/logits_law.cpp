@@ -115,7 +115,8 @@ Peak LogitsLaw::statistics(int sub_tile) const {
                ? kernels().maximum(here)
                : kernels().statistics(here, member_cutoff(), inverse_temperature_);
   }
-  double scores[kSubTile];
+  // By cache lines, which a vector's store would else split.
+  alignas(64) double scores[kSubTile];
   const bool odd = fold(sub_tile, scores);
   Peak peak = kernels().score_statistics(scores, count(sub_tile), cutoff_, inverse_temperature_);
   if (odd) peak.sum = std::nan("");
