@@ -27,7 +27,7 @@ from specens.methods import METHODS, Method, build
 from specens.statistics import Statistics
 from specens.weights import last_hidden
 from specens_kernels import Acceptance
-from specens_kernels.acceptance import Situation
+from specens_kernels.acceptance.rules import Situation
 
 # Tokens of the draft's law that are looked at; the rest of its mass is treated as they are.
 _CANDIDATES = 128

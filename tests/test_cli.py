@@ -102,7 +102,7 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
     "ensemble": (("generate", "x", "--ensemble", "sum"), "unknown name 'sum'"),
     "schedule": (("generate", "x", "--schedule", "fast"), "unknown name 'fast'"),
-    "acceptance": (("generate", "x", "--acceptance", "typcal"), "unknown rule 'typcal'"),
+    "acceptance": (("generate", "x", "--acceptance", "typcal"), "got 'typcal'"),
     "method": (("generate", "x", "--method", "fast"), "--method: unknown name 'fast'"),
     "method and schedule": (
         ("generate", "x", "--method", "fsd", "--schedule", "plain"),

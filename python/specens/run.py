@@ -36,7 +36,7 @@ from specens_kernels import (
     uniforms,
     verify,
 )
-from specens_kernels.acceptance import remember
+from specens_kernels.acceptance.gates import remember
 
 from .laws import Laws
 from .members import Member
