@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
-CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 SANITIZE := build/sanitize
 # Processes that run tests side by side.
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-native gpu-report lint format bench lines
+.PHONY: help dev demo test test-fast test-native gpu-report on-card lint format bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,10 @@ test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 
 gpu-report: dev  ## Compile the GPU kernels: registers, spills, occupancy, against their budget
 	$(BIN)/python benchmarks/gpu_report.py --check
+
+# Not `dev`: a machine that is lent with its own Python and no network.
+on-card:  ## Run what only a GPU can show, in nine minutes, without a network; DRY=1 rehearses it
+	$(PYTHON) benchmarks/on_card.py $(if $(DRY),--dry-run)
 
 lint: dev  ## Check style and types; change nothing
 	$(BIN)/ruff check

@@ -29,7 +29,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import specens
-from specens import SpeculativeDecoder, Statistics
+from specens import (
+    Alternating,
+    Component,
+    Plain,
+    Schedule,
+    Speculative,
+    SpeculativeDecoder,
+    Statistics,
+)
 from specens_kernels import native
 
 SHIPPED = Path(specens.__file__).parent / "family"
@@ -142,14 +150,14 @@ class Contestant:
         return self.seconds[-1]
 
 
-def ours(members: list[Any], schedule: str, **arguments: Any) -> Contestant:
+def ours(members: list[Any], schedule: Schedule, **arguments: Any) -> Contestant:
     """One of our schedules; `modes` and `peer` as for `Contestant`."""
-    modes = ("sampled",) if schedule == "component" else ("greedy", "sampled")
+    modes = ("sampled",) if schedule.sampled_mixture else ("greedy", "sampled")
     single = len(members) == 1
     decoder = SpeculativeDecoder(members, schedule=schedule, **arguments)
     return Contestant(
         lambda ids, options, seed: decoder.generate(ids, seed=seed, **options),
-        None if schedule == "component" else ("plain, 1 member" if single else "plain"),
+        None if schedule.sampled_mixture else ("plain, 1 member" if single else "plain"),
         decoder,
         modes,
         peer=single,
@@ -174,29 +182,27 @@ def contestants(family: Family, quick: bool) -> dict[str, Contestant]:
     """Every schedule over the draft lengths that make sense for it, and the peers."""
     members, draft = family.members, family.draft
     others = [1] * (len(members) - 1)
-    found = {"plain": ours(members, "plain"), "component": ours(members, "component")}
+    listed = {"plain": ours(members, Plain()), "component": ours(members, Component())}
     for gamma in (2,) if quick else (1, 2, 4):
-        found[f"speculative [{gamma}]"] = ours(members, "speculative", num_speculative_tokens=gamma)
+        listed[f"speculative [{gamma}]"] = ours(members, Speculative(gamma))
     for gamma in () if draft is None else (4,) if quick else (2, 4, 6):
-        found[f"speculative with draft [{gamma}]"] = ours(
-            members, "speculative", draft=draft, num_speculative_tokens=gamma
-        )
+        listed[f"speculative with draft [{gamma}]"] = ours(members, Speculative(gamma), draft=draft)
     for gamma in (1, 4) if quick else range(1, 7):
         name = f"alternating [{','.join(map(str, (gamma, *others)))}]"
-        found[name] = ours(members, "alternating", num_speculative_tokens=[gamma, *others])
-    found["plain, 1 member"] = ours(members[:1], "plain")
-    found["transformers, 1 member"] = theirs(members[0])
+        listed[name] = ours(members, Alternating((gamma, *others)))
+    listed["plain, 1 member"] = ours(members[:1], Plain())
+    listed["transformers, 1 member"] = theirs(members[0])
     if draft is not None:
-        found["speculative with draft, 1 member [4]"] = ours(
-            members[:1], "speculative", draft=draft, num_speculative_tokens=4
+        listed["speculative with draft, 1 member [4]"] = ours(
+            members[:1], Speculative(4), draft=draft
         )
-        found["transformers assistant_model, 1 member [4]"] = theirs(members[0], draft, 4)
+        listed["transformers assistant_model, 1 member [4]"] = theirs(members[0], draft, 4)
     if len(members) == 2:
         for gamma in (2,) if quick else (1, 2, 4):
-            found[f"transformers assistant_ensemble_weight [{gamma}]"] = theirs(
+            listed[f"transformers assistant_ensemble_weight [{gamma}]"] = theirs(
                 members[0], members[1], gamma, assistant_ensemble_weight=0.5
             )
-    return found
+    return listed
 
 
 def prompts(data: Path | None, count: int) -> Iterator[tuple[str, list[str]]]:
@@ -212,17 +218,17 @@ def prompts(data: Path | None, count: int) -> Iterator[tuple[str, list[str]]]:
             yield name, texts[:count]
 
 
-def gate(found: dict[str, Contestant], ids: Tensor, new_tokens: int) -> list[str]:
+def gate(contestants: dict[str, Contestant], ids: Tensor, new_tokens: int) -> list[str]:
     """Names whose greedy text is not their reference's. This warms everything up."""
     greedy = {"max_new_tokens": new_tokens, "do_sample": False}
     sampled = {"max_new_tokens": new_tokens, "do_sample": True, "top_k": 0}
     texts = {
         name: contestant.generate(ids, greedy if "greedy" in contestant.modes else sampled, 0)
-        for name, contestant in found.items()
+        for name, contestant in contestants.items()
     }
     return [
         name
-        for name, contestant in found.items()
+        for name, contestant in contestants.items()
         if contestant.reference is not None
         and not torch.equal(texts[name], texts[contestant.reference])
     ]
@@ -241,17 +247,17 @@ def measure(
         asked = {"max_new_tokens": options.new_tokens, "do_sample": mode == "sampled"}
         if mode == "sampled":
             asked |= {"temperature": 1.0, "top_k": 0}
-        found = {name: c for name, c in every.items() if mode in c.modes and name not in wrong}
-        for contestant in found.values():
+        right = {name: c for name, c in every.items() if mode in c.modes and name not in wrong}
+        for contestant in right.values():
             contestant.clear()
         runs = {
             name: (lambda number, c=contestant, asked=asked: c.run(ids[number], asked, number))
-            for name, contestant in found.items()
+            for name, contestant in right.items()
         }
         harness.interleave(runs, len(ids), options.budget_s)
         cell = {"family": family.name, "data": data, "mode": mode, "threads": threads}
         cell["members"] = len(family.members)
-        rows += [cell | row(name, mode, found) for name in found]
+        rows += [cell | row(name, mode, right) for name in right]
         rows += [
             cell | {"schedule": name, "tokens_per_second": WRONG, "peer": every[name].peer}
             for name in wrong
@@ -260,28 +266,28 @@ def measure(
     return rows
 
 
-def row(name: str, mode: str, found: dict[str, Contestant]) -> dict[str, Any]:
+def row(name: str, mode: str, contestants: dict[str, Contestant]) -> dict[str, Any]:
     """What is reported of one contestant in one cell."""
-    mine, plain = found[name], found.get("plain")
-    result: dict[str, Any] = {"schedule": name, "peer": mine.peer}
-    result["tokens_per_second"] = Spread.of([1 / seconds for seconds in mine.seconds])
-    other = found.get(COUNTERPARTS.get(name, ""))
+    contestant, plain = contestants[name], contestants.get("plain")
+    result: dict[str, Any] = {"schedule": name, "peer": contestant.peer}
+    result["tokens_per_second"] = Spread.of([1 / seconds for seconds in contestant.seconds])
+    other = contestants.get(COUNTERPARTS.get(name, ""))
     if other is not None:
-        result["over_counterpart"] = Spread.of(harness.ratios(other.seconds, mine.seconds))
+        result["over_counterpart"] = Spread.of(harness.ratios(other.seconds, contestant.seconds))
     if plain is not None:
-        result["ratio"] = Spread.of(harness.ratios(plain.seconds, mine.seconds))
-        if mine.decode_seconds:
-            paired = harness.ratios(plain.decode_seconds, mine.decode_seconds)
+        result["ratio"] = Spread.of(harness.ratios(plain.seconds, contestant.seconds))
+        if contestant.decode_seconds:
+            paired = harness.ratios(plain.decode_seconds, contestant.decode_seconds)
             result["decode_ratio"] = Spread.of(paired)
-    if mine.statistics:
-        tested = sum(sum(s.tested) for s in mine.statistics)
-        tokens = sum(s.num_tokens for s in mine.statistics)
+    if contestant.statistics:
+        tested = sum(sum(s.tested) for s in contestant.statistics)
+        tokens = sum(s.num_tokens for s in contestant.statistics)
         if tested:
-            result["acceptance"] = sum(sum(s.accepted) for s in mine.statistics) / tested
-        result["calls_per_token"] = sum(sum(s.calls) for s in mine.statistics) / tokens
-    reference = found.get(mine.reference or "plain")
+            result["acceptance"] = sum(sum(s.accepted) for s in contestant.statistics) / tested
+        result["calls_per_token"] = sum(sum(s.calls) for s in contestant.statistics) / tokens
+    reference = contestants.get(contestant.reference or "plain")
     if mode == "greedy" and reference is not None:
-        same = [torch.equal(a, b) for a, b in zip(mine.texts, reference.texts, strict=True)]
+        same = [torch.equal(a, b) for a, b in zip(contestant.texts, reference.texts, strict=True)]
         result["same_text"] = f"{sum(same)}/{len(same)}"
     return result
 
@@ -318,9 +324,10 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Per cell the best alternating ratio; how many cells and rows fall short of plain."""
     best = {}
     for cell, entries in cells_of(rows).items():
-        found = alternating(entries)
-        best[cell] = {max(found, key=lambda name: found[name]): round(max(found.values()), 2)}
-    slow = [cell for cell, found in best.items() if max(found.values()) < 1]
+        ratios = alternating(entries)
+        fastest = max(ratios, key=lambda name: ratios[name])
+        best[cell] = {fastest: round(ratios[fastest], 2)}
+    slow = [cell for cell, ratios in best.items() if max(ratios.values()) < 1]
     counterparts = {
         f"{cell}: {entry['schedule']}": round(entry["over_counterpart"].median, 2)
         for cell, entries in cells_of(rows).items()
@@ -367,21 +374,21 @@ def readme_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     columns += ["speculative with draft", "alternating", "acceptance", "calls per token"]
     lines = []
     for entries in cells_of(rows).values():
-        mine = [e for e in entries if e["threads"] == most and not e["peer"] and "ratio" in e]
-        if not mine:
+        own = [e for e in entries if e["threads"] == most and not e["peer"] and "ratio" in e]
+        if not own:
             continue
 
-        def best(prefix: str, mine: list[dict[str, Any]] = mine) -> dict[str, Any] | None:
-            fits = [e for e in mine if e["schedule"].split(" [")[0] == prefix]
+        def best(prefix: str, own: list[dict[str, Any]] = own) -> dict[str, Any] | None:
+            fits = [e for e in own if e["schedule"].split(" [")[0] == prefix]
             return max(fits, key=lambda e: e["ratio"].median) if fits else None
 
         plain, chosen = best("plain"), best("alternating")
-        cells = [mine[0][key] for key in ("family", "data", "mode")]
+        cells = [own[0][key] for key in ("family", "data", "mode")]
         cells.append(f"{plain['tokens_per_second'].median:.0f}" if plain else "-")
         for prefix in ("component", "speculative", "speculative with draft", "alternating"):
-            one = best(prefix)
-            drafts = "" if one is None else "".join(one["schedule"].partition(" [")[1:])
-            cells.append("-" if one is None else f"{one['ratio'].median:.2f}x{drafts}")
+            fastest = best(prefix)
+            drafts = "" if fastest is None else "".join(fastest["schedule"].partition(" [")[1:])
+            cells.append("-" if fastest is None else f"{fastest['ratio'].median:.2f}x{drafts}")
         for key in ("acceptance", "calls_per_token"):
             cells.append(f"{chosen[key]:.2f}" if chosen and key in chosen else "-")
         lines.append(cells)

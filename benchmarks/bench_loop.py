@@ -25,7 +25,7 @@ from harness import WRONG, Spread
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specens import SpeculativeDecoder
+from specens import Alternating, Speculative, SpeculativeDecoder
 from specens_kernels import native
 
 GAMMA = 4
@@ -143,27 +143,24 @@ def contestants(target: Any, draft: Any, batch: int) -> dict[str, Any]:
             lambda ids, options: target.generate(ids, **options, **extra),
         )
 
-    gamma = {"num_speculative_tokens": GAMMA}
-    found = {
+    listed = {
         "plain": our(SpeculativeDecoder([target], schedule="plain")),
-        "speculative": our(
-            SpeculativeDecoder([target], schedule="speculative", draft=draft, **gamma)
-        ),
+        "speculative": our(SpeculativeDecoder([target], schedule=Speculative(GAMMA), draft=draft)),
         "plain of two": our(SpeculativeDecoder([target, draft], schedule="plain")),
         "alternating of two": our(
-            SpeculativeDecoder([target, draft], schedule="alternating", order=[1, 0], **gamma)
+            SpeculativeDecoder([target, draft], schedule=Alternating(GAMMA, order=(1, 0)))
         ),
     }
     if batch == 1:  # assisted generation takes one sequence
-        found["transformers plain"] = theirs(None)
-        found["transformers assisted"] = theirs(draft)
-    return found
+        listed["transformers plain"] = theirs(None)
+        listed["transformers assisted"] = theirs(draft)
+    return listed
 
 
-def gate(found: dict[str, Any], ids: Tensor) -> list[str]:
+def gate(listed: dict[str, Any], ids: Tensor) -> list[str]:
     """Names whose greedy text is not the plain one's; of one model, or of two."""
     options = {"max_new_tokens": 24, "do_sample": False}
-    texts = {name: generate(ids, options) for name, (_, generate) in found.items()}
+    texts = {name: generate(ids, options) for name, (_, generate) in listed.items()}
     return [
         name
         for name, text in texts.items()
@@ -179,37 +176,37 @@ def measure(
     target, draft = models(vocab_size)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, vocab_size, (batch, PROMPT), generator=generator)
-    found = contestants(target, draft, batch)
-    wrong = gate(found, ids)
+    listed = contestants(target, draft, batch)
+    wrong = gate(listed, ids)
     rows = []
     for mode in ("greedy", "sampled"):
         asked = {"max_new_tokens": options.new_tokens, "do_sample": mode == "sampled"}
         if mode == "sampled":
             asked |= {"temperature": 1.0, "top_k": 0}
-        turns: dict[str, list[Turns]] = {name: [] for name in found if name not in wrong}
+        turns: dict[str, list[Turns]] = {name: [] for name in listed if name not in wrong}
 
         def clocked(name: str, asked: dict[str, Any], turns: Any) -> Callable[[int], float]:
             def run(number: int) -> float:
                 torch.manual_seed(number)
-                turns[name].append(found[name][0](ids, asked))
+                turns[name].append(listed[name][0](ids, asked))
                 return turns[name][-1].own
 
             return run
 
         runs = {name: clocked(name, asked, turns) for name in turns}
         harness.interleave(runs, rounds, options.budget_s)
-        for name in found:
+        for name in listed:
             row = {"loop": name, "mode": mode, "vocab_size": vocab_size, "batch": batch}
             row |= {"threads": threads, "own_per_turn": WRONG}
             if name not in wrong:
-                mine = turns[name]
+                calls = turns[name]
                 row |= {
-                    "own_per_turn": Spread.of([t.own / t.turns for t in mine]),
-                    "own_per_token": Spread.of([t.own / t.tokens for t in mine]),
-                    "tokens_per_turn": sum(t.tokens for t in mine) / sum(t.turns for t in mine),
+                    "own_per_turn": Spread.of([t.own / t.turns for t in calls]),
+                    "own_per_token": Spread.of([t.own / t.tokens for t in calls]),
+                    "tokens_per_turn": sum(t.tokens for t in calls) / sum(t.turns for t in calls),
                 }
-                if mine[0].acceptance is not None:
-                    row["acceptance"] = sum(t.acceptance for t in mine) / len(mine)
+                if calls[0].acceptance is not None:
+                    row["acceptance"] = sum(t.acceptance for t in calls) / len(calls)
             rows.append(row)
     return rows
 
@@ -219,9 +216,7 @@ def profile(vocab_size: int, batch: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     target, draft = models(vocab_size)
     ids = torch.randint(1, vocab_size, (batch, PROMPT))
-    decoder = SpeculativeDecoder(
-        [target], schedule="speculative", draft=draft, num_speculative_tokens=GAMMA
-    )
+    decoder = SpeculativeDecoder([target], schedule=Speculative(tokens=GAMMA), draft=draft)
     asked = {"max_new_tokens": 4 * options.new_tokens, "do_sample": True, "top_k": 0}
     decoder.generate(ids, seed=1, **asked)
     profiler = cProfile.Profile()
@@ -242,9 +237,7 @@ def profile(vocab_size: int, batch: int, options: argparse.Namespace) -> None:
     print(f"V = {vocab_size}, B = {batch}: {decoder.statistics.turns} turns")
     statistics = pstats.Stats(profiler).strip_dirs()
     statistics.sort_stats("tottime").print_stats(15)
-    statistics.sort_stats("cumulative").print_stats(
-        "specens|run.py|ops.py|members.py|schedules.py", 15
-    )
+    statistics.sort_stats("cumulative").print_stats("specens|loop|ops.py|members|schedules", 15)
 
 
 def in_ms(row: dict[str, Any], name: str) -> str:
@@ -255,18 +248,18 @@ def in_ms(row: dict[str, Any], name: str) -> str:
 
 def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Own milliseconds per turn at B = 1, and how many times more transformers takes."""
-    found: dict[str, Any] = {"native": native.AVAILABLE, "target_ms": TARGET_MS}
+    numbers: dict[str, Any] = {"native": native.AVAILABLE, "target_ms": TARGET_MS}
     for row in rows:
         spread = row["own_per_turn"]
         if row["batch"] == 1 and row["mode"] == "sampled" and spread != WRONG:
             key = f"{row['loop']} V{row['vocab_size']} {row['threads']}t".replace(" ", "_")
-            found[f"{key}_ms"] = round(spread.median * 1e3, 3)
-    for key in [key for key in found if key.startswith("transformers_assisted")]:
-        mine = found.get(key.replace("transformers_assisted", "speculative"))
-        if mine:
-            found[key.replace("_ms", "_over_ours")] = round(found[key] / mine, 1)
-    found["wrong_rows"] = sum(row["own_per_turn"] == WRONG for row in rows)
-    return found
+            numbers[f"{key}_ms"] = round(spread.median * 1e3, 3)
+    for key in [key for key in numbers if key.startswith("transformers_assisted")]:
+        own = numbers.get(key.replace("transformers_assisted", "speculative"))
+        if own:
+            numbers[key.replace("_ms", "_over_ours")] = round(numbers[key] / own, 1)
+    numbers["wrong_rows"] = sum(row["own_per_turn"] == WRONG for row in rows)
+    return numbers
 
 
 def readme_tables(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -18,19 +18,26 @@ from typing import Any
 
 import harness
 import torch
+from divergence import divergence
 from torch import Tensor
 
-from specens import SpeculativeDecoder, family, terminal
-from specens.benchmark import Row, compare, sampling, workload
-from specens.members import member
+from specens import (
+    Alternating,
+    Component,
+    LookAhead,
+    Plain,
+    Schedule,
+    Speculative,
+    SpeculativeDecoder,
+    family,
+)
+from specens.cli import loading
+from specens.cli.output import progress
+from specens.loop.statistics import Statistics
+from specens.members.probe import member
 from specens.methods import METHODS, Method, build
-from specens.statistics import Statistics
-from specens.weights import last_hidden
-from specens_kernels import Acceptance
-from specens_kernels.acceptance.rules import Situation
+from specens.tuning.compare import Comparison, compare, sampling, workload
 
-# Tokens of the draft's law that are looked at; the rest of its mass is treated as they are.
-_CANDIDATES = 128
 _TARGET_ALONE = "target alone"
 PARTS = ("all", "methods", "mixtures")
 # Methods with something that is trained for the family alone: a head.
@@ -39,46 +46,20 @@ _FAMILY_ONLY = {"diversed"}
 
 def main() -> int:
     """Measure, print the tables, draw the plot."""
-    parser = harness.arguments(__doc__.splitlines()[0])
-    parser.add_argument("--target", default="family:code", help="of methods with one target")
-    parser.add_argument("--qualifier", default="family:code", help="between draft and target")
-    parser.add_argument("--draft", default="family:draft")
-    parser.add_argument("--members", default="family:code,family:prose", help="of an ensemble")
-    parser.add_argument("--name", help="of other models: results are bench_methods_NAME")
-    parser.add_argument("--dtype", choices=terminal.DTYPES, default="auto", help="of the weights")
-    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="which table to measure")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=48, help="written for each prompt")
-    options = parser.parse_args()
+    options = parsed()
     torch.set_num_threads(options.threads[0])
-    if options.quick:
-        options.rounds, options.tokens = 1, 16
     names = [options.target, options.qualifier, options.draft, *options.members.split(",")]
-    if options.name is None and not all(map(is_shipped, names)):
-        parser.error("--name: expected one beside other models than the family's, got none")
-    if options.save and options.name is None and options.part != PARTS[0]:
-        parser.error("--part: expected all where the family's results are saved, got a part")
     suffix = "" if options.name is None else f"_{options.name}"
-    models, tokenizers = terminal.load("bench_methods", names, dtype=options.dtype)
+    models, tokenizers = loading.load(names, loading.Loading(options.dtype))
     cast = Cast(models, tokenizers)
-    prompts = [terminal.encode("bench_methods", tokenizers[0], one) for one in family.PROMPTS]
+    prompts = [loading.encode(tokenizers[0], text) for text in family.PROMPTS]
     rows, mixtures, tables = [], [], {}
     how = f"{str(cast.target.dtype).removeprefix('torch.')}, {options.tokens} tokens for each of "
     how += f"{len(prompts)} prompts, threads: {options.threads[0]}"
     if options.part != "mixtures":
         rows = method_rows(cast, prompts, options)
         print(harness.table(COLUMNS, [cells(row) for row in rows]), end="\n\n", flush=True)
-        tables[f"methods{suffix}"] = {
-            "caption": f"every method, sampled, {how}",
-            "columns": COLUMNS,
-            "rows": [cells(row) for row in rows],
-        }
-        if options.name is None:  # for the README
-            words = ("method", "law of the text", "needs", "use it for")
-            tables["methods"] |= {
-                "columns": (*words, *COLUMNS[3:]),
-                "rows": [described(row) for row in rows if row["method"] in METHODS],
-            }
+        tables[f"methods{suffix}"] = methods_table(rows, how, for_readme=options.name is None)
     if options.part != "methods":
         mixtures = mixture_rows(cast, prompts, options)
         print(harness.table(MIXTURE_COLUMNS, [mixture_cells(row) for row in mixtures]))
@@ -87,26 +68,63 @@ def main() -> int:
             "columns": MIXTURE_COLUMNS,
             "rows": [mixture_cells(row) for row in mixtures],
         }
-    headline = {"methods": sum(row["method"] in METHODS for row in rows)}
-    for kind, exact in (("fastest_exact", True), ("fastest_relaxed", False)):
-        among = [row for row in rows if row["lossless"] == exact]
-        headline[kind] = max(among, key=lambda row: row["ratio"])["method"] if among else None
     for part in ("target", "qualifier", "draft", "members"):
-        asked = getattr(options, part).split(",")
-        setattr(
-            options, part, ",".join(one if is_shipped(one) else Path(one).name for one in asked)
-        )
+        names = getattr(options, part).split(",")
+        known = (name if is_shipped(name) else Path(name).name for name in names)
+        setattr(options, part, ",".join(known))
     name = f"bench_methods{suffix}"
-    status = harness.finish(name, options, [*rows, *mixtures], tables, headline)
+    status = harness.finish(name, options, [*rows, *mixtures], tables, headline(rows))
     # A plot that is drawn before would make the tree look changed.
     if options.save and rows:
-        draw(rows, harness.RESULTS / f"{name}.png")
+        draw(rows, options.results / f"{name}.png")
     return status
+
+
+def parsed() -> argparse.Namespace:
+    """What was asked for, if it goes together."""
+    parser = harness.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--target", default="family:code", help="of methods with one target")
+    parser.add_argument("--qualifier", default="family:code", help="between draft and target")
+    parser.add_argument("--draft", default="family:draft")
+    parser.add_argument("--members", default="family:code,family:prose", help="of an ensemble")
+    parser.add_argument("--name", help="of other models: results are bench_methods_NAME")
+    parser.add_argument("--dtype", choices=loading.DTYPES, default="auto", help="of the weights")
+    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="which table to measure")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=48, help="written for each prompt")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.tokens = 1, 16
+    names = [options.target, options.qualifier, options.draft, *options.members.split(",")]
+    if options.name is None and not all(map(is_shipped, names)):
+        parser.error("--name: expected one beside other models than the family's, got none")
+    if options.save and options.name is None and options.part != PARTS[0]:
+        parser.error("--part: expected all where the family's results are saved, got a part")
+    return options
+
+
+def methods_table(rows: Sequence[dict[str, Any]], how: str, *, for_readme: bool) -> dict[str, Any]:
+    """Every method; what is known of it beside what was measured, where it is for the README."""
+    table = {"caption": f"every method, sampled, {how}", "columns": COLUMNS}
+    if not for_readme:
+        return table | {"rows": [cells(row) for row in rows]}
+    words = ("method", "law of the text", "needs", "use it for")
+    listed = [described(row) for row in rows if row["method"] in METHODS]
+    return table | {"columns": (*words, *COLUMNS[3:]), "rows": listed}
+
+
+def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many methods there are, and the fastest ones."""
+    numbers: dict[str, Any] = {"methods": sum(row["method"] in METHODS for row in rows)}
+    for kind, exact in (("fastest_exact", True), ("fastest_relaxed", False)):
+        among = [row for row in rows if row["lossless"] == exact]
+        numbers[kind] = max(among, key=lambda row: row["ratio"])["method"] if among else None
+    return numbers
 
 
 def is_shipped(model: str) -> bool:
     """Whether it is one of the family."""
-    return model.startswith(terminal.FAMILY_PREFIX)
+    return model.startswith(loading.FAMILY_PREFIX)
 
 
 class Cast:
@@ -135,8 +153,6 @@ class Cast:
         return SpeculativeDecoder([self.target], schedule="plain", tokenizers=[self.tokenizer])
 
 
-# --- methods --------------------------------------------------------------------------------------
-
 COLUMNS = (
     "method",
     "exact",
@@ -163,21 +179,33 @@ def method_rows(
         decoders |= {name: cast.decoder(METHODS[name]) for name in METHODS if name in group}
         for decoder in decoders.values():
             gate(decoder, prompts[0])
-        works = {name: workload(one, prompts, **arguments) for name, one in decoders.items()}
-        for found in measured(f"methods beside {first}", works, options.rounds):
-            method = METHODS.get(found.name)
+        works = {
+            name: workload(decoder, prompts, **arguments) for name, decoder in decoders.items()
+        }
+        for comparison in measured(f"methods beside {first}", works, options.rounds):
+            name = comparison.name
+            method = METHODS.get(name)
             far = 0.0
             if method is not None and not method.lossless:
-                far = divergence(cast, method, decoders[found.name], prompts, options.quick)
+                far = divergence(
+                    decoders[name],
+                    cast.models(method),
+                    cast.drafts(method),
+                    prompts,
+                    joins=method.joins,
+                    tokens=8 if options.quick else 24,
+                )
             exact = method is None or method.lossless
-            row = found.as_dict() | {"method": found.name, "lossless": exact, "divergence": far}
-            rows.append(row | {"baseline": first})
+            row = {"method": name, "lossless": exact, "divergence": far, "baseline": first}
+            rows.append(comparison.as_dict() | row)
     return rows
 
 
-def measured(label: str, works: dict[str, Callable[[], Statistics]], rounds: int) -> list[Row]:
+def measured(
+    label: str, works: dict[str, Callable[[], Statistics]], rounds: int
+) -> list[Comparison]:
     """The rows of contestants, with a bar for whoever waits."""
-    with terminal.progress(label, len(works) * (rounds + 1)) as step:
+    with progress(label, len(works) * (rounds + 1)) as step:
         return compare(works, rounds, progress=step)
 
 
@@ -213,79 +241,6 @@ def described(row: dict[str, Any]) -> list[str]:
     return [*about, *cells(row)[3:]]
 
 
-# --- divergence -----------------------------------------------------------------------------------
-
-
-def divergence(
-    cast: Cast,
-    method: Method,
-    decoder: SpeculativeDecoder,
-    prompts: Sequence[Tensor],
-    quick: bool,
-) -> float:
-    """Mean total variation between what a drafted place emits and the law that was asked for."""
-    distances = []
-    models, drafts = cast.models(method), cast.drafts(method)
-    plain = SpeculativeDecoder(models, schedule="plain")
-    for i, prompt in enumerate(prompts):
-        settings = sampling(8 if quick else 24)
-        text = plain.generate(prompt, attention_mask=torch.ones_like(prompt), seed=i, **settings)
-        at = slice(prompt.shape[1] - 1, -1)
-        target = torch.stack([law(model, text)[at] for model in models]).mean(0)
-        memory = torch.zeros((), dtype=torch.float64)  # of rules that remember: as at the start
-        if method.joins:
-            draft = law(drafts[0], text)[at]
-            weight = draft_weights(decoder, drafts[0], models[0], text)[at, None]
-            distances += list(weight[:, 0] * (target - draft).abs().sum(-1) / 2)
-            continue
-        levels = [law(model, text)[at] for model in drafts] + [target]
-        for row in zip(*levels, strict=True):
-            emitted = row[0]
-            for rule, q, p in zip(decoder.acceptances, row, row[1:], strict=False):
-                emitted = emitted_law(rule, p, q, emitted, memory)
-            distances.append((emitted - row[-1]).abs().sum() / 2)
-    return float(torch.stack(distances).mean())
-
-
-def law(model: Any, text: Tensor) -> Tensor:
-    """(S, V) float64: the model's laws along (1, S) text."""
-    with torch.no_grad():
-        return model(text).logits[0].double().softmax(-1)
-
-
-def draft_weights(decoder: SpeculativeDecoder, draft: Any, target: Any, text: Tensor) -> Tensor:
-    """(S,): the draft's share of the mixture along the text."""
-    if decoder.head is None:
-        return torch.full((text.shape[1],), decoder.weights[0], dtype=torch.float64)
-    hidden = []
-    for model in (draft, target):
-        with torch.no_grad(), last_hidden(model) as collected:
-            model(text)
-        hidden.append(collected[-1])
-    return decoder.head.draft_weight(*hidden)[0].double()
-
-
-def emitted_law(
-    acceptance: Acceptance, target: Tensor, draft: Tensor, drawn: Tensor, memory: Tensor
-) -> Tensor:
-    """(V,): the law of what a rule emits for tokens that were `drawn` and pass for the draft's."""
-    if acceptance.rule.lossless and drawn is draft:
-        return target
-    tokens = drawn.topk(min(_CANDIDATES, len(drawn))).indices
-    shape = (len(tokens), len(target))
-    at = Situation(target.expand(shape), draft.expand(shape), tokens, memory.expand(len(tokens)))
-    judgement = acceptance.rule.judge(at, *acceptance.parameters)
-    kept = judgement.kept.gather(-1, tokens[:, None])[:, 0]
-    kept = (kept / draft[tokens]).clamp(max=1).nan_to_num(0.0)
-    left = judgement.left / judgement.left.sum(-1, keepdim=True)
-    left = torch.where(left.isfinite(), left, target)
-    share = drawn[tokens] / drawn[tokens].sum()
-    emitted = ((share * (1 - kept))[:, None] * left).sum(0)
-    return emitted.scatter_add(0, tokens, share * kept)
-
-
-# --- ways of sampling a mixture -------------------------------------------------------------------
-
 MIXTURE_COLUMNS = ("pair", "schedule", "tok/s", "speed-up", "10-90 %", "calls/token", "time/token")
 
 
@@ -301,40 +256,39 @@ def mixture_rows(
         )
     rows = []
     for name, (models, weights) in pairs.items():
-        schedules: dict[str, dict[str, Any]] = {
-            "plain": {"schedule": "plain"},
-            "component": {"schedule": "component"},
-            "lookahead": {"schedule": "lookahead"},
+        schedules: dict[str, Schedule] = {
+            "plain": Plain(),
+            "component": Component(),
+            "lookahead": LookAhead(),
         }
-        for gamma in (1, 2, 4):
-            given = {"num_speculative_tokens": gamma}
-            schedules[f"speculative {gamma}"] = {"schedule": "speculative", **given}
-            schedules[f"alternating {gamma}"] = {"schedule": "alternating", **given}
+        for tokens in (1, 2, 4):
+            schedules[f"speculative {tokens}"] = Speculative(tokens)
+            schedules[f"alternating {tokens}"] = Alternating(tokens)
         works = {
             key: workload(
-                SpeculativeDecoder(models, weights=weights, **one),
+                SpeculativeDecoder(models, weights=weights, schedule=schedule),
                 prompts,
                 **sampling(options.tokens),
             )
-            for key, one in schedules.items()
+            for key, schedule in schedules.items()
         }
         costs = forward_times(models)
-        for found in measured(name, works, options.rounds):
-            row = found.as_dict() | {"pair": name, "schedule": found.name, "forward_ms": costs}
-            rows.append(row)
+        for comparison in measured(name, works, options.rounds):
+            row = {"pair": name, "schedule": comparison.name, "forward_ms": costs}
+            rows.append(comparison.as_dict() | row)
     return rows
 
 
 def forward_times(models: Sequence[Any]) -> list[float]:
     """Median milliseconds of one token's forward of each model, interleaved."""
     members = [member(model) for model in models]
-    for one in members:
-        one.start(1, 256)
-        one.forward(torch.ones(1, 64, dtype=torch.int64), [64])
+    for reader in members:
+        reader.start(1, 256)
+        reader.forward(torch.ones(1, 64, dtype=torch.int64), [64])
     token = torch.ones(1, 1, dtype=torch.int64)
     works = {
-        str(i): harness.clock(lambda one=one: (one.forward(token, [1]), one.rollback([64])))
-        for i, one in enumerate(members)
+        str(i): harness.clock(lambda m=reader: (m.forward(token, [1]), m.rollback([64])))
+        for i, reader in enumerate(members)
     }
     samples = harness.interleave(works, 9)
     return [round(1e3 * harness.Spread.of(times).median, 3) for times in samples.values()]
@@ -351,9 +305,6 @@ def mixture_cells(row: dict[str, Any]) -> list[str]:
         f"{row['calls_per_token']:.2f}",
         f"{1e3 / row['tokens_per_second']:.1f} ms",
     ]
-
-
-# --- the plot -------------------------------------------------------------------------------------
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:

@@ -37,10 +37,10 @@ def train(command: str, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """Run one command; what it found."""
     words = [sys.executable, "-m", "specens.cli", "train", command, "--out", str(folder)]
     subprocess.run([*words, *options], check=True)
-    return found(folder)
+    return read_result(folder)
 
 
-def found(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path) -> dict[str, Any]:
     """What was measured there, without this machine's folders."""
     result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     result["models"] = [Path(model).name for model in result["models"]]
@@ -90,14 +90,14 @@ def draft_table(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def headline(result: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers to quote."""
     times = ("training_seconds", "training_cpu_seconds")
-    found: dict[str, Any] = {name: round(result[name], 1) for name in times}
+    numbers: dict[str, Any] = {name: round(result[name], 1) for name in times}
     for quality, gain in result.get("above_front", {}).items():
-        found[f"{quality}_above_front"] = round(gain["gain"], 4)
-        found[f"{quality}_above_front_standard_error"] = round(gain["standard_error"], 4)
+        numbers[f"{quality}_above_front"] = round(gain["gain"], 4)
+        numbers[f"{quality}_above_front_standard_error"] = round(gain["standard_error"], 4)
     for when in ("acceptance_before", "acceptance_after"):
         if when in result:
-            found[when] = round(result[when]["mean"], 4)
-    return found
+            numbers[when] = round(result[when]["mean"], 4)
+    return numbers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for suffix in ("csv", "png"):
                 curves = first / f"curves.{suffix}"
                 if options.save and curves.exists():
-                    shutil.copy(curves, harness.RESULTS / f"train_{command}.{suffix}")
+                    shutil.copy(curves, options.results / f"train_{command}.{suffix}")
     return 0
 
 

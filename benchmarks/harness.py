@@ -13,13 +13,13 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import revision
 import torch
 
 import specens_kernels
@@ -100,7 +100,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few cases, at most 60 seconds")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.json")
+    parser.add_argument("--save", action="store_true", help="write <name>.json into --results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="benchmarks/results")
     parser.add_argument("--threads", type=numbers, default=[1, 2], help="torch threads, e.g. 1,2")
     return parser
 
@@ -129,7 +130,7 @@ def surroundings() -> dict[str, Any]:
         "transformers": importlib.metadata.version("transformers"),
     }
     return {
-        "commit": _commit(),
+        "commit": revision.commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions,
         "native": native_build(),
@@ -154,12 +155,6 @@ def native_build() -> dict[str, Any]:
     )
     names = sorted({name.decode() for name in compilers})
     return {"available": True, "isa": native.cpu_isa(), "compiler": names}
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
@@ -188,12 +183,12 @@ def finish(
     headline: Mapping[str, Any],
 ) -> int:
     """Save if asked to, and print the headline as the last line. `tables` are for report.py."""
-    asked = {key: value for key, value in vars(options).items() if key != "save"}
+    asked = {key: value for key, value in vars(options).items() if key not in ("save", "results")}
     result = {"benchmark": name, **surroundings(), "options": asked, "headline": dict(headline)}
     result |= {"tables": dict(tables), "rows": list(rows)}
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}.json"
+        options.results.mkdir(exist_ok=True)
+        path = options.results / f"{name}.json"
         path.write_text(json.dumps(result, indent=1, default=_plain, allow_nan=False) + "\n")
         print(f"saved {path.name}")
     print(json.dumps({"benchmark": name, **headline}, default=_plain))

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The native entry points and their parameters: plain structs over addresses, shapes and strides.
-// What an op means is specens_kernels/reference.py; nothing here knows torch. Strides count
-// elements. To add an op: its parameters and entry here, its file in csrc/cpu, its binding in
-// bindings.cpp.
+// What an op means is specens_kernels/reference/; nothing here knows torch. Strides count
+// elements. To add an op: its parameters and entry here, its file in csrc/cpu, the order of its
+// fields in flat.h, its line in bindings.cpp.
 #pragma once
 
 #include <cstdint>
 
-#include "rules.h"
+#include "rules/table.h"
 
 namespace specens {
 
@@ -61,11 +61,19 @@ struct Integers {
   }
 };
 
+// What is summed over members: probabilities, or logits with one softmax afterwards.
+enum class Space : int { kProbabilities, kLogits };
+
+constexpr Named<Space> kEnsembles[] = {
+    {"mixture", Space::kProbabilities},
+    {"product", Space::kLogits},
+};
+
 // M members' logits and how they become one law; reference.LawTensors.
 struct Ensemble {
   Logits members[kMaxMembers];
   int num_members;
-  EnsembleId id;
+  Space space;
   bool warp_members;  // scope "member"; else scope "ensemble"
   double plausibility;
   int64_t vocab_size;
@@ -130,6 +138,15 @@ struct VerifyParams {
   int32_t* status;                               // (B,)
 };
 
+// What the benchmark's floor sweeps.
+struct FloorParams {
+  Logits members[kMaxMembers];
+  int num_members;
+  int64_t batch;
+  int64_t rows;
+  int64_t vocab_size;
+};
+
 // `threads` bounds the team; results do not depend on it.
 void uniforms(const UniformsParams& params);
 void mix(const MixParams& params, int threads);
@@ -138,9 +155,9 @@ void verify(const VerifyParams& params, int threads);
 
 // One sweep for maximum and sum of exponentials over every row, which no verification can do
 // without; the benchmark's floor. Returns the sum of the rows' log-sum-exps.
-double floor_sweep(const Logits* members, int num_members, int64_t batch, int64_t rows,
-                   int64_t vocab_size, int threads);
+double floor_sweep(const FloorParams& params, int threads);
 
 // The instruction set in use, and the names that SPECENS_CPU_ISA may have.
 const char* cpu_isa();
+
 }  // namespace specens

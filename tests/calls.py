@@ -23,6 +23,25 @@ EXACT = {"mix": (1,), "sample": (0, 3), "verify": (0, 2, 3, 4)}  # the rest is r
 SMALL, TILES, REAL = (2, 3, 17, 100), (1023, 1024, 1025, 4096, 8193), (49152, 151936, 262144)
 
 
+# Backends whose calls go to a CUDA device; conftest.py's --card names them.
+ON_CARD: set[str] = set()
+
+
+def on_card(value: Any) -> Any:
+    """The same, every tensor in it on the card."""
+    if isinstance(value, Tensor):  # with its strides and its offset, whatever they are
+        whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+        return whole.cuda().as_strided(value.shape, value.stride(), value.storage_offset())
+    if isinstance(value, Law):
+        names = ("weights", "temperature", "top_k", "top_p", "min_p")
+        moved = {name: on_card(getattr(value, name)) for name in names}
+        rest = {name: getattr(value, name) for name in ("ensemble", "scope", "plausibility")}
+        return Law(**moved, **rest, vocab_size=value.vocab_size)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_card, value))
+    return {key: on_card(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 class Call(NamedTuple):
     """One call of an op, and how a failure names it."""
 
@@ -32,8 +51,11 @@ class Call(NamedTuple):
     name: str
 
     def run(self, backend: str) -> tuple[Tensor, ...]:
+        given: Any = (self.arguments, self.options)
+        arguments, options = on_card(given) if backend in ON_CARD else given
         with specens_kernels.backend(backend):
-            return tuple(OPS[self.op](*self.arguments, **self.options))
+            answer = OPS[self.op](*arguments, **options)
+        return tuple(value.cpu() for value in answer) if backend in ON_CARD else tuple(answer)
 
 
 class Dice(random.Random):

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from importlib import import_module
 from types import ModuleType
 
+import calls
 import pytest
 import simt
 import torch
@@ -19,10 +20,19 @@ import specens_kernels
 from specens_kernels import dispatch, triton
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--card: what test_conformance.py compares runs on a CUDA device."""
+    parser.addoption("--card", action="store_true", help="compare kernels on a CUDA device")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton looks at it when imported: its kernels run on CPU tensors here, but for -m gpu."""
-    interpret = "0" if config.getoption("markexpr").startswith("gpu") else "1"
-    os.environ.setdefault("TRITON_INTERPRET", interpret)
+    """Triton looks at it when imported: its kernels run on CPU tensors here, but for a card."""
+    card = config.getoption("card")
+    compiled = card or config.getoption("markexpr").startswith("gpu")
+    os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")
+    if card and not torch.cuda.is_available():
+        raise pytest.UsageError("--card: expected a CUDA device, got none")
+    calls.ON_CARD.update(("triton", "cuda") if card else ())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,11 +63,14 @@ def one_thread() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the implementation that every op runs on.
 
-    Here "triton" is Triton's interpreter under our guard, and "cuda" the emulator of csrc/simt.
+    Here "triton" is Triton\'s interpreter under our guard, and "cuda" the emulator of tests/simt;
+    with --card both are the real ones.
     """
     name = request.param
     with ExitStack() as stack:
-        if name == "cuda":
+        if name in calls.ON_CARD:
+            pass
+        elif name == "cuda":
             missing = simt.what_is_missing()
             if missing:
                 pytest.skip(f"cuda: {missing}")

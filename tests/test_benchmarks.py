@@ -301,7 +301,7 @@ def test_what_a_rule_emits_is_computed_in_closed_form() -> None:
 
     from specens_kernels import Acceptance
 
-    emitted_law = bench("bench_methods").emitted_law
+    emitted_law = bench("divergence").emitted_law
     dice = torch.Generator().manual_seed(0)
     target, draft, other = torch.randn(3, 9, dtype=torch.float64, generator=dice).softmax(-1)
     memory = torch.zeros((), dtype=torch.float64)

@@ -5,6 +5,7 @@ A new way to go wrong is one more entry of `MISTAKES`. The shipped family is pac
 nothing here needs a network.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -23,10 +24,12 @@ from toys import toy
 from transformers import GenerationConfig, WatermarkingConfig
 from typer.testing import CliRunner, Result
 
-from specens import SpeculativeDecoder, Statistics, family, terminal
-from specens.benchmark import compare, sampling, total
-from specens.cli import app
+from specens import SpeculativeDecoder, Statistics, family
+from specens.cli import app, loading, output
+from specens.methods import METHODS
 from specens.schedules import SCHEDULES
+from specens.tuning.compare import compare, sampling, total
+from specens_kernels import ENSEMBLES, Refusal
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("--max-new-tokens", "12", "--seed", "7")
@@ -35,11 +38,11 @@ SHORT = ("--max-new-tokens", "12", "--seed", "7")
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     """One thread, which is the fastest for models this small, and no model is loaded twice."""
-    threads, load = torch.get_num_threads(), terminal._load
+    threads, load = torch.get_num_threads(), loading._load
     torch.set_num_threads(1)
-    terminal._load = functools.cache(load)
+    loading._load = functools.cache(load)
     yield
-    terminal._load = load
+    loading._load = load
     torch.set_num_threads(threads)
 
 
@@ -76,34 +79,44 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "no such folder": (("generate", "x", "--model", "/no/such"), "expected a folder or a hub name"),
     "no such draft": (
         ("generate", "x", "--schedule", "speculative", "--draft", "/no/such"),
-        "generate: model: expected a folder or a hub name, got '/no/such'",
+        "generate: --draft: expected a folder or a hub name, got '/no/such'",
     ),
     "no drafts": (
         ("generate", "x", "--method", "fsd", "--model", "family:code"),
-        "drafts: expected 1 for 'fsd', got 0 (here: --draft)",
+        "generate: --draft: expected 1 for 'fsd', got 0",
     ),
     "no place for what tune finds": (
         ("tune", "--output", "/no/such/folder/tuned.json"),
         "tune: --output: expected a file in a folder that exists",
     ),
+    "a folder for what tune finds": (
+        ("tune", "--output", "/"),
+        "tune: --output: expected a file in a folder that exists, got '/'",
+    ),
     "no such target": (
         ("train", "draft", "--target", "/no/such"),
-        "train: model: expected a folder or a hub name",
+        "train draft: --target: expected a folder or a hub name",
     ),
-    "no such member": (("generate", "x", "--model", "family:poet"), "unknown name 'poet'"),
+    "no such member": (
+        ("generate", "x", "--model", "family:poet"),
+        "--model: expected one of family:code",
+    ),
     "gamma 0": (
         ("generate", "x", "--gamma", "0"),
-        "num_speculative_tokens: expected integers >= 1, got 0 (here: --gamma)",
+        "alternating: tokens: expected integers >= 1, got 0 (here: --gamma)",
     ),
-    "gamma text": (("generate", "x", "--gamma", "two"), "generate: --gamma: expected integers"),
+    "gamma text": (
+        ("generate", "x", "--gamma", "two"),
+        "alternating: tokens: expected integers >= 1, got 'two'",
+    ),
     "four gammas": (("generate", "x", "--gamma", "1,2,3,4"), "expected 1 or 3 integers"),
     "weights": (("generate", "x", "--weights", "0.5,0.3,0.3"), "sum to 1"),
-    "one weight": (("generate", "x", "--weights", "1"), "weights: expected 3 numbers"),
+    "one weight": (("generate", "x", "--weights", "1"), "--weights: expected 3 numbers"),
     "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
-    "ensemble": (("generate", "x", "--ensemble", "sum"), "unknown name 'sum'"),
-    "schedule": (("generate", "x", "--schedule", "fast"), "unknown name 'fast'"),
-    "acceptance": (("generate", "x", "--acceptance", "typcal"), "got 'typcal'"),
-    "method": (("generate", "x", "--method", "fast"), "--method: unknown name 'fast'"),
+    "ensemble": (("generate", "x", "--ensemble", "sum"), "got 'sum'"),
+    "schedule": (("generate", "x", "--schedule", "fast"), "got 'fast'"),
+    "acceptance": (("generate", "x", "--acceptance", "typcal"), "generate: --acceptance: name: "),
+    "method": (("generate", "x", "--method", "fast"), "--method: expected one of plain, "),
     "method and schedule": (
         ("generate", "x", "--method", "fsd", "--schedule", "plain"),
         "--schedule: expected none beside --method fsd",
@@ -122,21 +135,24 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
         ("generate", "x", "--acceptance", "lenient:lenience=0"),
         "lenience: expected a number in (0, 1]",
     ),
-    "plausibility": (("generate", "x", "--plausibility", "0.1"), "plausibility: expected 0"),
+    "plausibility": (("generate", "x", "--plausibility", "0.1"), "--plausibility: expected 0"),
     "proposer": (
-        ("generate", "x", "--schedule", "speculative", "--proposer", "3"),
-        "proposer: expected None with a draft, else 0 to 2",
+        ("generate", "x", "--schedule", "speculative:proposer=3"),
+        "speculative: proposer: expected None with a draft, else 0 to 2",
     ),
-    "order": (("generate", "x", "--order", "0,0"), "order: expected every member 0 to 2 once"),
+    "order": (
+        ("generate", "x", "--schedule", "alternating:order=0,0"),
+        "order: expected every member 0 to 2 once",
+    ),
     "draft": (("generate", "x", "--draft", "family:draft"), "draft: expected None"),
     "component": (
         ("generate", "x", "--schedule", "component", "--temperature", "0"),
         "do_sample: expected True for schedule 'component', got False (here: --temperature above 0",
     ),
     "temperature": (("generate", "x", "--temperature", "-1"), "--temperature"),
-    "top-p": (("generate", "x", "--top-p", "0"), "top_p: expected a mass in (0, 1]"),
-    "min-p": (("generate", "x", "--min-p", "1"), "min_p: expected a ratio in [0, 1)"),
-    "dtype": (("generate", "x", "--dtype", "float8"), "unknown name 'float8'"),
+    "top-p": (("generate", "x", "--top-p", "0"), "--top-p: expected a mass in (0, 1]"),
+    "min-p": (("generate", "x", "--min-p", "1"), "--min-p: expected a ratio in [0, 1)"),
+    "dtype": (("generate", "x", "--dtype", "float8"), "--dtype: expected one of auto, bfloat16"),
     "no such device": (
         ("generate", "x", "--device", "banana"),
         "generate: --device: expected auto",
@@ -148,11 +164,11 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "device of demo": (("demo", "--device", "meta"), "demo: --device: expected auto"),
     "device of a draft's training": (
         ("train", "draft", "--device", "meta", "--steps", "1"),
-        "train: --device: expected auto",
+        "--device: expected auto",
     ),
     "device of a head's training": (
         ("train", "diversed", "--device", "meta", "--steps", "1"),
-        "train: --device: expected auto",
+        "--device: expected auto",
     ),
     "chat": (("generate", "x", "--chat"), "expected a tokenizer with a chat template"),
     "stop": (("generate", "x", "--stop", ""), "--stop: expected text"),
@@ -175,6 +191,39 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake: str) -> None:
     assert words in complaint(run(*arguments))
 
 
+# Mistakes that show without a model.
+NEED_NO_TORCH = (
+    *("no command", "unknown command", "unknown option", "empty prompt", "no such file"),
+    *("prompt and file", "no such folder", "no such draft", "no place for what tune finds"),
+    "a folder for what tune finds",
+    *("no such target", "no such member", "gamma text", "weights text", "draft weight alone"),
+    *("temperature", "dtype", "stop", "max new tokens", "too many tokens", "probe nothing"),
+    *("probe no folder", "bench gamma", "bench repeats", "demo gamma"),
+)
+HELP = (("--help",), ("generate", "--help"), ("train", "draft", "--help"), ("bench", "--help"))
+
+
+def environment() -> dict[str, str]:
+    """For a process that imports what is tested here, and stays offline."""
+    paths = [str(ROOT), str(ROOT / "python")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+
+
+def test_help_and_mistakes_need_neither_torch_nor_rich() -> None:
+    commands = [(2, [*MISTAKES[name][0]]) for name in NEED_NO_TORCH]
+    commands += [(0, [*words]) for words in HELP]
+    program = f"""
+import sys
+from typer.testing import CliRunner
+sys.modules |= {{"torch": None, "rich": None}}
+from specens.cli import app
+for expected, command in {commands}:
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == expected, (command, result.output, result.exception)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_a_mistake() -> None:
     line = complaint(run("generate", "x", "--device", "cuda"))
@@ -193,25 +242,28 @@ def test_auto_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", noted)
     for there, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert terminal.device_named("generate", "auto") == expected
-        assert terminal.device_named("generate", "cuda:1") == "cuda:1"
+        assert loading.device_named("auto") == expected
+        assert loading.device_named("cuda:1") == "cuda:1"
     assert made == ["cuda", "cuda:1", "cpu", "cuda:1"]
 
 
 def test_models_and_prompts_go_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """To "meta", which every build of torch has, where nothing is computed."""
-    monkeypatch.setattr(terminal, "device_named", lambda command, name: name)
-    (model,), (tokenizer,) = terminal.load("test", ["family:draft"], device="meta")
+    monkeypatch.setattr(loading, "device_named", lambda name: name)
+    (model,), (tokenizer,) = loading.load(["family:draft"], loading.Loading(device="meta"))
     assert {one.device.type for one in model.parameters()} == {"meta"}
-    ids = terminal.encode("test", tokenizer, "x = 1", device=model.device)
+    ids = loading.encode(tokenizer, "x = 1", device=model.device)
     assert ids.device.type == "meta"
-    assert terminal.encode("test", tokenizer, "x = 1").device.type == "cpu"
+    assert loading.encode(tokenizer, "x = 1").device.type == "cpu"
 
 
 def test_help_names_every_schedule() -> None:
     shown = " ".join(run("generate", "--help").output.split())
-    *others, last = SCHEDULES
-    assert f"{', '.join(others)} or {last}, which None is" in shown
+    for name, schedule in SCHEDULES.items():
+        names = ", ".join(field.name for field in dataclasses.fields(schedule))
+        assert f"{name} ({names}): {schedule.summary}." in shown or not names
+        assert f"{schedule.summary}." in shown
+    assert all(f" {name}" in shown for name in (*ENSEMBLES, *METHODS))
 
 
 def test_a_hierarchy_takes_any_number_of_drafts() -> None:
@@ -221,7 +273,7 @@ def test_a_hierarchy_takes_any_number_of_drafts() -> None:
         (found,) = results("x = [", "--method", "hierarchy", *drafts)
         assert len(found["statistics"]["members"]) == 2 + count
     line = complaint(run("generate", "x", "--method", "pyramid_fuzzy", "--draft", "family:draft"))
-    assert "drafts: expected 2 for 'pyramid_fuzzy', got 1" in line
+    assert "--draft: expected 2 for 'pyramid_fuzzy', got 1" in line
 
 
 def test_the_device_is_an_option_of_generate() -> None:
@@ -257,7 +309,7 @@ def test_the_family_alone_takes_one_thread(
 def test_no_prompt_and_no_pipe_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="expected an argument, --file or a pipe, got none"):
-        terminal.read_prompts("generate", None, None, lines=False)
+        loading.read_prompts(None, None, lines=False)
 
 
 def test_tokenizers_that_disagree_are_refused(tmp_path: Path) -> None:
@@ -336,13 +388,14 @@ def test_lines_are_counted_and_parted_as_an_editor_does(tmp_path: Path) -> None:
     parted = "a\u2028b\u0085c\x0cd"
     for text in (json.dumps({"prompt": parted}, ensure_ascii=False), parted):
         (tmp_path / "lines").write_text(f"{text}\n\n{text}\n", encoding="utf-8")
-        found = terminal.read_prompts("generate", None, tmp_path / "lines", lines=True)
+        found = loading.read_prompts(None, tmp_path / "lines", lines=True)
         assert found == [parted] * 2
 
 
 def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert "not UTF-8" in complaint(run("generate", "--file", tmp_path / "latin"))
+    assert "prompt: expected text in the pipe" in complaint(run("generate", stdin=b"caf\xe9"))
     (tmp_path / "lines").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     assert "line 2" in complaint(run("generate", "--lines", "--file", tmp_path / "lines"))
 
@@ -356,6 +409,20 @@ def test_what_is_not_installed_is_one_line(method: str, monkeypatch: pytest.Monk
     )
 
 
+def test_a_refusal_is_said_by_command_and_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line_for(argument: str) -> str:
+        def refuse(*_: object) -> None:
+            raise Refusal("law", argument, "a mass", 2)
+
+        monkeypatch.setattr(loading, "read_prompts", refuse)
+        return complaint(run("generate", "x")).removeprefix("specens: error: ")
+
+    assert line_for("top_p") == "generate: --top-p: expected a mass, got 2"
+    assert line_for("models") == "generate: --model: expected a mass, got 2"
+    assert line_for("memory") == "generate: law: memory: expected a mass, got 2"
+    assert line_for("do_sample").endswith("got 2 (here: --temperature above 0)")
+
+
 @pytest.mark.parametrize("kind", [ValueError, ImportError, NotImplementedError])
 def test_what_is_refused_is_one_line_and_what_is_unexpected_keeps_its_traceback(
     kind: type[Exception], monkeypatch: pytest.MonkeyPatch
@@ -363,7 +430,7 @@ def test_what_is_refused_is_one_line_and_what_is_unexpected_keeps_its_traceback(
     def fail(*_: object) -> None:
         raise kind(words)
 
-    monkeypatch.setattr("specens.terminal.read_prompts", fail)
+    monkeypatch.setattr(loading, "read_prompts", fail)
     words = "generate: mode: expected greedy_search,\ngot beam_search"
     line = complaint(run("generate", "x"))
     assert line == "specens: error: generate: mode: expected greedy_search, got beam_search"
@@ -416,9 +483,9 @@ def test_without_a_seed_the_text_differs_from_run_to_run() -> None:
     "arguments",
     [
         ("--schedule", "plain"),
-        ("--schedule", "speculative", "--gamma", "3", "--proposer", "1"),
+        ("--schedule", "speculative:proposer=1", "--gamma", "3"),
         ("--schedule", "speculative", "--draft", "family:draft"),
-        ("--gamma", "2,3,1", "--order", "1,0,2"),
+        ("--gamma", "2,3,1", "--schedule", "alternating:order=1,0,2"),
     ],
     ids=" ".join,
 )
@@ -486,7 +553,7 @@ class Letters:
 
 def test_a_stream_holds_back_half_a_character() -> None:
     written: list[str] = []
-    stream = terminal.TextStream(Letters(), written.append)
+    stream = output.TextStream(Letters(), written.append)
     stream.put(torch.tensor([list(b"prompt")]))
     for byte in "a€b".encode():
         stream.put(torch.tensor([byte]))
@@ -497,21 +564,17 @@ def test_a_stream_holds_back_half_a_character() -> None:
 
 
 @pytest.mark.slow
-def test_a_pipe_works_from_outside_and_help_needs_no_torch() -> None:
-    paths = [str(ROOT), str(ROOT / "python")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+def test_a_pipe_works_from_outside() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "specens.cli", "generate", *SHORT, "--threads", "1"],
         input="def f(x):\n",
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment(),
         check=True,
     )
     assert found.stdout == results("def f(x):")[0]["text"] + "\n"
     assert "calls/token" in found.stderr
-    lean = "import sys, specens.cli; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
-    subprocess.run([sys.executable, "-c", lean], env=environment, check=True)
 
 
 # --- the other commands ---------------------------------------------------------------------------
@@ -715,5 +778,5 @@ def test_total_adds_counts_and_refuses_other_members() -> None:
 def test_the_family_is_package_data() -> None:
     for name in family.FAMILY:
         assert (family.path(name) / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match="unknown name 'poet'"):
+    with pytest.raises(Refusal, match="expected one of code, prose, draft, got 'poet'"):
         family.path("poet")

@@ -8,6 +8,7 @@ architecture, add it to KINDS.
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import itertools
 import threading
@@ -35,8 +36,9 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from specens import SpeculativeDecoder, SpeculativeOutput, Statistics
-from specens import run as run_module
-from specens.run import Run
+from specens import schedules as schedules_module
+from specens.loop import run as run_module
+from specens.loop.run import Run
 from specens.schedules import Alternating, LookAhead, Speculative
 from specens_kernels import Acceptance, Law, mix
 
@@ -73,11 +75,12 @@ def decoder(models: list[Any], size: int, schedule: str, gamma: Any = 3, **optio
     if schedule == "draft":
         options = {"draft": models[-1], **options}
         schedule = "speculative"
-    if schedule in ("plain", "component"):
-        gamma = None
-    return SpeculativeDecoder(
-        models[:size], schedule=schedule, num_speculative_tokens=gamma, **options
-    )
+    kind = schedules_module.SCHEDULES[schedule]
+    arguments = {field.name for field in dataclasses.fields(kind)}
+    mine = {name: options.pop(name) for name in list(options) if name in arguments}
+    if "tokens" in arguments:
+        mine = {"tokens": gamma, **mine}
+    return SpeculativeDecoder(models[:size], schedule=kind(**mine), **options)
 
 
 def num_written(texts: Tensor, width: int, ends: list[int]) -> Tensor:
@@ -99,17 +102,17 @@ def test_the_cheapest_member_drafts():
         toy(seed, VOCAB_SIZE, hidden_size=size) for seed, size in enumerate((48, 16, 32))
     )
     members = [large, small, middle]
-    assert SpeculativeDecoder(members).schedule == Alternating((1, 2, 0), (1, 1, 1))
-    fast = SpeculativeDecoder(members, num_speculative_tokens=4)
-    assert fast.schedule == Alternating((1, 2, 0), (4, 1, 1))
-    fast = SpeculativeDecoder(members, num_speculative_tokens=(3, 2, 1), order=(2, 0, 1))
-    assert fast.schedule == Alternating((2, 0, 1), (3, 2, 1))
+    assert SpeculativeDecoder(members).schedule == Alternating((1, 1, 1), (1, 2, 0))
+    fast = SpeculativeDecoder(members, schedule=Alternating(tokens=4))
+    assert fast.schedule == Alternating((4, 1, 1), (1, 2, 0))
+    fast = SpeculativeDecoder(members, schedule=Alternating(tokens=(3, 2, 1), order=(2, 0, 1)))
+    assert fast.schedule == Alternating((3, 2, 1), (2, 0, 1))
     fast = SpeculativeDecoder(members, schedule="speculative")
-    assert fast.schedule == Speculative(1, 4)
-    fast = SpeculativeDecoder(members, schedule="speculative", proposer=2)
+    assert fast.schedule == Speculative(4, 1)
+    fast = SpeculativeDecoder(members, schedule=Speculative(proposer=2))
     assert fast.schedule == Speculative(2, 4)
     fast = SpeculativeDecoder([small], schedule="speculative", draft=large)
-    assert fast.schedule == Speculative(1, 4)
+    assert fast.schedule == Speculative(4, 1)
     assert SpeculativeDecoder(members).weights == (1 / 3, 1 / 3, 1 / 3)
 
 
@@ -122,11 +125,11 @@ def test_looking_ahead_goes_by_every_members_size():
     two = SpeculativeDecoder([cheap, dear[0]], weights=[0.2, 0.8], schedule="lookahead")
     five = SpeculativeDecoder([cheap, *dear], schedule="lookahead")
     assert two.schedule.proposer == five.schedule.proposer == 0
-    assert sum(five.schedule.aheads) < sum(two.schedule.aheads)
-    fixed = SpeculativeDecoder([cheap, *dear], schedule="lookahead", ahead=3)
-    assert fixed.schedule == LookAhead(0, (3,), 16)
-    with pytest.raises(ValueError, match=r"^decoder: token_cost: expected None beside ahead"):
-        SpeculativeDecoder([cheap, *dear], schedule="lookahead", ahead=3, token_cost=0.2)
+    assert sum(five.schedule.ahead) < sum(two.schedule.ahead)
+    fixed = SpeculativeDecoder([cheap, *dear], schedule=LookAhead(ahead=3))
+    assert fixed.schedule == LookAhead(16, 0, 3)
+    with pytest.raises(ValueError, match=r"^lookahead: token_cost: expected None beside ahead"):
+        SpeculativeDecoder([cheap, *dear], schedule=LookAhead(ahead=3, token_cost=0.2))
 
 
 # --- greedy text ----------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def test_laws_are_those_of_a_fresh_forward(schedule, kind, monkeypatch):
         for k, (row, count) in enumerate(
             zip(verification.rows, verification.num_drafts, strict=True)
         ):
-            text = run.text[row.index, row.pad : row.pad + row.length + count][None]
+            text = run.text.tokens[row.index, row.pad : row.pad + row.length + count][None]
             for member, tensor in said:
                 with torch.no_grad():
                     fresh = models[member](text, use_cache=False).logits[0, row.length - 1 :]
@@ -1063,8 +1066,8 @@ def test_a_call_leaves_no_memory_behind(kind, mode, fails):
         ),
         (
             {"schedule": "fast"},
-            "decoder: schedule: unknown name 'fast'; known names: "
-            "alternating, companion, component, hierarchy, lookahead, lookup, plain, speculative",
+            "schedule: name: expected one of plain, component, lookahead, speculative, companion, "
+            "lookup, hierarchy, alternating, got 'fast'",
         ),
         (
             {"acceptance": "typcal"},
@@ -1072,7 +1075,7 @@ def test_a_call_leaves_no_memory_behind(kind, mode, fails):
         ),
         (
             {"ensemble": "sum"},
-            "decoder: ensemble: unknown name 'sum'; known names: mixture, product.*",
+            "law: ensemble: .*mixture, product.*",
         ),
         ({"scope": "both"}, "law: scope: expected one of member, ensemble, got 'both'"),
         (
@@ -1093,63 +1096,46 @@ def test_a_call_leaves_no_memory_behind(kind, mode, fails):
             "decoder: schedule: expected a mixture of scope 'member' for 'component', "
             "got a mixture of scope 'ensemble'",
         ),
-        (
-            {"num_speculative_tokens": 0},
-            "decoder: num_speculative_tokens: expected integers >= 1, got 0",
+        *(
+            (
+                {"schedule": f"alternating:tokens={tokens}"},
+                f"alternating: tokens: expected integers >= 1, got {shown}",
+            )
+            for tokens, shown in (("0", "0"), ("2,0", r"\[2, 0\]"), ("", "''"), ("2.0", "'2.0'"))
         ),
         (
-            {"num_speculative_tokens": [2, 0]},
-            r"decoder: num_speculative_tokens: expected integers >= 1, got \[2, 0\]",
+            {"schedule": "alternating:tokens=2,1,1"},
+            r"alternating: tokens: expected 1 or 2 integers, got \(2, 1, 1\)",
         ),
         (
-            {"num_speculative_tokens": []},
-            r"decoder: num_speculative_tokens: expected integers >= 1, got \[\]",
-        ),
-        (
-            {"num_speculative_tokens": [2, 1, 1]},
-            r"decoder: num_speculative_tokens: expected 1 or 2 integers, got \[2, 1, 1\]",
-        ),
-        (
-            {"num_speculative_tokens": [2, 1], "schedule": "speculative"},
-            r"decoder: num_speculative_tokens: expected one integer, got \[2, 1\]",
-        ),
-        ({"order": [0, 2]}, r"decoder: order: expected every member 0 to 1 once, got \[0, 2\]"),
-        ({"order": [0]}, r"decoder: order: expected every member 0 to 1 once, got \[0\]"),
-        (
-            {"schedule": "speculative", "proposer": 2},
-            "decoder: proposer: expected None with a draft, else 0 to 1, got 2",
-        ),
-        (
-            {"schedule": "speculative", "proposer": -1},
-            "decoder: proposer: expected None with a draft, else 0 to 1, got -1",
+            {"schedule": "speculative:tokens=2,1"},
+            "speculative: tokens: expected an integer >= 1, got '2,1'",
         ),
         *(
             (
-                {"num_speculative_tokens": wrong},
-                f"decoder: num_speculative_tokens: expected integers >= 1, got {shown}",
+                {"schedule": f"alternating:order={order}"},
+                f"alternating: order: expected every member 0 to 1 once, got {shown}",
             )
-            for wrong, shown in ((True, "True"), (2.0, "2.0"), ([2, True], r"\[2, True\]"))
-        ),
-        *(
-            (
-                {"num_speculative_tokens": 2, "schedule": schedule},
-                f"decoder: num_speculative_tokens: expected None for schedule '{schedule}', got 2",
-            )
-            for schedule in ("plain", "component")
+            for order, shown in (("0,2", r"\(0, 2\)"), ("0", "0"))
         ),
         (
-            {"schedule": "speculative", "proposer": True},
-            "decoder: proposer: expected None with a draft, else 0 to 1, got True",
+            {"schedule": "speculative:proposer=2"},
+            "speculative: proposer: expected None with a draft, else 0 to 1, got 2",
         ),
         (
-            {"order": [True, False]},
-            r"decoder: order: expected every member 0 to 1 once, got \[True, False\]",
+            {"schedule": "speculative:proposer=-1"},
+            "speculative: proposer: expected an integer >= 0, got -1",
         ),
-        ({"proposer": 0}, "decoder: proposer: expected None for schedule 'alternating', got 0"),
+        ({"schedule": "plain:tokens=2"}, "plain: arguments: expected no arguments, got 'tokens'"),
         (
-            {"schedule": "speculative", "order": [0, 1]},
-            r"decoder: order: expected None for schedule 'speculative', got \[0, 1\]",
+            {"schedule": "speculative:order=0,1"},
+            "speculative: arguments: expected tokens, proposer, stop, got 'order'",
         ),
+        (
+            {"schedule": "speculative:tokens"},
+            "speculative: arguments: expected name=value, each name once, got 'tokens'",
+        ),
+        ({"schedule": 4}, "decoder: schedule: expected a Schedule or its text, got 4"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message, models):
@@ -1162,17 +1148,14 @@ def test_numbers_may_be_those_of_numpy(models):
         fast = [
             SpeculativeDecoder(
                 models[:2],
+                schedule=Alternating(tokens=[number(2), number(1)], order=[number(1), number(0)]),
                 weights=[real(0.25), real(0.75)],
-                num_speculative_tokens=[number(2), number(1)],
-                order=[number(1), number(0)],
                 acceptance=Acceptance("lenient", lenience=real(0.5)),
                 seed=number(7),
             ),
             SpeculativeDecoder(
                 models[:2],
-                schedule="speculative",
-                num_speculative_tokens=number(2),
-                proposer=number(1),
+                schedule=Speculative(tokens=number(2), proposer=number(1)),
                 ensemble="product",
                 plausibility=real(0.25),
             ),
@@ -1190,7 +1173,7 @@ def test_numbers_may_be_those_of_numpy(models):
     same(both(np.int64, np.float32), expected)
     same(both(np.uint8, np.float64), expected)
     fast = decoder(models, 2, "alternating", gamma=np.array([2, 1]))
-    assert fast.schedule.gammas == (2, 1)
+    assert fast.schedule.tokens == (2, 1)
     settings = {**prompts((5, 3), VOCAB_SIZE), "max_new_tokens": 8, "do_sample": True}
     text = fast.generate(**settings, seed=[5, 6])
     for seeds in (np.array([5, 6]), torch.tensor([5, 6])):
@@ -1214,9 +1197,9 @@ def test_wrong_models_are_refused(models):
     ):
         SpeculativeDecoder(models[:2], **draft)
     with pytest.raises(
-        ValueError, match=r"^decoder: proposer: expected None with a draft, else 0 to 1, got 1$"
+        ValueError, match=r"^speculative: proposer: expected None with a draft, else 0 to 1, got 1$"
     ):
-        SpeculativeDecoder(models[:2], schedule="speculative", proposer=1, **draft)
+        SpeculativeDecoder(models[:2], schedule=Speculative(proposer=1), **draft)
     fast = SpeculativeDecoder(models[:2], schedule="speculative", **draft)
     for stranger in (models[2], models[-1]):
         with pytest.raises(

@@ -23,9 +23,11 @@ from transformers import PreTrainedTokenizerFast
 from zoo import CONFIGS, build
 
 from specens import SpeculativeDecoder, member, probe
-from specens import run as run_module
-from specens.drafts import Translated, layer_skip, quantised
-from specens.vocabulary import shared_tokens
+from specens.loop import run as run_module
+from specens.members.drafts import layer_skip, quantised
+from specens.members.translated import Translated
+from specens.members.vocabulary import shared_tokens
+from specens.schedules import Companion, Hierarchy, Speculative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,7 +144,7 @@ def deep() -> Any:
 
 
 def test_a_model_drafts_for_itself(deep):
-    settings = {"schedule": "speculative", "num_speculative_tokens": 3}
+    settings = {"schedule": Speculative(tokens=3)}
     inputs = prompts([4, 2, 5], VOCAB_SIZE)
     plain = SpeculativeDecoder([deep], schedule="plain")
     options = {"max_new_tokens": 30, "do_sample": False}
@@ -198,10 +200,10 @@ def shared(ids: dict[str, int], drafts: int = 1) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("law", "options"),
     [
-        ("mixture", {"schedule": "speculative", "num_speculative_tokens": 2}),
-        ("warped", {"schedule": "speculative", "num_speculative_tokens": 3}),
-        ("mixture", {"schedule": "hierarchy", "num_speculative_tokens": 2}),
-        ("mixture", {"schedule": "companion", "token_cost": 0.4}),
+        ("mixture", {"schedule": Speculative(tokens=2)}),
+        ("warped", {"schedule": Speculative(tokens=3)}),
+        ("mixture", {"schedule": Hierarchy(tokens=2)}),
+        ("mixture", {"schedule": Companion(token_cost=0.4)}),
     ],
     ids=lambda value: value.get("schedule") if isinstance(value, dict) else value,
 )
@@ -228,8 +230,7 @@ def test_mass_that_cannot_be_proposed_must_not_count(monkeypatch):
         return right(*arguments, **options)
 
     model = toy(0, VOCAB_SIZE)
-    options = {"num_speculative_tokens": 2, **shared(OTHER)}
-    case = Case("mixture", 1, "speculative", options, drafts=1)
+    case = Case("mixture", 1, Speculative(tokens=2), shared(OTHER), drafts=1)
     models = [model, renumbered(noisy(model, 1.0), OTHER)]
     monkeypatch.setattr(run_module, "verify", wrong)
     found = p_values(case.texts(models), case.joint(models))
@@ -239,7 +240,7 @@ def test_mass_that_cannot_be_proposed_must_not_count(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("law", ["mixture", "warped"])
 def test_a_model_without_layers_keeps_the_law(law, deep):
-    case = Case(law, 1, "speculative", {"num_speculative_tokens": 2}, drafts=1)
+    case = Case(law, 1, Speculative(tokens=2), drafts=1)
     models = [deep, layer_skip(deep, [0, 2])]
     found = p_values(case.texts(models), case.joint(models))
     assert min(found.values()) > HONEST, found

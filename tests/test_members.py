@@ -8,6 +8,7 @@ The oracle is the model itself, run without a cache over one row's tokens. A new
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
 from typing import Any
@@ -23,9 +24,11 @@ from transformers import (
 )
 from zoo import CONFIGS, MODES, VOCAB_SIZE, WINDOW, build
 
-from specens.abilities import Probe, probe
-from specens.cache import Masks
-from specens.members import CropMember, Member, ReplayMember, SlotMember, member
+from specens.members.by_row import CropMember, ReplayMember
+from specens.members.cache import Masks
+from specens.members.member import Member
+from specens.members.probe import Probe, member, probe
+from specens.members.slot import SlotMember
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,9 +190,20 @@ def test_both_attention_implementations_are_exact(attention):
     assert rows.worst < EXACT
 
 
+@functools.cache
+def best_form() -> str:
+    """Of `logits_to_keep`: transformers 5.17, unlike 5.23, takes no places of each row."""
+    places = torch.tensor([[0], [1]])
+    with torch.no_grad():
+        kept = build("llama")(torch.ones(2, 3, dtype=torch.int64), logits_to_keep=places).logits
+    return "rows" if kept.shape[:2] == places.shape else "last"
+
+
 @pytest.mark.parametrize("logits_to_keep", ["rows", "last", "all"])
 @pytest.mark.parametrize("mode", ["slot", "crop"])
 def test_kept_logits_are_the_last_valid_ones(mode, logits_to_keep):
+    if logits_to_keep == "rows" != best_form():
+        pytest.skip("this transformers takes no places of each row")
     model = build("llama", dtype=torch.float64)
     rows = Rows(KINDS[mode](model, logits_to_keep=logits_to_keep), batch_size=3, capacity=64)
     rows.forward([7, 2, 5], keep=1)
@@ -285,7 +299,7 @@ def test_probe_finds_the_mode(name, caplog):
     assert found.tree == (found.mode == "slot")
     layer_types = getattr(model.config, "layer_types", None)
     assert found.per_type == (found.mode == "slot" and layer_types is not None)
-    assert found.logits_to_keep == "rows"
+    assert found.logits_to_keep == best_form()
     assert found.continuation == ("token" if name == "mamba" else "chunk")
     lines = [record.getMessage() for record in caplog.records if record.name == "specens"]
     if found.mode == "slot":
@@ -492,7 +506,9 @@ def test_mode_that_is_not_exact_is_refused():
         member(build("mamba2"), mode="crop")
     with pytest.raises(ValueError, match=r"got 'slot' \(slot: its forward takes no position_ids\)"):
         member(build("bloom"), mode="slot")
-    with pytest.raises(ValueError, match="unknown 'slots'; known modes: auto, slot, crop, replay"):
+    with pytest.raises(
+        ValueError, match="member: mode: expected one of auto, slot, crop, replay, got 'slots'"
+    ):
         member(build("llama"), mode="slots")
 
 
@@ -534,7 +550,7 @@ def test_attention_without_4d_masks_falls_back_to_crop(monkeypatch):
     assert found == Probe(
         "LlamaForCausalLM",
         "crop",
-        logits_to_keep="rows",
+        logits_to_keep=best_form(),
         reason="slot: attention 'flash_attention_2' takes no 4-D mask",
     )
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from toys import noisy, prompts, toy
 
 from specens import SpeculativeDecoder, family
+from specens.members.weight_head import WeightHead, last_hidden
 from specens.methods import METHODS, Method, build, method_named
-from specens.weights import WeightHead, last_hidden
+from specens.schedules import Speculative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,16 +93,16 @@ def test_a_hierarchy_is_as_deep_as_it_has_drafts(names: tuple[str, ...], loaded)
     drafts = [models[name] for name in names]
     tokenizers = [tokenizer] * (1 + len(drafts))
     decoder = build(METHODS["hierarchy"], [models["code"]], drafts, tokenizers)
-    assert decoder.schedule.gammas == (3, 5, 7)[: len(drafts)]
+    assert decoder.schedule.tokens == (3, 5, 7)[: len(drafts)]
     assert [one.rule.name for one in decoder.acceptances] == ["rejection"] * len(drafts)
     plain = SpeculativeDecoder([models["code"]], schedule="plain")
     expected = text(plain, loaded, do_sample=False)
     assert text(decoder, loaded, do_sample=False) == expected
     assert all(decoder.statistics.calls)
     given = build(
-        METHODS["hierarchy"], [models["code"]], drafts, tokenizers, num_speculative_tokens=2
+        METHODS["hierarchy"], [models["code"]], drafts, tokenizers, schedule="hierarchy:tokens=2"
     )
-    assert given.schedule.gammas == (2, 4, 6)[: len(drafts)]
+    assert given.schedule.tokens == (2, 4, 6)[: len(drafts)]
 
 
 def test_what_build_refuses(loaded) -> None:
@@ -127,8 +128,10 @@ def test_what_build_refuses(loaded) -> None:
         build(METHODS["diversed"], [code], [models["draft"]], tokenizers, ensemble="product")
     with pytest.raises(ValueError, match=r"acceptance: expected a rule or a list of them, got \{"):
         build(METHODS["fsd"], [code], [code], tokenizers, acceptance={"js": 0.7})
-    with pytest.raises(ValueError, match=r"stop: expected a DraftStop, got 0\.4"):
-        build(METHODS["fsd"], [code], [code], tokenizers, stop=0.4)
+    with pytest.raises(
+        ValueError, match="stop: name: expected one of confidence, entropy, learned, got"
+    ):
+        build(METHODS["fsd"], [code], [code], tokenizers, schedule="speculative:stop=never")
     head = WeightHead(torch.zeros(320), torch.tensor(0.0), "mixture", 192, 128)
     with pytest.raises(ValueError, match=r"weights: expected a head for 128 \+ 192, got"):
         build(METHODS["diversed"], [code], [models["draft"]], tokenizers, head=head)
@@ -175,11 +178,9 @@ def test_weights_of_a_head_give_its_law_at_every_position(ensemble: str, gamma: 
     def found(**options: object) -> dict:
         decoder = SpeculativeDecoder(
             models,
+            schedule=Speculative(proposer=0, tokens=gamma),
             weights=options.pop("weights", head),
             ensemble=ensemble,
-            schedule="speculative",
-            proposer=0,
-            num_speculative_tokens=gamma,
             **options,
         )
         texts = [

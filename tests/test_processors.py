@@ -35,7 +35,8 @@ from transformers import (
 from transformers.generation import logits_process
 
 from specens import SpeculativeDecoder
-from specens.processors import STATEFUL, Warp, per_row, split
+from specens.loop.processors import STATEFUL, Warp, per_row, split
+from specens.schedules import Alternating
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +51,7 @@ def models() -> list[Any]:
     return [first, noisy(first, 1.0), noisy(first, 1.0, seed=1)]
 
 
-def decoder(models: list[Any], size: int, schedule: str, **options: Any) -> SpeculativeDecoder:
+def decoder(models: list[Any], size: int, schedule: Any, **options: Any) -> SpeculativeDecoder:
     draft = {}
     if schedule == "draft":
         draft, schedule = {"draft": models[-1]}, "speculative"
@@ -187,7 +188,8 @@ def test_component_runs_processors_for_the_member_it_draws(models):
 def test_processors_run_once_for_each_law(models):
     """A member that is never rolled back is asked about each position once."""
     recorder = Recorder()
-    fast = decoder([models[0]] * 2, 2, "alternating", num_speculative_tokens=(3, 2), seed=0)
+    schedule = Alternating((3, 2))
+    fast = decoder([models[0]] * 2, 2, schedule, seed=0)
     fast.generate(
         **prompts((5,), VOCAB_SIZE),
         max_new_tokens=20,
@@ -232,7 +234,8 @@ def test_processors_and_padded_vocabularies(schedule):
 
 
 def test_each_row_has_its_own_share():
-    penalty = RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=torch.tensor([2, 0]))
+    penalty = RepetitionPenaltyLogitsProcessor(2.0)
+    penalty.prompt_ignore_length = torch.tensor([2, 0])  # as transformers after 5.17 is given it
     shared = TemperatureLogitsWarper(0.5)
     first, second = per_row([penalty, shared], 2)
     assert isinstance(first, LogitsProcessorList)

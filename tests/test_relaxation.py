@@ -9,7 +9,7 @@ import pytest
 import rules
 import torch
 
-from specens.relaxation import check_lossy, relaxed, written
+from specens.tuning.relaxation import check_lossy, relaxed, spelled
 from specens_kernels import ACCEPTANCE_RULES, Acceptance
 from specens_kernels.acceptance.rules import Situation
 
@@ -115,10 +115,10 @@ def test_what_is_written_is_read_again() -> None:
     for name in ACCEPTANCE_RULES:
         for parameters in [{}, *rules.DEFINITIONS[name].parameters]:
             one = Acceptance(name, **parameters)
-            other = Acceptance.parse(written(one))
+            other = Acceptance.parse(spelled(one))
             assert other.rule is one.rule
             assert other.parameters == pytest.approx(one.parameters, rel=1e-11)
-    assert written(Acceptance("js", threshold=0.3)) == "js:threshold=0.3"
+    assert spelled(Acceptance("js", threshold=0.3)) == "js:threshold=0.3"
 
 
 @pytest.mark.parametrize("name", REFUSED)

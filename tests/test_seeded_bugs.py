@@ -32,12 +32,13 @@ BUGS = {
 }
 
 
-def run(bug: int, sanitizer: str, folder: Path) -> tuple[int, str]:
+def run(bug: int, sanitizer: str, place: Path) -> tuple[int, str]:
     """Build and run with one bug; the exit status and all that was printed."""
-    program = folder / f"seeded_bugs_{bug}_{sanitizer}"
+    program = place / f"seeded_bugs_{bug}_{sanitizer}"
     command = ["g++", "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", "-fno-strict-aliasing", f"-fsanitize={sanitizer}"]
-    command += ["-DSPECENS_SIMT", f"-DSPECENS_SEED_BUG={bug}", "-I", str(simt.ROOT / "csrc")]
+    command += ["-DSPECENS_SIMT", f"-DSPECENS_SEED_BUG={bug}"]
+    command += [f"-I{simt.ROOT / folder}" for folder in ("csrc", "tests")]
     command += ["-o", str(program), str(simt.ROOT / "tests/native/seeded_bugs.cpp")]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr

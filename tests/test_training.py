@@ -20,18 +20,18 @@ from torch import Tensor
 from toys import noisy, sequence_law, toy
 from typer.testing import CliRunner
 
-from specens import SpeculativeDecoder, family, terminal
-from specens.cli import app
-from specens.family.train import HELD_OUT_MODULES
-from specens.training import distil, examples, front, loop, rewards
-from specens.training.diversed import HeadSettings, Pair, advantages, head_loss, train_head
-from specens.training.examples import Example
-from specens.training.loop import Schedule
+from specens import SpeculativeDecoder
+from specens.cli import app, loading, train_draft
+from specens.members.weight_head import WeightHead
+from specens.schedules import Speculative
+from specens.training import batches, distil, examples, front, loop, rewards
+from specens.training.diversed import Pair, advantages, head_loss, train_head
+from specens.training.examples import HELD_OUT_MODULES, Example
 from specens.training.rollouts import Rollout, ensemble_terms, roll_out
-from specens.weights import WeightHead
+from specens.training.settings import DraftSettings, HeadSettings, StepPlan
 
 ENSEMBLES = ("mixture", "product")
-ONE = Schedule(1, 0.1)
+ONE = StepPlan(1, 0.1)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,7 +220,7 @@ def test_rollouts_are_samples_of_the_ensemble(ensemble: str) -> None:
             head,
             [[1, 2]] * number,
             new_tokens=2,
-            seeds=examples.row_seeds(0, 0, number),
+            seeds=batches.row_seeds(0, 0, number),
             vocab_size=5,
         )
     law = sequence_law(
@@ -261,7 +261,7 @@ def test_the_gradient_of_reinforce_is_the_rewards() -> None:
                 head,
                 [prompt.tolist()] * 128,
                 new_tokens=2,
-                seeds=examples.row_seeds(1, batch, 128),
+                seeds=batches.row_seeds(1, batch, 128),
                 vocab_size=4,
             )
             reward = worth[rollout.tokens[:, 0], rollout.tokens[:, 1]]
@@ -308,13 +308,13 @@ def test_a_text_ends_with_its_stop_token() -> None:
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
-    schedule = Schedule(steps=14, rate=1.0, warmup_steps=4)
-    rates = [schedule.rate_at(step) for step in range(14)]
+    plan = StepPlan(steps=14, rate=1.0, warmup_steps=4)
+    rates = [plan.rate_at(step) for step in range(14)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[9] == pytest.approx(0.5)  # half of the cosine's ten steps
     assert all(a > b for a, b in pairwise(rates[4:]))
     assert 0 < rates[-1] < 0.03
-    assert schedule.rate_at(14) == pytest.approx(0, abs=1e-12)
+    assert plan.rate_at(14) == pytest.approx(0, abs=1e-12)
 
 
 class Interrupted(Exception):
@@ -332,7 +332,7 @@ def interrupt_after(steps: int) -> Callable[[int], None]:
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any, Any]:
     """Draft, target and tokenizer of the shipped family."""
-    (draft, target), (tokenizer, _) = terminal.load("test", ["family:draft", "family:code"])
+    (draft, target), (tokenizer, _) = loading.load(["family:draft", "family:code"])
     return draft.requires_grad_(False), target.requires_grad_(False), tokenizer
 
 
@@ -347,7 +347,7 @@ TINY = HeadSettings(
     samples_per_prompt=2,
     new_tokens=4,
     baseline="ema",
-    schedule=Schedule(5, 0.05, warmup_steps=2, save_every=2),
+    plan=StepPlan(5, 0.05, warmup_steps=2, save_every=2),
 )
 LIKELIHOOD = rewards.REWARDS["likelihood"]
 
@@ -388,18 +388,18 @@ def test_only_the_same_run_is_resumed(pair: Pair, tmp_path: Path) -> None:
     def train(settings: HeadSettings = TINY, resume: bool = False) -> None:
         train_head(pair, TEXTS, LIKELIHOOD, settings, tmp_path, resume=resume)
 
-    with pytest.raises(ValueError, match="--resume: expected a checkpoint in"):
+    with pytest.raises(ValueError, match="resume: expected a checkpoint in"):
         train(resume=True)
     train()
-    with pytest.raises(ValueError, match=r"--out: expected a folder without checkpoint\.safetens"):
+    with pytest.raises(ValueError, match=r"folder: expected a folder without checkpoint\.safetens"):
         train()
     with pytest.raises(ValueError, match=r"expected seed = 0, as in the checkpoint, got 3"):
         train(replace(TINY, seed=3), resume=True)
-    schedule = replace(TINY.schedule, rate=0.5)
-    with pytest.raises(ValueError, match=r"expected schedule\.rate = 0\.05"):
-        train(replace(TINY, schedule=schedule), resume=True)
+    plan = replace(TINY.plan, rate=0.5)
+    with pytest.raises(ValueError, match=r"expected plan\.rate = 0\.05"):
+        train(replace(TINY, plan=plan), resume=True)
     (tmp_path / loop.CHECKPOINT).write_text("text")
-    with pytest.raises(ValueError, match="--resume: expected a checkpoint in"):
+    with pytest.raises(ValueError, match="resume: expected a checkpoint in"):
         train(resume=True)
 
 
@@ -456,13 +456,13 @@ def test_windows_follow_each_other_without_overlap() -> None:
 
 
 def test_every_example_comes_once_before_any_comes_again() -> None:
-    order = [place for step in range(5) for place in examples.in_turn(10, 4, step, 7)]
+    order = [place for step in range(5) for place in batches.in_turn(10, 4, step, 7)]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10] != order[10:]
 
 
 def test_examples_are_shuffled_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    examples._order.cache_clear()
+    batches._order.cache_clear()
     shuffled: list[int] = []
     real = torch.randperm
 
@@ -471,16 +471,16 @@ def test_examples_are_shuffled_once_an_epoch(monkeypatch: pytest.MonkeyPatch) ->
         return real(count, **options)
 
     monkeypatch.setattr(torch, "randperm", shuffle)
-    order = [place for step in range(25) for place in examples.in_turn(17, 3, step, 11)]
+    order = [place for step in range(25) for place in batches.in_turn(17, 3, step, 11)]
     assert shuffled == [17] * 5  # 75 places
     dice = [torch.Generator().manual_seed(11 * 1_000_003 + epoch) for epoch in range(5)]
     epochs = [real(17, generator=one).tolist() for one in dice]
     assert order == [place for epoch in epochs for place in epoch][:75]
     # Whoever resumes there takes the same.
-    examples._order.cache_clear()
-    assert examples.in_turn(17, 3, 11, 11) == order[33:36]
+    batches._order.cache_clear()
+    assert batches.in_turn(17, 3, 11, 11) == order[33:36]
     # More than one epoch in a step.
-    assert sorted(examples.in_turn(2, 6, 0, 11)) == [0, 0, 0, 1, 1, 1]
+    assert sorted(batches.in_turn(2, 6, 0, 11)) == [0, 0, 0, 1, 1, 1]
 
 
 def test_json_lines_are_read_and_split(tmp_path: Path) -> None:
@@ -491,7 +491,7 @@ def test_json_lines_are_read_and_split(tmp_path: Path) -> None:
     ]
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    found = examples.read_examples("train", file)
+    found = examples.read_examples(file)
     assert found[:2] == [Example("a", "b"), Example("c", "d", "assert 1\nassert 2")]
     kept, held_out = examples.split(found)
     assert [one.prompt for one in held_out] == ["2", "7"]
@@ -560,7 +560,7 @@ def test_a_reward_needs_its_field_and_leave_to_run_code() -> None:
     found = [Example("a", "1"), Example("b")]
     with pytest.raises(ValueError, match=r'expected "reference" in every example for .* example 2'):
         rewards.reward_for("exact_match", found, allow_code_execution=False)
-    with pytest.raises(ValueError, match="expected --allow-code-execution beside 'tests'"):
+    with pytest.raises(ValueError, match="allow_code_execution: expected leave for 'tests'"):
         rewards.reward_for("tests", [Example("a", tests="b")], allow_code_execution=False)
     reward = rewards.reward_for("tests", [Example("a", tests="b")], allow_code_execution=True)
     assert reward.runs_code
@@ -621,12 +621,12 @@ def test_examples_without_references_have_no_quality_of_text(pair: Pair) -> None
 def learn(tmp_path: Path, draft: Any, targets: list[Any], **changes: Any) -> list[dict[str, float]]:
     """Some steps on random windows of 11 tokens; the draft is trained in place."""
     shares = (1 / len(targets),) * len(targets)
-    settings = distil.DraftSettings(
+    settings = DraftSettings(
         weights=changes.pop("weights", shares),
         windows_per_step=8,
         prompt_tokens=changes.pop("prompt_tokens", 2),
         new_tokens=6,
-        schedule=Schedule(changes.pop("steps", 30), changes.pop("rate", 0.02), 3, save_every=2),
+        plan=StepPlan(changes.pop("steps", 30), changes.pop("rate", 0.02), 3, save_every=2),
         **{name: value for name, value in changes.items() if name not in ("options",)},
     )
     windows = torch.randint(11, (32, 12), generator=torch.Generator().manual_seed(0))
@@ -650,7 +650,7 @@ def test_every_divergence_teaches_the_draft(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
 def test_an_ensemble_of_targets_teaches_its_own_law(ensemble: str, tmp_path: Path) -> None:
     draft, targets = trainable(), [toy(4), toy(5)]
-    settings = distil.DraftSettings(weights=(0.3, 0.7), ensemble=ensemble)
+    settings = DraftSettings(weights=(0.3, 0.7), ensemble=ensemble)
     tokens = torch.randint(11, (2, 6))
     law = distil.Targets(targets, settings, 11).logits(tokens).softmax(-1)
     with torch.no_grad():
@@ -665,7 +665,7 @@ def test_an_ensemble_of_targets_teaches_its_own_law(ensemble: str, tmp_path: Pat
 
 
 def test_the_tokens_with_the_most_left_to_learn_are_selected() -> None:
-    settings = distil.DraftSettings(select=0.4)
+    settings = DraftSettings(select=0.4)
     draft, target, reference = torch.randn(3, 2, 5, 7)
     losses, chosen = distil.token_losses(draft, target, settings, reference)
     known, _ = distil.token_losses(reference, target, replace(settings, select=1.0))
@@ -681,14 +681,14 @@ def test_the_tokens_with_the_most_left_to_learn_are_selected() -> None:
 
 def test_positions_are_rejected_as_often_as_the_laws_differ() -> None:
     draft, target = (1.5 * torch.randn(2, 1, 6, 9)).repeat(1, 2000, 1, 1)
-    seen = distil.rejected(draft, target, examples.row_seeds(0, 0, 2000)).double()
+    seen = distil.rejected(draft, target, batches.row_seeds(0, 0, 2000)).double()
     expected = 0.5 * (draft[0].softmax(-1) - target[0].softmax(-1)).abs().sum(-1).double()
     error = (expected * (1 - expected) / 2000).sqrt()
     z = (seen.mean(0) - expected) / error
     assert z.abs().max() < 4.5  # six numbers: once in 25,000
     # One coin for two positions would make them depend on each other.
     assert abs(torch.corrcoef(seen.T).fill_diagonal_(0)).max() < 4.5 / 2000**0.5
-    assert not distil.rejected(draft, draft, examples.row_seeds(0, 0, 2000)).any()
+    assert not distil.rejected(draft, draft, batches.row_seeds(0, 0, 2000)).any()
 
 
 def test_online_learns_where_the_draft_was_rejected_and_nowhere_else(
@@ -701,7 +701,7 @@ def test_online_learns_where_the_draft_was_rejected_and_nowhere_else(
     assert [row["trained_tokens"] for row in rows] == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(before, same.parameters(), strict=True))
     close = noisy(target, 0.5).requires_grad_(True)
-    law = distil.Targets([target], distil.DraftSettings(), 11)
+    law = distil.Targets([target], DraftSettings(), 11)
     windows = torch.randint(11, (20, 12))
     earlier = distil.held_out_acceptance(close, law, windows)["mean"]
     rows = learn(tmp_path / "close", close, [target], online=True, steps=40, rate=0.003)
@@ -768,38 +768,47 @@ def run(*arguments: str | Path) -> Any:
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no command": ((), "Missing command"),
-    "reward": (("diversed", "--reward", "fun"), "--reward: unknown name 'fun'; known names"),
-    "code": (("diversed", "--reward", "tests"), "expected --allow-code-execution beside 'tests'"),
+    "reward": (
+        ("diversed", "--reward", "fun"),
+        "--reward: expected one of likelihood, exact_match",
+    ),
+    "code": (
+        ("diversed", "--reward", "tests"),
+        "--allow-code-execution: expected leave for 'tests'",
+    ),
     "no tests": (
         ("diversed", "--reward", "tests", "--allow-code-execution"),
         'expected "tests" in every example',
     ),
-    "ensemble": (("diversed", "--ensemble", "sum"), "--ensemble: unknown name 'sum'"),
-    "baseline": (("diversed", "--baseline", "none"), "baseline: unknown name 'none'"),
-    "one sample": (("diversed", "--samples", "1"), "samples_per_prompt: expected >= 2"),
-    "greedy": (("diversed", "--temperature", "0"), "temperature: expected > 0, got 0"),
-    "scale": (("diversed", "--acceptance-scale", "-1"), "acceptance_scale: expected >= 0"),
-    "rate": (("diversed", "--rate", "0"), "rate: expected > 0, got 0"),
+    "ensemble": (("diversed", "--ensemble", "sum"), "--ensemble: expected one of mixture, product"),
+    "baseline": (
+        ("diversed", "--baseline", "none"),
+        "--baseline: expected one of ema, group, got 'none'",
+    ),
+    "one sample": (("diversed", "--samples", "1"), "got 1 (here: --samples)"),
+    "greedy": (("diversed", "--temperature", "0"), "--temperature: expected > 0, got 0"),
+    "scale": (("diversed", "--acceptance-scale", "-1"), "--acceptance-scale: expected >= 0"),
+    "rate": (("diversed", "--rate", "0"), "--rate: expected > 0, got 0"),
     "steps": (("diversed", "--steps", "0"), "--steps"),
     "no file": (("diversed", "--data", "/no/such.jsonl"), "No such file"),
     "evaluation alone": (
         ("diversed", "--evaluation", "x.jsonl", "--target", "/no/such"),
-        "train: --evaluation: expected --data beside it, got none",
+        "train diversed: --evaluation: expected --data beside it, got none",
     ),
     "evaluation of a draft alone": (
         ("draft", "--evaluation", "x.jsonl", "--target", "/no/such"),
-        "train: --evaluation: expected --data beside it, got none",
+        "train draft: --evaluation: expected --data beside it, got none",
     ),
     "no model": (("diversed", "--target", "/no/such"), "expected a folder or a hub name"),
-    "no member": (("diversed", "--draft", "family:poet"), "unknown name 'poet'"),
-    "divergence": (("draft", "--divergence", "js_fsd"), "divergence: unknown name 'js_fsd'"),
+    "no member": (("diversed", "--draft", "family:poet"), "got 'family:poet'"),
+    "divergence": (("draft", "--divergence", "js_fsd"), "--divergence: expected one of"),
     "select": (("draft", "--select", "0"), "select: expected a fraction in (0, 1]"),
     "no reference": (("draft", "--select", "0.4"), "--reference: expected a draft beside --select"),
     "reference": (("draft", "--reference", "family:draft"), "--reference: expected a draft beside"),
     "weights": (("draft", "--weights", "a"), "--weights: expected numbers with commas"),
-    "two weights": (("draft", "--weights", "0.5,0.5"), "weights: expected 1 numbers, one per"),
+    "two weights": (("draft", "--weights", "0.5,0.5"), "--weights: expected 1 numbers, one per"),
     "sum": (("draft", "--weights", "0.5"), "sum to 1"),
-    "dtype": (("draft", "--dtype", "float8"), "unknown name 'float8'"),
+    "dtype": (("draft", "--dtype", "float8"), "--dtype: expected one of auto"),
 }
 
 
@@ -808,7 +817,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(examples, "read_texts", lambda *_, **__: ["a " * 500])
+    monkeypatch.setattr(train_draft, "read_texts", lambda *_: ["a " * 500])
     arguments, words = MISTAKES[mistake]
     result = run(*arguments)
     assert result.exit_code == 2, (result.exception, result.output)
@@ -858,7 +867,7 @@ def test_train_diversed_writes_head_curves_and_result(
     assert (head.ensemble, head.draft_size, head.target_size) == ("product", 128, 192)
     assert head.metadata["task"] == "exact_match"
     decoder = SpeculativeDecoder(
-        shipped[:2], weights=head, ensemble="product", schedule="speculative", proposer=0
+        shipped[:2], schedule=Speculative(proposer=0), weights=head, ensemble="product"
     )
     prompt = torch.tensor([[5, 6, 7]])
     written = decoder.generate(prompt, do_sample=True, max_new_tokens=8, eos_token_id=-1, seed=0)
@@ -866,19 +875,19 @@ def test_train_diversed_writes_head_curves_and_result(
     assert len((out / "curves.csv").read_text().splitlines()) == 3
     again = run("diversed", "--data", data, "--out", out, *tiny, "--reward", "exact_match")
     assert again.exit_code == 2
-    assert "expected a folder without checkpoint.safetensors, or --resume" in again.stderr
+    assert "expected a folder without checkpoint.safetensors, or resume" in again.stderr
 
 
 @pytest.mark.slow
 def test_train_draft_writes_a_draft_that_loads(tmp_path: Path) -> None:
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    text = (family.path("draft").parent / "train.py").read_text()
+    text = Path(distil.__file__).read_text()
     data.write_text("\n".join(json.dumps({"prompt": text}) for _ in range(2)))
     result = run("draft", "--data", data, "--out", out, "--steps", "2", "--window-tokens", "32")
     assert result.exit_code == 0, result.output
     assert "held-out acceptance after: 0." in result.stdout
-    (draft,), _ = terminal.load("test", [str(out)])
-    (before,), _ = terminal.load("test", ["family:draft"])
+    (draft,), _ = loading.load([str(out)])
+    (before,), _ = loading.load(["family:draft"])
     assert draft.dtype == torch.float32
     moved = draft.model.layers[0].mlp.up_proj.weight - before.model.layers[0].mlp.up_proj.weight
     assert 0 < moved.abs().max() < 0.01
@@ -890,12 +899,12 @@ def test_train_draft_writes_a_draft_that_loads(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_train_draft_online_with_models_of_other_widths(tmp_path: Path) -> None:
-    (wide,), (tokenizer,) = terminal.load("test", ["family:draft"])
+    (wide,), (tokenizer,) = loading.load(["family:draft"])
     wide.resize_token_embeddings(4096 + 64, mean_resizing=False)
     for one in (wide, tokenizer):
         one.save_pretrained(tmp_path / "wide")
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    text = (family.path("draft").parent / "train.py").read_text()
+    text = Path(distil.__file__).read_text()
     data.write_text("\n".join(json.dumps({"prompt": text}) for _ in range(2)))
     result = run(
         "draft", "--draft", tmp_path / "wide", "--online", "--data", data, "--out", out,

@@ -23,26 +23,33 @@ import torch
 from toys import noisy, prompts, toy
 from typer.testing import CliRunner
 
-from specens import SpeculativeDecoder, family, measuring, terminal, tuning
-from specens.benchmark import sampling
-from specens.cli import app
-from specens.measuring import (
+from specens import SpeculativeDecoder, family
+from specens.cli import app, loading
+from specens.loop.profile import Candidate, Profile, Stopped, interpolated, survival
+from specens.members.member import Member
+from specens.schedules import (
+    SCHEDULES,
     STOPS,
-    _Agreement,
-    _curve,
-    _drafts,
-    _LookUps,
-    _read,
-    _replayed,
-    _starts,
-    _Sweep,
-    decoder_of,
-    fit_stop,
-    tune,
+    Alternating,
+    Component,
+    ConfidenceStop,
+    EntropyStop,
+    Hierarchy,
+    LookAhead,
+    Lookup,
+    Plain,
+    Speculative,
+    read_schedule,
 )
-from specens.members import Member
-from specens.schedules import SCHEDULES, EntropyStop, stop_features
-from specens.tuning import Candidate, Profile, Stopped, candidates, survival
+from specens.schedules.mixture import best_ahead
+from specens.schedules.stops import stop_features
+from specens.tuning import decoder_of, stops, tune
+from specens.tuning.agreement import Agreement, curve, read, starts
+from specens.tuning.compare import sampling
+from specens.tuning.lookups import LookUps, replayed
+from specens.tuning.measure import Sweep
+from specens.tuning.search import candidates, least_chance
+from specens.tuning.stops import draw, fit_stop
 from specens_kernels import Acceptance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +82,7 @@ def profile() -> Profile:
         stopped=tuple(
             Stopped(
                 model,
-                {"kind": "confidence", "least": 0.4},
+                ConfidenceStop(),
                 tuple(GOES**n for n in range(1, 5)),
                 tuple(KEPT * BOTH**n for n in range(4)),
                 asking=0.04,
@@ -232,38 +239,38 @@ def alternating_turn(dice: Dice, order: Sequence[int], gammas: Sequence[int]) ->
 
 
 SIMULATIONS: dict[str, tuple[Callable[[Profile], float], Callable[[Dice], Turn]]] = {
-    "plain": (tuning.plain, plain_turn),
-    "lookahead 0": (lambda p: tuning.lookahead(p, 0, 0), lambda d: lookahead_turn(d, 0, 0, 16)),
-    "lookahead 3": (lambda p: tuning.lookahead(p, 2, 3), lambda d: lookahead_turn(d, 2, 3, 16)),
+    "plain": (Plain.seconds, plain_turn),
+    "lookahead 0": (lambda p: LookAhead.seconds(p, 0, 0), lambda d: lookahead_turn(d, 0, 0, 16)),
+    "lookahead 3": (lambda p: LookAhead.seconds(p, 2, 3), lambda d: lookahead_turn(d, 2, 3, 16)),
     "lookahead cut": (
-        lambda p: tuning.lookahead(p, 0, 2, 3),
+        lambda p: LookAhead.seconds(p, 0, 2, 3),
         lambda d: lookahead_turn(d, 0, 2, 3),
     ),
-    "member 3": (lambda p: tuning.speculative(p, 2, 3), lambda d: speculative_turn(d, 2, 3)),
-    "draft 6": (lambda p: tuning.speculative(p, 4, 6), lambda d: speculative_turn(d, 4, 6)),
+    "member 3": (lambda p: Speculative.seconds(p, 2, 3), lambda d: speculative_turn(d, 2, 3)),
+    "draft 6": (lambda p: Speculative.seconds(p, 4, 6), lambda d: speculative_turn(d, 4, 6)),
     "stop of a member": (
-        lambda p: tuning.stopping(p, p.stopped[0], 6),
+        lambda p: Speculative.stopped_seconds(p, p.stopped[0], 6),
         lambda d: stopping_turn(d, 1, 6),
     ),
     "stop of a draft": (
-        lambda p: tuning.stopping(p, p.stopped[1], 3),
+        lambda p: Speculative.stopped_seconds(p, p.stopped[1], 3),
         lambda d: stopping_turn(d, 4, 3),
     ),
-    "lookup": (lambda p: tuning.lookup(p, 2), lookup_turn),
+    "lookup": (lambda p: Lookup.seconds(p, 2), lookup_turn),
     "hierarchy of 2": (
-        lambda p: tuning.hierarchy(p, (3, 5), (2, 4)),
+        lambda p: Hierarchy.seconds(p, (3, 5), (2, 4)),
         lambda d: hierarchy_turn(d, (3, 5), (2, 4)),
     ),
     "hierarchy of 3": (
-        lambda p: tuning.hierarchy(p, (3, 4, 5), (3, 3, 5)),
+        lambda p: Hierarchy.seconds(p, (3, 4, 5), (3, 3, 5)),
         lambda d: hierarchy_turn(d, (3, 4, 5), (3, 3, 5)),
     ),
     "alternating of 2": (
-        lambda p: tuning.alternating(p, (1, 0), (4, 2)),
+        lambda p: Alternating.seconds(p, (1, 0), (4, 2)),
         lambda d: alternating_turn(d, (1, 0), (4, 2)),
     ),
     "alternating of 3": (
-        lambda p: tuning.alternating(p, (2, 0, 1), (3, 1, 2)),
+        lambda p: Alternating.seconds(p, (2, 0, 1), (3, 1, 2)),
         lambda d: alternating_turn(d, (2, 0, 1), (3, 1, 2)),
     ),
 }
@@ -292,7 +299,7 @@ def test_a_prediction_is_the_mean_of_its_simulation(name: str) -> None:
 def test_a_component_reads_what_it_has_missed() -> None:
     turns = component_turns(Dice(profile()), 20_000)
     mean, error = simulated(turns)
-    assert abs(tuning.component(profile()) - mean) <= 4.5 * error
+    assert abs(Component.seconds(profile()) - mean) <= 4.5 * error
     lazy = sum(w * t[0][1] for w, t in zip(profile().weights, profile().forwards, strict=False))
     assert abs(lazy + 0.05 - mean) > 4.5 * error  # as if nothing were missed
 
@@ -306,21 +313,21 @@ def test_the_simulation_rejects_other_formulas() -> None:
 
     # A block whose verification costs one token's forward.
     flat = replace(here, forwards=tuple(times[:1] for times in here.forwards))
-    assert rejected(tuning.speculative(flat, 4, 6), SIMULATIONS["draft 6"][1])
+    assert rejected(Speculative.seconds(flat, 4, 6), SIMULATIONS["draft 6"][1])
     # Other numbers of tokens.
-    assert rejected(tuning.hierarchy(here, (3, 5), (1, 1)), SIMULATIONS["hierarchy of 2"][1])
-    assert rejected(tuning.alternating(here, (1, 0), (4, 1)), SIMULATIONS["alternating of 2"][1])
+    assert rejected(Hierarchy.seconds(here, (3, 5), (1, 1)), SIMULATIONS["hierarchy of 2"][1])
+    assert rejected(Alternating.seconds(here, (1, 0), (4, 1)), SIMULATIONS["alternating of 2"][1])
     # A stop that knows nothing of what is kept, and one that nobody minds.
     blind = replace(here.stopped[1], kept=tuple(KEPT * (GOES * KEPT) ** n for n in range(4)))
-    assert rejected(tuning.stopping(here, blind, 3), SIMULATIONS["stop of a draft"][1])
+    assert rejected(Speculative.stopped_seconds(here, blind, 3), SIMULATIONS["stop of a draft"][1])
     deaf = replace(here.stopped[1], going=(1.0, 1.0))
-    assert rejected(tuning.stopping(here, deaf, 3), SIMULATIONS["stop of a draft"][1])
+    assert rejected(Speculative.stopped_seconds(here, deaf, 3), SIMULATIONS["stop of a draft"][1])
     # Look-ups that always find something.
     always = replace(here, found=(here.found[0], FOUND[2:]))
-    assert rejected(tuning.lookup(always, 2), SIMULATIONS["lookup"][1])
+    assert rejected(Lookup.seconds(always, 2), SIMULATIONS["lookup"][1])
     # Tokens of others that are always kept.
     sure = replace(here, kept=(((1.0,),) * 7,) * 6)
-    assert rejected(tuning.lookahead(sure, 2, 3), SIMULATIONS["lookahead 3"][1])
+    assert rejected(LookAhead.seconds(sure, 2, 3), SIMULATIONS["lookahead 3"][1])
 
 
 def test_known_speedups() -> None:
@@ -334,17 +341,24 @@ def test_known_speedups() -> None:
             verify=((0, 0.0),),
             kept=(((chance,),) * (size + 1),) * size,
         )
-        found = tuning.alternating(free, range(size), (1,) * size)
+        found = Alternating.seconds(free, range(size), (1,) * size)
         assert found == pytest.approx(size - (size - 1) * chance, rel=1e-9)
         # Leviathan et al. 2023, theorem 3.8, with a member of the ensemble as the draft.
-        found = tuning.speculative(free, 0, 3)
+        found = Speculative.seconds(free, 0, 3)
         assert found == pytest.approx((3 + size) / sum(chance**i for i in range(4)))
 
 
 def test_times_are_interpolated_and_go_on() -> None:
     times = ((1, 1.0), (2, 3.0), (4, 4.0))
-    assert [tuning.at(times, n) for n in (0, 1, 2, 3, 4, 6)] == [1.0, 1.0, 3.0, 3.5, 4.0, 5.0]
-    assert tuning.at(((1, 2.0),), 7) == 2.0
+    assert [interpolated(times, n) for n in (0, 1, 2, 3, 4, 6)] == [
+        1.0,
+        1.0,
+        3.0,
+        3.5,
+        4.0,
+        5.0,
+    ]
+    assert interpolated(((1, 2.0),), 7) == 2.0
 
 
 def test_chances_go_on_with_the_last_ratio() -> None:
@@ -361,19 +375,17 @@ def test_no_chain_and_no_number_of_tokens_is_faster_than_the_one_found() -> None
     chains = [c for n in (1, 2, 3) for c in itertools.combinations(here.drafts, n)]
     best = {
         chain: min(
-            (tuning.hierarchy(here, chain, gammas), gammas)
+            (Hierarchy.seconds(here, chain, gammas), gammas)
             for gammas in itertools.product(range(1, 6), repeat=len(chain))
         )
         for chain in chains
     }
-    found = [one for one in candidates(here, most=5) if one.drafts and "stop" not in one.arguments]
+    found = [one for one in candidates(here, most=5) if one.drafts and " stop" not in one.name]
     assert len(found) == len(chains)
     for one in found:
         seconds, gammas = best[tuple(MEMBERS + i for i in one.drafts)]
         assert one.seconds == pytest.approx(seconds)
-        tokens = one.arguments["num_speculative_tokens"]
-        assert (tokens if isinstance(tokens, list) else [tokens]) == list(gammas)
-        assert one.schedule == ("hierarchy" if len(gammas) > 1 else "speculative")
+        assert one.schedule == (Hierarchy(gammas) if len(gammas) > 1 else Speculative(*gammas))
     assert found[0].seconds == min(seconds for seconds, _ in best.values())
 
 
@@ -381,18 +393,18 @@ def test_candidates_are_sorted_and_of_every_kind() -> None:
     found = candidates(profile())
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     kinds = {*SCHEDULES} - {"companion"}  # as the README says
-    assert {one.schedule for one in found} == kinds
-    (stopped,) = [one for one in found if "stop" in one.arguments]
+    assert {one.schedule.name for one in found} == kinds
+    (stopped,) = [one for one in found if " stop" in one.name]
     seconds, model, gamma = min(
-        (tuning.stopping(profile(), one, gamma), one.model, gamma)
+        (Speculative.stopped_seconds(profile(), one, gamma), one.model, gamma)
         for one in profile().stopped
         for gamma in range(2, 9)
     )
     assert stopped.seconds == seconds
-    assert stopped.arguments["num_speculative_tokens"] == gamma
+    assert stopped.schedule.tokens == gamma
     assert stopped.drafts == (() if model < MEMBERS else (model - MEMBERS,))
     one_law = candidates(profile(), components=False)
-    assert {one.schedule for one in one_law} == kinds - {"component", "lookahead"}
+    assert {one.schedule.name for one in one_law} == kinds - {"component", "lookahead"}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -406,11 +418,11 @@ def test_members_are_tried_in_turn(size: int) -> None:
         base.verify,
         tuple(one[: size + 1] for one in base.kept[:size]),
     )
-    found = {one.schedule: one for one in reversed(candidates(here, most=4))}
+    found = {one.schedule.name: one for one in reversed(candidates(here, most=4))}
     assert ("alternating" in found) == (size > 1)
     if size in (2, 3):
         best = min(
-            tuning.alternating(here, order, gammas)
+            Alternating.seconds(here, order, gammas)
             for order in itertools.permutations(range(size))
             for gammas in itertools.product(range(1, 5), repeat=size)
         )
@@ -423,14 +435,14 @@ def test_blocks_that_are_always_kept_take_turns_for_ever() -> None:
     sure = replace(here, kept=(((1.0,),) * 7,) * 6)
     almost = replace(here, kept=(((1 - 1e-8,),) * 7,) * 6)
     order, gammas = (1, 0, 2), (2, 1, 3)
-    found = tuning.alternating(sure, order, gammas)
-    assert found == pytest.approx(tuning.alternating(almost, order, gammas), rel=1e-5)
+    found = Alternating.seconds(sure, order, gammas)
+    assert found == pytest.approx(Alternating.seconds(almost, order, gammas), rel=1e-5)
     assert found > sum(here.forward(m, 1) for m in range(MEMBERS)) / sum(gammas)
 
 
 def test_models_of_one_size_need_no_lookahead_and_cheap_ones_do() -> None:
     def best(share: float, cost: float, token_cost: float, kept: float) -> int:
-        return tuning.best_ahead((share, 1 - share), (cost, 1.0), 0, token_cost, kept, 16)
+        return best_ahead((share, 1 - share), (cost, 1.0), 0, token_cost, kept, 16)
 
     assert best(0.5, 1.0, 0.0, 1.0) == 0
     assert best(1.0, 0.1, 0.0, 1.0) == 0
@@ -447,16 +459,16 @@ def test_models_of_one_size_need_no_lookahead_and_cheap_ones_do() -> None:
 def test_looking_ahead_counts_every_member_that_is_asked() -> None:
     """One cheap member and four dear ones: a second foreign token is mostly another member's."""
     weights, costs = (0.2,) * 5, (0.1, 1.0, 1.0, 1.0, 1.0)
-    assert tuning.best_ahead(weights, costs, 0, 0.1, 0.7, 16) == 0
-    assert tuning.best_ahead((0.2, 0.8), (0.1, 1.0), 0, 0.1, 0.7, 16) >= 2
+    assert best_ahead(weights, costs, 0, 0.1, 0.7, 16) == 0
+    assert best_ahead((0.2, 0.8), (0.1, 1.0), 0, 0.1, 0.7, 16) >= 2
 
 
 def test_a_draft_is_not_worth_a_time_that_it_cannot_save() -> None:
     here = profile()
-    cheap, dear = (tuning.least_chance(here, m, 2.0) for m in (3, 1))
+    cheap, dear = (least_chance(here, m, 2.0) for m in (3, 1))
     assert 0.05 <= cheap < dear <= 0.95
     useless = replace(here, kept=(((0.0,),) * 7,) * 6)
-    assert tuning.least_chance(useless, 3, 2.0) == 0.95
+    assert least_chance(useless, 3, 2.0) == 0.95
 
 
 # --- the learned stop -----------------------------------------------------------------------------
@@ -572,9 +584,8 @@ def test_what_is_predicted_is_what_the_loop_takes(
     found = tune(
         models[:2],
         texts(),
+        sampling(300 if temperature > 0 else 120, temperature=temperature),
         drafts=models[2:],
-        temperature=temperature,
-        max_new_tokens=300 if temperature > 0 else 120,
         weights=(0.6, 0.4),
     )
     for times, (start, each) in zip(found.profile.forwards, COSTS.values(), strict=True):
@@ -582,7 +593,7 @@ def test_what_is_predicted_is_what_the_loop_takes(
     assert found.profile.draw == 0
     assert set(dict(found.profile.verify).values()) == {0.0}
     for one in found.candidates:
-        if "stop" in one.arguments:  # see test_long_proposals_are_predicted_too
+        if " stop" in one.name:  # see test_long_proposals_are_predicted_too
             continue
         decoder = decoder_of(one, models[:2], drafts=models[2:], weights=(0.6, 0.4))
         # When sampled, another text is written now: of 360 tokens the time varies by up to 7 %.
@@ -595,10 +606,10 @@ def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
     """Against full forwards, without a cache."""
     text, drafts = texts()[0], [models[2], models[0]]
     decoder = SpeculativeDecoder(models[:2], schedule="hierarchy", draft=drafts, weights=(0.6, 0.4))
-    sweep, agreement = _Sweep(), _Agreement(4, 2, 8)
+    sweep, agreement = Sweep(), Agreement(4, 2, 8)
     decoder.schedule = sweep
     written = decoder.generate(text, seed=0, **sampling(80, temperature=0.7))
-    _read(decoder, sweep, agreement, written, text.shape[1])
+    read(decoder, sweep, agreement, written, text.shape[1])
     with torch.no_grad():
         laws = [
             (model(written[:, :-1]).logits[0, text.shape[1] - 1 :] / 0.7).double().softmax(-1)
@@ -616,23 +627,23 @@ def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:
 def test_a_block_begins_where_another_ended() -> None:
     """Greedy drafts, four kept and four refused: five blocks of eight tokens, one kept whole."""
 
-    def starts(kept: torch.Tensor, size: int) -> list[float]:
-        return _starts(kept, kept, size).tolist()
+    def begins_of(kept: torch.Tensor, size: int) -> list[float]:
+        return starts(kept, kept, size).tolist()
 
     text = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0] * 6, dtype=torch.float64)
     begins = [1.0, 0, 0, 0, 0, 1, 1, 1] * 6
-    assert starts(text, 4) == begins
+    assert begins_of(text, 4) == begins
     # Of the texts' last block, what would come next is not known.
-    assert _curve([text], 8)[:4] == pytest.approx([0.25] * 4, abs=0.02)
+    assert curve([text], 8)[:4] == pytest.approx([0.25] * 4, abs=0.02)
     even = torch.full((200,), 0.7, dtype=torch.float64)
-    assert _curve([even], 8) == pytest.approx([0.7**n for n in range(1, 9)])
-    assert _curve([even[:3]], 8) == pytest.approx([0.7, 0.49, 0.343])
+    assert curve([even], 8) == pytest.approx([0.7**n for n in range(1, 9)])
+    assert curve([even[:3]], 8) == pytest.approx([0.7, 0.49, 0.343])
 
 
 def test_the_text_that_is_measured_by_is_the_ensembles(models: list[Any]) -> None:
     plain = SpeculativeDecoder(models[:2], schedule="plain")
     swept = SpeculativeDecoder(models[:2], schedule="hierarchy", draft=[models[2]])
-    swept.schedule = _Sweep()
+    swept.schedule = Sweep()
     for text in texts():
         found, expected = (
             one.generate(text, do_sample=False, max_new_tokens=60) for one in (swept, plain)
@@ -642,7 +653,7 @@ def test_the_text_that_is_measured_by_is_the_ensembles(models: list[Any]) -> Non
 
 def test_too_little_text_is_an_error(models: list[Any]) -> None:
     with pytest.raises(ValueError, match="tune: max_new_tokens: expected enough to time every mod"):
-        tune(models[:2], texts()[:1], max_new_tokens=2)
+        tune(models[:2], texts()[:1], sampling(2))
 
 
 def ending(models: list[Any], monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
@@ -653,10 +664,10 @@ def ending(models: list[Any], monkeypatch: pytest.MonkeyPatch, tokens: Sequence[
 def test_texts_that_end_at_once_are_measured_by(
     models: list[Any], clock: Clock, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    options: dict[str, Any] = {"drafts": models[2:], "temperature": temperature}
-    whole = tune(models[:2], texts(), max_new_tokens=40, **options)
+    options = sampling(40, temperature=temperature)
+    whole = tune(models[:2], texts(), options, drafts=models[2:])
     ending(models, monkeypatch, range(23))  # every token does
-    found = tune(models[:2], texts(), max_new_tokens=40, **options)
+    found = tune(models[:2], texts(), options, drafts=models[2:])
     assert found.num_tokens == 120
     assert found == replace(whole, seconds=found.seconds)
     assert models[0].generation_config.eos_token_id == list(range(23))
@@ -670,7 +681,7 @@ def test_acceptance_is_of_the_texts_up_to_their_ends(
     options = sampling(200, temperature=0.0)
     sizes = [plain.generate(text, **options).shape[1] - text.shape[1] for text in texts()]
     assert 16 <= sum(sizes) < 600  # some do end
-    found = tune(models[:2], texts(), max_new_tokens=200, temperature=0.0)
+    found = tune(models[:2], texts(), options)
     assert found.num_tokens == sum(sizes)
     # What is written beyond the ends is timed all the same.
     assert [n for n, _ in found.profile.forwards[0]] == [1, 2, 4, 8]
@@ -679,36 +690,32 @@ def test_acceptance_is_of_the_texts_up_to_their_ends(
 def test_few_turns_are_enough(models: list[Any], clock: Clock) -> None:
     """Each model is timed in two sizes at least: a block costs more than its first token."""
     for count in (6, 8, 12):
-        found = tune(models[:2], texts()[:1], drafts=models[2:], max_new_tokens=count)
+        found = tune(models[:2], texts()[:1], sampling(count), drafts=models[2:])
         for times, (start, each) in zip(found.profile.forwards, COSTS.values(), strict=True):
             assert len(times) > 1
             assert all(seconds == start + each * n for n, seconds in times)
 
 
 def test_a_product_has_no_components(models: list[Any]) -> None:
-    found = tune(models[:2], texts(), ensemble="product", weights=(1.5, -0.5), max_new_tokens=40)
-    kinds = {one.schedule for one in found.candidates}
+    found = tune(models[:2], texts(), sampling(40), ensemble="product", weights=(1.5, -0.5))
+    kinds = {one.schedule.name for one in found.candidates}
     assert kinds == {"plain", "speculative", "alternating", "lookup"}
 
 
 def test_every_kind_of_stop_is_a_candidate(models: list[Any]) -> None:
-    found = tune(models[:2], texts(), drafts=models[2:], max_new_tokens=40)
-    stops = {one.arguments["stop"]["kind"]: one for one in found.candidates if "stop" in one.name}
-    assert set(stops) == {"confidence", "entropy", "learned"}
-    for kind, one in stops.items():
-        saved = json.loads(json.dumps(one.arguments))
-        decoder = decoder_of(replace(one, arguments=saved), models[:2], drafts=models[2:])
-        made = decoder.schedule.stop  # type: ignore[attr-defined]
-        assert type(made) is type(
-            STOPS[kind](**({"coefficients": ()} if kind == "learned" else {}))
-        )
-        proposer = 2 if one.drafts else one.arguments["proposer"]
+    found = tune(models[:2], texts(), sampling(40), drafts=models[2:])
+    stopped = {one.schedule.stop.name: one for one in found.candidates if " stop" in one.name}
+    assert set(stopped) == set(STOPS)
+    for kind, one in stopped.items():
+        saved = json.loads(json.dumps(one.as_dict()))
+        again = replace(one, schedule=read_schedule(saved["schedule"]))
+        assert again == one
+        decoder = decoder_of(again, models[:2], drafts=models[2:])
+        stop = decoder.schedule.stop  # type: ignore[attr-defined]
+        assert type(stop) is STOPS[kind]
         if kind == "learned":
-            assert (*made.coefficients, made.least) == (
-                *found.stops[proposer].coefficients,
-                found.stops[proposer].least,
-            )
-    assert found.checked()[0].schedule == "plain"
+            assert stop == found.stops[2 if one.drafts else one.schedule.proposer]
+    assert found.checked()[0].schedule == Plain()
     assert found.best() == found.candidates[0]
 
 
@@ -721,7 +728,7 @@ def test_a_stop_is_told_the_same_by_the_loop_and_by_measuring(models: list[Any])
             told.append(stop_features(log_probs, logits))
             return [False] * len(logits)
 
-    decoder = SpeculativeDecoder(models[:1], schedule="speculative", draft=models[2], stop=Ears())
+    decoder = SpeculativeDecoder(models[:1], schedule=Speculative(stop=Ears()), draft=models[2])
     for temperature in (0.0, 0.7):
         told.clear()
         written = decoder.generate(texts()[0], seed=1, **sampling(12, temperature=temperature))
@@ -731,7 +738,7 @@ def test_a_stop_is_told_the_same_by_the_loop_and_by_measuring(models: list[Any])
         law = (logits / (temperature or 1.0)).softmax(-1)
         if temperature == 0:
             law = torch.nn.functional.one_hot(law.argmax(-1), 23).float()
-        seen = _drafts(logits, law, law, greedy=temperature == 0)
+        seen = draw(logits, law, law, greedy=temperature == 0)
         assert bool((seen.chances == 1).all())
         near = (seen.features[0] - told[0].double()).abs().amax(-1)
         assert float(near.min()) < 1e-4  # one of the four draws is the loop's; at 0 all are
@@ -745,35 +752,34 @@ def test_long_proposals_are_predicted_too(
 ) -> None:
     """Stops that end some blocks, and look-ups, at sizes that the search would not choose."""
     # No law over 23 tokens is flat enough for the default.
-    monkeypatch.setitem(measuring._READY, "entropy", EntropyStop(least=0.35))
+    monkeypatch.setitem(stops.READY, "entropy", EntropyStop(least=0.35))
     size = 300 if temperature > 0 else 120
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
-    found = tune(models[:2], texts(), max_new_tokens=size, temperature=temperature, **options)
+    found = tune(models[:2], texts(), sampling(size, temperature=temperature), **options)
     here, wrong, ends = found.profile, [], []
 
-    def compare(predicted: float, schedule: str, arguments: dict[str, Any], draft: bool) -> float:
-        one = Candidate("", schedule, arguments, (0,) if draft else (), 0.0)
+    def compare(predicted: float, schedule: Any, draft: bool) -> float:
+        one = Candidate("", schedule, 0.0, (0,) if draft else ())
         decoder = decoder_of(one, models[:2], **options)
         expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
-        assert predicted == pytest.approx(expected, rel=0.08), arguments
+        assert predicted == pytest.approx(expected, rel=0.08), schedule
         return expected
 
     for one in here.stopped:
         if one.model == 0:
             continue
-        arguments = {"num_speculative_tokens": 8, "stop": one.stop}
-        arguments |= {} if one.model == 2 else {"proposer": one.model}
-        predicted = tuning.stopping(here, one, 8)
-        expected = compare(predicted, "speculative", arguments, one.model == 2)
-        wrong.append(abs(tuning.speculative(here, one.model, 8) / expected - 1))
+        schedule = Speculative(8, None if one.model == 2 else one.model, one.stop)
+        predicted = Speculative.stopped_seconds(here, one, 8)
+        expected = compare(predicted, schedule, one.model == 2)
+        wrong.append(abs(Speculative.seconds(here, one.model, 8) / expected - 1))
         ends.append(one.going[0] < 0.95)
     assert sum(ends) >= 3
     assert temperature > 0 or max(wrong) > 0.5  # as if nothing were stopped
     for gamma in (1, 4):
-        predicted = tuning.lookup(here, gamma)
-        expected = compare(predicted, "lookup", {"num_speculative_tokens": gamma}, False)
+        predicted = Lookup.seconds(here, gamma)
+        expected = compare(predicted, Lookup(gamma), False)
         sure = replace(here, found=(((gamma, 1.0, gamma),),) * gamma)
-        assert temperature == 0 or tuning.lookup(sure, gamma) < 0.9 * expected
+        assert temperature == 0 or Lookup.seconds(sure, gamma) < 0.9 * expected
 
 
 @pytest.mark.slow
@@ -783,9 +789,9 @@ def test_lossy_rules_are_predicted_and_never_the_best(
 ) -> None:
     rules = [Acceptance.parse(rule) for rule in LOSSY]
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
-    law: dict[str, Any] = {"temperature": temperature, "acceptances": rules}
-    found = tune(models[:2], texts(), max_new_tokens=120, **law, **options)
-    lossy = {one.arguments["acceptance"]: one for one in found.candidates if not one.lossless}
+    writing = sampling(120, temperature=temperature)
+    found = tune(models[:2], texts(), writing, acceptances=rules, **options)
+    lossy = {one.acceptance: one for one in found.candidates if not one.lossless}
     assert list(lossy) == sorted(LOSSY, key=lambda rule: lossy[rule].seconds)
     assert not found.candidates[0].lossless  # or the next line would say nothing
     assert found.best().lossless
@@ -798,18 +804,17 @@ def test_lossy_rules_are_predicted_and_never_the_best(
         if one.model != 2:
             continue
         for gamma in (2, 8):
-            arguments = {"num_speculative_tokens": gamma, "acceptance": one.acceptance}
-            way = Candidate("", "speculative", arguments, (0,), 0.0)
+            way = Candidate("", Speculative(gamma), 0.0, (0,), one.acceptance)
             decoder = decoder_of(way, models[:2], **options)
             expected = seconds_per_token(decoder, temperature, 3 if temperature > 0 else 1)
-            predicted = tuning.relaxing(found.profile, one, gamma)
+            predicted = Speculative.relaxed_seconds(found.profile, one, gamma)
             if temperature == 0:
-                assert predicted == pytest.approx(expected, rel=0.03), arguments
+                assert predicted == pytest.approx(expected, rel=0.03), way
             elif one.acceptance in SMOOTH:
-                assert predicted == pytest.approx(expected, rel=0.07), arguments
+                assert predicted == pytest.approx(expected, rel=0.07), way
             # A gate lets whole stretches pass or none: 360 tokens tell its time within some 20 %.
             if temperature > 0:
-                assert tuning.speculative(found.profile, 2, gamma) > 1.1 * expected, arguments
+                assert Speculative.seconds(found.profile, 2, gamma) > 1.1 * expected, way
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4, 8])
@@ -818,19 +823,19 @@ def test_long_blocks_begin_more_rarely_where_drafts_are_kept(
 ) -> None:
     """Greedy texts that repeat themselves: a draft is kept in two of them, never in the third."""
     options: dict[str, Any] = {"drafts": models[2:], "weights": (0.6, 0.4)}
-    found = tune(models[:2], texts(), max_new_tokens=120, temperature=0.0, **options)
-    way = Candidate("", "speculative", {"num_speculative_tokens": gamma}, (0,), 0.0)
+    found = tune(models[:2], texts(), sampling(120, temperature=0.0), **options)
+    way = Candidate("", Speculative(gamma), 0.0, (0,))
     expected = seconds_per_token(decoder_of(way, models[:2], **options), 0.0, 1)
-    predicted = tuning.speculative(found.profile, 2, gamma)
+    predicted = Speculative.seconds(found.profile, 2, gamma)
     assert predicted == pytest.approx(expected, rel=0.03)
     if gamma != 4:  # the size that one curve for all is made for
-        of_all = tuning.speculative(replace(found.profile, blocks=()), 2, gamma)
+        of_all = Speculative.seconds(replace(found.profile, blocks=()), 2, gamma)
         assert abs(of_all / expected - 1) > 0.07
 
 
 def test_one_model_alone_looks_up(models: list[Any], clock: Clock) -> None:
-    found = tune(models[:1], texts(), max_new_tokens=40)
-    assert {one.schedule for one in found.candidates} == {"plain", "lookup"}
+    found = tune(models[:1], texts(), sampling(40))
+    assert {one.schedule.name for one in found.candidates} == {"plain", "lookup"}
     start, each = COSTS["0"]
     (times,) = found.profile.forwards
     assert {1, 2, 4, 8} <= {n for n, _ in times}
@@ -840,14 +845,14 @@ def test_one_model_alone_looks_up(models: list[Any], clock: Clock) -> None:
 def test_what_is_looked_up_is_what_the_loop_looks_up() -> None:
     #        0  1  2  3  4  5  6  7  8  9
     text = [5, 6, 7, 5, 6, 7, 5, 8, 9, 5]
-    found = _LookUps(text, 3, 4)
+    found = LookUps(text, 3, 4)
     law = torch.full((10,), 0.5)
     for place in range(7):
         found.read(place, law)
     # "7" has not occurred; "5" has, and 6 7 5 is kept; "8" and "9" have not. The law finds each
     # proposal that follows what was written as likely as not.
     assert list(found.turns(4)) == [(0, 0.0), (3, 1.5), (0, 0.0), (0, 0.0)]
-    assert _replayed([found], 4) == ((0, 0.75, 0.0), (3, 0.25, 1.5))
+    assert replayed([found], 4) == ((0, 0.75, 0.0), (3, 0.25, 1.5))
     # Two at most: of 6 7, which are kept, then of 8, which follows "5" no more than 6 does.
     assert list(found.turns(2)) == [(0, 0.0), (2, 1.0), (2, 0.5), (0, 0.0), (0, 0.0)]
 
@@ -893,7 +898,7 @@ def test_a_lossy_rule_is_reported_and_not_chosen(tmp_path: Path) -> None:
     saved = json.loads(file.read_text(encoding="utf-8"))
     assert saved["best"]["law"] == "target"
     lossy = [one for one in saved["candidates"] if one["law"] != "target"]
-    assert {one["arguments"]["acceptance"] for one in lossy} == {
+    assert {one["acceptance"] for one in lossy} == {
         "cactus:divergence=0.75",
         "js:threshold=0.3",
     }
@@ -907,8 +912,8 @@ def test_a_lossy_rule_is_reported_and_not_chosen(tmp_path: Path) -> None:
     [
         (("--draft", "family:draft", "--acceptance", "block"), "lossy rule that judges each token"),
         (("--draft", "family:draft", "--acceptance", "jss"), "got 'jss'"),
-        (("--acceptance", "js"), "acceptance: expected a draft or a second member to judge"),
-        (("--max-new-tokens", "2"), "max_new_tokens: expected enough to time every model"),
+        (("--acceptance", "js"), "--acceptance: expected a draft or a second member to judge"),
+        (("--max-new-tokens", "2"), "--max-new-tokens: expected enough to time every model"),
     ],
 )
 def test_mistakes_of_tune(arguments: tuple[str, ...], words: str) -> None:
@@ -943,7 +948,7 @@ def test_only_the_drafts_of_the_best_candidate_are_loaded(tmp_path: Path) -> Non
     file = tmp_path / "tuned.json"
     listed = {"models": ["family:code"], "drafts": ["/no/such", "family:draft", "/nor/this"]}
     for schedule, drafts in (("plain", []), ("speculative", [1])):
-        best = {"name": "x", "schedule": schedule, "arguments": {}, "drafts": drafts, "seconds": 1}
+        best = {"name": "x", "schedule": schedule, "drafts": drafts, "seconds": 1}
         file.write_text(json.dumps({**listed, "threads": 1, "law": {}, "best": best}))
         result = run("generate", "x", "--config", file, "--max-new-tokens", "4", "--json")
         assert result.exit_code == 0, result.output
@@ -958,8 +963,7 @@ def test_only_the_drafts_of_the_best_candidate_are_loaded(tmp_path: Path) -> Non
 def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:
     best = {
         "name": "x",
-        "schedule": "speculative",
-        "arguments": {"num_speculative_tokens": 2, "stop": {"kind": "confidence", "least": 0.4}},
+        "schedule": "speculative:tokens=2,stop=confidence(least=0.25)",
         "drafts": [0],
         "seconds": 1.0,
     }
@@ -968,8 +972,8 @@ def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(whole | {"best": best}))
     result = run("generate", "x", "--config", file, "--max-new-tokens", "4")
     assert result.exit_code == 0, result.output
-    other = {"num_speculative_tokens": 2, "stop": {"kind": "whim"}}
-    for wrong in ({"drafts": [1]}, {"arguments": other}, {"extra": 0}):
+    whim = {"schedule": "speculative:stop=whim"}
+    for wrong in ({"drafts": [1]}, whim, {"acceptance": "typcal"}, {"extra": 0}):
         file.write_text(json.dumps(whole | {"best": best | wrong}))
         result = run("generate", "x", "--config", file)
         assert result.exit_code == 2
@@ -991,4 +995,4 @@ def test_mistakes(arguments: tuple[str, ...], words: str) -> None:
     result = run("generate", "x", *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
-    assert terminal.FAMILY_PREFIX not in result.stderr
+    assert loading.FAMILY_PREFIX not in result.stderr

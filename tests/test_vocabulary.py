@@ -10,7 +10,7 @@ from toys import logits_after, prompts, toy
 from transformers import PreTrainedTokenizerFast
 
 from specens import SpeculativeDecoder
-from specens.vocabulary import shared_vocabulary
+from specens.members.vocabulary import shared_vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toys import toy
 
-from specens.weights import WeightHead, hidden_size, last_hidden
+from specens.members.weight_head import WeightHead, hidden_size, last_hidden
 
 DRAFT, TARGET = 3, 5
 
@@ -164,7 +164,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected 3 + 4 numbers, got 8",
     ),
     "size": (ours(GOOD, '{"draft_hidden_size": "3"}'), "expected counts as hidden sizes"),
-    "ensemble": (ours(GOOD, '{"ensemble": "sum"}'), "ensemble: unknown name 'sum'"),
+    "ensemble": (
+        ours(GOOD, '{"ensemble": "sum"}'),
+        "ensemble: expected one of mixture, product, got 'sum'",
+    ),
     "metadata": (ours(GOOD, '{"metadata": 3}'), "expected an object as metadata"),
     "list": (ours(GOOD, "[]"), "expected an object, got list"),
     "upstream: not torch": (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter, made strict: what a GPU would do wrong or differently becomes an error.
 
-`install()` patches `triton.runtime.interpreter` of Triton 3.7, for good. From then on
+`install()` patches `triton.runtime.interpreter` of Triton 3.6 and 3.7, for good. From then on
 
 * bfloat16 is bfloat16: stock, arithmetic runs on its bit patterns and casts to it do not round;
 * a comparison is boolean: stock, it cannot be broadcast;
@@ -290,6 +290,8 @@ def _launch(self: Any, *arguments: Any, **options: Any) -> None:
 
 def _run_grid(self: Any, named: dict[str, Any]) -> int:
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    # Triton 3.6 makes no index of an array of one element, which is what its reductions return.
+    scope.set_attr(tl.tensor, "__index__", lambda value: int(value.handle.data.item()))
     try:
         given = {
             name: value if name in self.constexprs else interpreter._implicit_cvt(value)

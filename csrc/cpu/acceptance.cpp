@@ -9,6 +9,8 @@
 #include <mutex>
 #include <vector>
 
+#include "draw.h"
+
 namespace specens {
 namespace {
 
@@ -18,15 +20,13 @@ constexpr double kLeastSingle = 1e-4;
 // What is left of less mass is rounding, and empty; the reference's LEAST_RESIDUAL.
 constexpr double kLeast = 0x1p-40;
 
-constexpr int kSubTilesPerPiece = 8;
-
 double sum(const double* values, int64_t count) {
   double total = 0.0;
   for (int64_t i = 0; i < count; ++i) total += values[i];
   return total;
 }
 
-void fill_law(const Law& law, int sub_tile, double* out) {
+void fill_law(const RowLaw& law, int sub_tile, double* out) {
   std::fill_n(out, padded(law.count(sub_tile)), 0.0);
   law.add_masses(sub_tile, 1.0, out);
 }
@@ -82,7 +82,7 @@ class Best {
   std::atomic<double> threshold_{0.0};  // no fewer than n are as large, or it is 0
 };
 
-// The `At` of rules.h.
+// The `At` of rules/judgement.h.
 class At {
  public:
   At(const VerifyParams& params, RowLaws& laws, const Drafted& drafted)
@@ -91,14 +91,14 @@ class At {
         memory(drafted.memory),
         parameters(params.parameters),
         vocab_size(params.ensemble.vocab_size),
-        bare(drafted.bare),
+        at_zero(drafted.at_zero),
         laws_(laws),
         drafted_(drafted) {}
 
   const double p, q, memory;
   const double* const parameters;
   const int64_t vocab_size;
-  const bool bare;
+  const bool at_zero;
 
   double highest(Side side) const {
     laws_.complete_draft();
@@ -109,7 +109,7 @@ class At {
   double least_of_top(Side side, int64_t n) const {
     if (side == Side::kDraft && !drafted_.dense) return n == 1 ? 1.0 : 0.0;
     laws_.complete_draft();
-    const Law& law = side == Side::kTarget ? laws_.target() : laws_.draft();
+    const RowLaw& law = side == Side::kTarget ? laws_.target() : laws_.draft();
     if (law.empty()) return 0.0;
     Best best(n);
     laws_.team().for_each(law.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
@@ -122,22 +122,22 @@ class At {
     return best.nth_largest();
   }
 
-  template <typename Measure>
-  Sums sums(const Measure& measure) const {
+  template <typename Sum>
+  Sums sums(const Sum& sum) const {
     laws_.complete_draft();
-    const Law& target = laws_.target();
+    const RowLaw& target = laws_.target();
     std::unique_ptr<Sums[]> parts(new Sums[target.sub_tiles()]);
     laws_.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
       const int sub_tile = static_cast<int>(index);
       double whole[kSubTile], drafted[kSubTile];
       fill_law(target, sub_tile, whole);
-      if (Measure::kReadsDraft) fill_draft(laws_, drafted_, sub_tile, drafted);
-      parts[index] = kernels().measures[index_of_measure<Measure>()](
-          &measure, whole, Measure::kReadsDraft ? drafted : whole, target.count(sub_tile));
+      if (Sum::kReadsDraft) fill_draft(laws_, drafted_, sub_tile, drafted);
+      parts[index] = kernels().sums[index_of_sum<Sum>()](
+          &sum, whole, Sum::kReadsDraft ? drafted : whole, target.count(sub_tile));
     });
     Sums total = {};
     for (int s = 0; s < target.sub_tiles(); ++s) {
-      for (int k = 0; k < Measure::kSums; ++k) total.value[k] += parts[s].value[k];
+      for (int k = 0; k < Sum::kSums; ++k) total.value[k] += parts[s].value[k];
     }
     return total;
   }
@@ -162,10 +162,8 @@ bool needs_draft_at_zero(RuleId rule) {
   return with_rule(rule, [](auto chosen) { return decltype(chosen)::kNeedsDraft; });
 }
 
-// --- what is left ---
-
 void Leftover::fill(int sub_tile, double* out) const {
-  const Law& target = laws_.target();
+  const RowLaw& target = laws_.target();
   const int count = target.count(sub_tile);
   fill_law(target, sub_tile, out);
   if (judgement_.left != Left::kTarget) {
@@ -186,7 +184,7 @@ double Leftover::measure_sub_tile(int sub_tile) const {
 
 // Where q is 0 for every token but x, of every other one the same part is left.
 void Leftover::measure_point() {
-  const Law& target = laws_.target();
+  const RowLaw& target = laws_.target();
   const double scale = judgement_.left == Left::kTarget ? 1.0 : judgement_.scale;
   for (int s = 0; s < target.sub_tiles(); ++s) masses_[s] = scale * target.masses()[s];
   const int sub_tile = static_cast<int>(drafted_.token / kSubTile);
@@ -194,28 +192,29 @@ void Leftover::measure_point() {
 }
 
 void Leftover::measure_dense(bool exactly) {
-  const Law& target = laws_.target();
+  const RowLaw& target = laws_.target();
   const bool single = !exactly && judgement_.left == Left::kScaled;
   laws_.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
     const int sub_tile = static_cast<int>(index);
     const bool excludes = judgement_.without_token && drafted_.token / kSubTile == index;
     masses_[index] = target.masses()[index] == 0.0 ? 0.0
                      : single && !excludes
-                         ? target.residual(sub_tile, laws_.draft(), judgement_.scale)
+                         ? residual(target, laws_.draft(), sub_tile, judgement_.scale)
                          : measure_sub_tile(sub_tile);
   });
 }
 
 bool Leftover::measure(bool exactly) {
   laws_.complete_draft();
-  const Law& target = laws_.target();
+  const RowLaw& target = laws_.target();
   const bool scaled = judgement_.left == Left::kScaled;
   if (scaled && judgement_.scale == 0.0) return false;
   masses_.reset(new double[target.sub_tiles()]);
   const bool dense = drafted_.dense && judgement_.left != Left::kTarget;
+  Part parts[kMaxMembers];
   if (!dense) {
     measure_point();
-  } else if (exactly || !scaled || (target.has_single_precision() && !laws_.draft_is_empty())) {
+  } else if (exactly || !scaled || (target.parts(parts) > 0 && !laws_.draft_is_empty())) {
     measure_dense(exactly);
   } else {
     return false;
@@ -231,7 +230,7 @@ int64_t Leftover::draw_from(const double (&numbers)[3]) const {
 
 int64_t best_but(RowLaws& laws, int64_t token) {
   laws.refine();
-  const Law& target = laws.target();
+  const RowLaw& target = laws.target();
   const auto masses = [&](int sub_tile, double* out) {
     fill_law(target, sub_tile, out);
     if (token / kSubTile == sub_tile) out[token % kSubTile] = 0.0;

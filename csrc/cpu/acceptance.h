@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// One drafted token at one row: what the rules of rules.h ask about it, swept for in double
-// precision over a sub-tile at a time, and the draw of what replaces it. A new measure is listed in
+// One drafted token at one row: what the rules of csrc/rules ask about it, swept for in double
+// precision over a sub-tile at a time, and the draw of what replaces it. A new sum is listed in
 // dispatch.h; nothing else here knows a rule.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
-#include "law.h"
+#include "row_laws.h"
 
 namespace specens {
 
 // A valid draft token, at the row whose laws have been measured.
 struct Drafted {
   int64_t token;
-  bool dense;  // drawn from laws.draft(); else a point mass
-  bool bare;   // the temperature is 0
+  bool dense;    // drawn from laws.draft(); else a point mass
+  bool at_zero;  // the temperature is 0
   double memory;
 };
 

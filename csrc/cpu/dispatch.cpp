@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Builds kernels.inc for each instruction set and chooses among the builds, once. To add a set: its
-// target options and vector width here, its few intrinsics in kernels.inc, its line in kBuilds.
+// target options and vector width here, its few intrinsics in vectors.inc, its line in `builds`.
 #include "dispatch.h"
 
 #include <cstdlib>

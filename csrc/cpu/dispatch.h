@@ -72,21 +72,20 @@ enum class Cleaning {
   kMask,      // values below the threshold become -inf, the rest 0
 };
 
-// What rules measure in a row. A measure that is not listed has no kernel.
-using Measures =
+// What rules sum over a row. A sum that is not listed has no kernel.
+using RuleSums =
     std::tuple<Whole<JsFsdTerm>, Whole<JsTerm>, Whole<KlTerm>, Whole<ReverseKlTerm>, Whole<TvTerm>,
                Inside<JsFsdTerm>, Inside<JsTerm>, Inside<KlTerm>, Inside<ReverseKlTerm>,
                Inside<TvTerm>, Deferred<Side::kTarget>, Deferred<Side::kDraft>, TargetEntropy,
                Entropies, Above, Common, Clipped>;
-using Measuring = Sums (*)(const void* measure, const double* target, const double* draft,
-                           int count);
+using SumKernel = Sums (*)(const void* sum, const double* target, const double* draft, int count);
 
-template <typename Measure, size_t kIndex = 0>
-constexpr size_t index_of_measure() {
-  if constexpr (std::is_same_v<Measure, std::tuple_element_t<kIndex, Measures>>) {
+template <typename Sum, size_t kIndex = 0>
+constexpr size_t index_of_sum() {
+  if constexpr (std::is_same_v<Sum, std::tuple_element_t<kIndex, RuleSums>>) {
     return kIndex;
   } else {
-    return index_of_measure<Measure, kIndex + 1>();
+    return index_of_sum<Sum, kIndex + 1>();
   }
 }
 
@@ -128,8 +127,8 @@ struct Kernels {
   // Places where the sum of the parts, in single precision, lies in [low, high]; returns their
   // number.
   int (*select)(const Term* parts, int count, float low, float high, uint16_t* out);
-  // Of each of `Measures`: the sums of its terms over a sub-tile, in double precision.
-  std::array<Measuring, std::tuple_size_v<Measures>> measures;
+  // Each of `RuleSums` over a sub-tile, in double precision.
+  std::array<SumKernel, std::tuple_size_v<RuleSums>> sums;
 };
 
 // The kernels in use: SPECENS_CPU_ISA's, or the best that this machine can run. Throws

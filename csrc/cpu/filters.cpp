@@ -49,7 +49,8 @@ struct Range {
 class Search {
  public:
   // Values below `floor` are as good as none.
-  Search(const Law& law, const Team& team, double floor) : law_(law), team_(team), floor_(floor) {}
+  Search(const WarpedLaw& law, const Team& team, double floor)
+      : law_(law), team_(team), floor_(floor) {}
 
   double kth_largest(int64_t k);
   double nucleus(double p);
@@ -67,7 +68,7 @@ class Search {
   bool walk(int count, double* found);
   bool reached(double above);
 
-  const Law& law_;
+  const WarpedLaw& law_;
   const Team& team_;
   double floor_;
   Weighing weighing_ = Weighing::kCount;
@@ -245,7 +246,7 @@ double Search::nucleus(double p) {
 }
 
 // The k-th largest of what each sub-tile holds for certain: k values at least reach it.
-double floor_for(const Law& law, int64_t k) {
+double floor_for(const WarpedLaw& law, int64_t k) {
   if (k > law.sub_tiles()) return -kInfinity;
   std::vector<double> held(law.sub_tiles());
   for (int s = 0; s < law.sub_tiles(); ++s) held[s] = law.lower_bound(s);
@@ -255,7 +256,7 @@ double floor_for(const Law& law, int64_t k) {
 
 }  // namespace
 
-double filter_cutoff(const Law& law, const Team& team) {
+double filter_cutoff(const WarpedLaw& law, const Team& team) {
   const Filter& filter = law.filter();
   double lowest = -kInfinity;
   if (law.top() == -kInfinity) return lowest;

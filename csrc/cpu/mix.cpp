@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // `mix`: the ensemble's law, written out; a sweep of a row for its law and one for its values.
-#include "law.h"
+#include "row_laws.h"
 
 namespace specens {
 namespace {
 
 void mix_row(const MixParams& params, RowLaws& laws, int64_t batch, int64_t row) {
   laws.measure_target(batch, row, Proposal{});
-  const Law& law = laws.target();
+  const RowLaw& law = laws.target();
   const int64_t place = batch * params.rows + row;
   params.status[place] = laws.status() | (law.empty() ? kEmptyLaw : 0);
   float* out = params.log_probs + place * law.vocab_size();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// `sample`: one sweep of a row for its law, then the walk to a token, which reads one sub-tile
+// `sample`: one sweep of a row for its law, then the draw of a token, which reads one sub-tile
 // again.
-#include "law.h"
+#include "draw.h"
+#include "row_laws.h"
 
 namespace specens {
 namespace {
@@ -12,7 +13,7 @@ void sample_row(const SampleParams& params, RowLaws& laws, int64_t batch, int64_
   } else {
     laws.measure_target(batch, row, Proposal{});
   }
-  const Law& law = laws.target();
+  const RowLaw& law = laws.target();
   int64_t token = 0;
   if (!law.empty()) {
     token = greedy_row(params.ensemble, batch) ? laws.argmax()

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "acceptance.h"
-#include "law.h"
+#include "draw.h"
 
 namespace specens {
 namespace {
@@ -16,16 +16,16 @@ constexpr double kNearlyEqual = 1e-5;
 constexpr double kLeastSlack = 1e-3;
 
 // One batch row.
-class Walk {
+class ChainWalk {
  public:
-  Walk(const VerifyParams& params, RowLaws& laws, int64_t batch)
+  ChainWalk(const VerifyParams& params, RowLaws& laws, int64_t batch)
       : params_(params),
         laws_(laws),
         batch_(batch),
-        bare_(greedy_row(params.ensemble, batch)),
-        greedy_(params.rule == RuleId::kGreedy || bare_),
-        asks_(!greedy_ || (bare_ && is_asked_at_zero(params.rule))),
-        dense_(!greedy_ || (bare_ && needs_draft_at_zero(params.rule))),
+        at_zero_(greedy_row(params.ensemble, batch)),
+        greedy_(params.rule == RuleId::kGreedy || at_zero_),
+        asks_(!greedy_ || (at_zero_ && is_asked_at_zero(params.rule))),
+        dense_(!greedy_ || (at_zero_ && needs_draft_at_zero(params.rule))),
         memory_(params.memory.data == nullptr ? 0.0 : params.memory.at(batch)) {}
 
   void run();
@@ -49,21 +49,21 @@ class Walk {
   const VerifyParams& params_;
   RowLaws& laws_;
   int64_t batch_;
-  bool bare_;    // the temperature is 0
-  bool greedy_;  // the target's most probable token is what is emitted
-  bool asks_;    // the rule is asked at all
-  bool dense_;   // it reads the draft's law
+  bool at_zero_;  // the temperature is 0
+  bool greedy_;   // the target's most probable token is what is emitted
+  bool asks_;     // the rule is asked at all
+  bool dense_;    // it reads the draft's law
   double memory_;
   int64_t best_ = 0;
   int32_t status_ = 0;
 };
 
-bool Walk::has_child(int64_t row) const {
+bool ChainWalk::has_child(int64_t row) const {
   return row < params_.nodes && params_.draft_tokens.at(batch_, row) != kPadding;
 }
 
 // False if the draft is invalid.
-bool Walk::read_proposal(int64_t row, Proposal* proposal) const {
+bool ChainWalk::read_proposal(int64_t row, Proposal* proposal) const {
   const int64_t token = params_.draft_tokens.at(batch_, row);
   if (token < 0 || token >= params_.ensemble.vocab_size) return false;
   if (params_.proposers.data != nullptr) {
@@ -80,7 +80,7 @@ bool Walk::read_proposal(int64_t row, Proposal* proposal) const {
 }
 
 // Makes the laws of a row; false if its child is invalid, or there is none.
-bool Walk::measure(int64_t row, Drafted* drafted) {
+bool ChainWalk::measure(int64_t row, Drafted* drafted) {
   Proposal proposal;
   const bool child = has_child(row);
   const bool valid = child && read_proposal(row, &proposal);
@@ -88,20 +88,20 @@ bool Walk::measure(int64_t row, Drafted* drafted) {
   status_ |= laws_.status() | laws_.draft_status() | (laws_.target().empty() ? kEmptyLaw : 0) |
              (child && !valid ? kInvalidDraft : 0);
   if (valid) {
-    *drafted = {params_.draft_tokens.at(batch_, row), proposal.dense(), bare_, memory_};
+    *drafted = {params_.draft_tokens.at(batch_, row), proposal.dense(), at_zero_, memory_};
   }
   return valid;
 }
 
 // Where a token is drawn, every row of the target is looked at.
-void Walk::complete() {
+void ChainWalk::complete() {
   laws_.complete();
   status_ |= laws_.target().status() | (laws_.target().empty() ? kEmptyLaw : 0);
 }
 
-bool Walk::accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const {
+bool ChainWalk::accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const {
   const double coin = params_.uniforms.at(batch_, row + 1, 0);
-  const Law& target = laws_.target();
+  const RowLaw& target = laws_.target();
   if (greedy_) {
     if (!(coin < 1.0) || judgement.vetoed) return false;
     return judgement.trusted || (!target.empty() && drafted.token == best_);
@@ -109,12 +109,12 @@ bool Walk::accepts(int64_t row, const Drafted& drafted, const Judgement& judgeme
   return coin * (drafted.dense ? laws_.draft().probability(drafted.token) : 1.0) < judgement.kept;
 }
 
-int64_t Walk::drawn(int64_t row) const {
+int64_t ChainWalk::drawn(int64_t row) const {
   return draw_from(laws_.target(), params_.uniforms, batch_, row);
 }
 
 // Of a rejected draft.
-int64_t Walk::replacement(int64_t row, const Drafted& drafted, const Judgement& judgement) {
+int64_t ChainWalk::replacement(int64_t row, const Drafted& drafted, const Judgement& judgement) {
   if (greedy_) return judgement.vetoed ? best_but(laws_, drafted.token) : best_;
   if (laws_.target().empty()) return 0;
   if (judgement.left == Left::kTarget && !judgement.without_token) return drawn(row);
@@ -130,19 +130,19 @@ int64_t Walk::replacement(int64_t row, const Drafted& drafted, const Judgement& 
   return drawn(row);
 }
 
-void Walk::emit(int64_t row, int64_t token) {
+void ChainWalk::emit(int64_t row, int64_t token) {
   const int64_t place = batch_ * (params_.nodes + 1) + row;
   params_.tokens[place] = token;
   params_.log_probs[place] = static_cast<float>(laws_.target().log_probability(token));
 }
 
-void Walk::keep(int64_t row, int64_t token) {
+void ChainWalk::keep(int64_t row, int64_t token) {
   emit(row, token);
   params_.path[batch_ * params_.nodes + row] = static_cast<int32_t>(row + 1);
 }
 
 // Pads what was not emitted.
-void Walk::clear_from(int64_t row) {
+void ChainWalk::clear_from(int64_t row) {
   const int64_t nodes = params_.nodes;
   std::fill_n(params_.tokens + batch_ * (nodes + 1) + row, nodes + 1 - row, int64_t{kPadding});
   std::fill_n(params_.log_probs + batch_ * (nodes + 1) + row, nodes + 1 - row, 0.0f);
@@ -150,7 +150,7 @@ void Walk::clear_from(int64_t row) {
 }
 
 // Whether the child of this row is kept.
-bool Walk::step(int64_t row) {
+bool ChainWalk::step(int64_t row) {
   Drafted drafted;
   const bool valid = measure(row, &drafted);
   if (greedy_) best_ = laws_.argmax();
@@ -173,8 +173,6 @@ bool Walk::step(int64_t row) {
   return true;
 }
 
-// --- blocks ---
-
 Judgement scaled(double scale) {
   Judgement judgement;
   judgement.scale = scale;
@@ -182,7 +180,7 @@ Judgement scaled(double scale) {
 }
 
 // sum max(reach p - q, 0).
-double Walk::mass_left(const Drafted& drafted, double reach) {
+double ChainWalk::mass_left(const Drafted& drafted, double reach) {
   if (reach == 0.0) return 0.0;
   Leftover left(laws_, drafted, scaled(reach));
   if (left.measure(false) && left.mass() + 1.0 - reach >= kLeastSlack) return left.mass();
@@ -191,7 +189,7 @@ double Walk::mass_left(const Drafted& drafted, double reach) {
   return left.mass();
 }
 
-double Walk::block_reach(const Drafted& drafted, double reach) {
+double ChainWalk::block_reach(const Drafted& drafted, double reach) {
   const auto ratio_is_near_1 = [&](double p, double q) {
     return std::abs(p - q) <= kNearlyEqual * q;
   };
@@ -204,7 +202,7 @@ double Walk::block_reach(const Drafted& drafted, double reach) {
 }
 
 // Emits the longest block that is kept and what follows it; returns how many drafts are kept.
-int64_t Walk::run_block() {
+int64_t ChainWalk::run_block() {
   int64_t row = 0, kept = 0;
   double reach = 1.0, kept_reach = 1.0;
   for (;; ++row) {
@@ -236,10 +234,10 @@ int64_t Walk::run_block() {
   return kept;
 }
 
-void Walk::run() {
+void ChainWalk::run() {
   clear_from(0);
   int64_t row = 0;
-  if (params_.rule == RuleId::kBlock && !bare_) {
+  if (params_.rule == RuleId::kBlock && !at_zero_) {
     row = run_block();
   } else {
     while ((has_child(row) || params_.bonus) && step(row)) ++row;
@@ -252,7 +250,7 @@ void Walk::run() {
 
 void verify(const VerifyParams& params, int threads) {
   for_each_row(params.ensemble, params.batch, params.nodes + 1, threads,
-               [&](RowLaws& laws, int64_t batch) { Walk(params, laws, batch).run(); });
+               [&](RowLaws& laws, int64_t batch) { ChainWalk(params, laws, batch).run(); });
 }
 
 }  // namespace specens

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one include of every kernel file: CUDA under nvcc, the emulator of csrc/simt under another
+// The one include of every kernel file: CUDA under nvcc, the emulator of tests/simt under another
 // compiler. Kernels use only what both have. Reads and writes of global memory go through `load`,
 // `load_fresh` and `store`, which the emulator counts. To add an intrinsic: use it, and give it a
 // twin in simt.h.
@@ -56,7 +56,7 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
 }
 }  // namespace specens
 #else
-#include "../simt/simt.h"
+#include "simt/simt.h"
 
 #define SPECENS_SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(::simt::block().shared)
 

@@ -7,7 +7,7 @@
 
 namespace specens {
 
-struct Walk {
+struct DrawScratch {
   double masses[kMaxSubTiles];  // of each sub-tile
   double tokens[kSubTile];
   double totals[kWarps];
@@ -48,8 +48,8 @@ __device__ int pick(int count, double number, const Mass& mass) {
 }
 
 // The mass of a sub-tile in the target's law, from its partials.
-__device__ inline double sub_tile_mass(const Problem& problem, const Row& row, int64_t place,
-                                       int sub_tile) {
+__device__ inline double sub_tile_mass(const Problem& problem, const Position& position,
+                                       int64_t place, int sub_tile) {
   const auto of = [&](const Field& field, int slot) {
     const Partial here = load_fresh(problem.partials +
                                     (place * problem.slots + slot) * problem.sub_tiles + sub_tile);
@@ -57,46 +57,47 @@ __device__ inline double sub_tile_mass(const Problem& problem, const Row& row, i
     const double exponent = shifted(here.top, field.top, field.inverse_temperature);
     return static_cast<double>(here.sum) * exp(exponent - field.log_sum);
   };
-  if (row.empty) return 0.0;
-  if (!row.is_mixture) return of(row.target, 0);
-  if (row.warped) return of(row.target, problem.warped_slot());
+  if (position.empty) return 0.0;
+  if (!position.is_mixture) return of(position.target, 0);
+  if (position.warped) return of(position.target, problem.warped_slot());
   double mass = 0.0;
-  for (int k = 0; k < row.count; ++k) {
-    if (row.members[k].share != 0.0) mass += row.members[k].share * of(row.members[k], k);
+  for (int k = 0; k < position.count; ++k) {
+    if (position.members[k].share != 0.0)
+      mass += position.members[k].share * of(position.members[k], k);
   }
   return mass;
 }
 
-__device__ inline void read_masses(const Problem& problem, const Row& row, int64_t place,
-                                   Walk& walk) {
+__device__ inline void read_masses(const Problem& problem, const Position& position, int64_t place,
+                                   DrawScratch& scratch) {
   for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
-    walk.masses[s] = sub_tile_mass(problem, row, place, s);
+    scratch.masses[s] = sub_tile_mass(problem, position, place, s);
   }
   __syncthreads();
 }
 
 // The sum of the masses of the sub-tiles, the same in every thread.
-__device__ inline double total_mass(const Problem& problem, Walk& walk) {
+__device__ inline double total_mass(const Problem& problem, DrawScratch& scratch) {
   double total = 0.0;
   for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
-    total += walk.masses[s];
+    total += scratch.masses[s];
   }
   total = warp_sum(total);
-  if (lane_id() == 0) walk.totals[warp_id()] = total;
+  if (lane_id() == 0) scratch.totals[warp_id()] = total;
   __syncthreads();
   total = 0.0;
-  for (int w = 0; w < kWarps; ++w) total += walk.totals[w];
+  for (int w = 0; w < kWarps; ++w) total += scratch.totals[w];
   __syncthreads();
   return total;
 }
 
 // Writes mass(token) of every token of a sub-tile; the whole block.
 template <typename Mass>
-__device__ void fill(const Problem& problem, int sub_tile, Walk& walk, const Mass& mass) {
+__device__ void fill(const Problem& problem, int sub_tile, DrawScratch& scratch, const Mass& mass) {
   const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
   for (int i = static_cast<int>(threadIdx.x); i < kSubTile; i += kThreads) {
     const bool inside = begin + i < problem.ensemble.vocab_size;
-    walk.tokens[i] = inside ? mass(begin + i) : 0.0;
+    scratch.tokens[i] = inside ? mass(begin + i) : 0.0;
   }
   __syncthreads();
 }
@@ -104,7 +105,7 @@ __device__ void fill(const Problem& problem, int sub_tile, Walk& walk, const Mas
 // The token that the numbers draw, by the masses of the sub-tiles and mass(token); the whole block.
 template <typename Mass>
 __device__ int64_t draw(const Problem& problem, const Values<float>& numbers, int64_t b, int64_t t,
-                        Walk& walk, const Mass& mass) {
+                        DrawScratch& scratch, const Mass& mass) {
   const int sub_tiles = problem.sub_tiles;
   const int tiles = (sub_tiles + kSubTilesPerTile - 1) / kSubTilesPerTile;
   if (warp_id() == 0) {
@@ -112,7 +113,7 @@ __device__ int64_t draw(const Problem& problem, const Values<float>& numbers, in
       double sum = 0.0;
       for (int j = 0; j < kSubTilesPerTile; ++j) {
         const int s = i * kSubTilesPerTile + j;
-        if (s < sub_tiles) sum += walk.masses[s];
+        if (s < sub_tiles) sum += scratch.masses[s];
       }
       return sum;
     });
@@ -120,27 +121,28 @@ __device__ int64_t draw(const Problem& problem, const Values<float>& numbers, in
     const int left = sub_tiles - first;
     const int count = left < kSubTilesPerTile ? left : kSubTilesPerTile;
     const int chosen = pick(count, static_cast<double>(numbers.at(b, t, 2)),
-                            [&](int i) { return walk.masses[first + i]; });
-    if (lane_id() == 0) walk.sub_tile = first + chosen;
+                            [&](int i) { return scratch.masses[first + i]; });
+    if (lane_id() == 0) scratch.sub_tile = first + chosen;
   }
   __syncthreads();
-  fill(problem, walk.sub_tile, walk, mass);
+  fill(problem, scratch.sub_tile, scratch, mass);
   if (warp_id() == 0) {
     const int token = pick(kSubTile, static_cast<double>(numbers.at(b, t, 3)),
-                           [&](int i) { return walk.tokens[i]; });
-    if (lane_id() == 0) walk.token = token;
+                           [&](int i) { return scratch.tokens[i]; });
+    if (lane_id() == 0) scratch.token = token;
   }
   __syncthreads();
-  return static_cast<int64_t>(walk.sub_tile) * kSubTile + walk.token;
+  return static_cast<int64_t>(scratch.sub_tile) * kSubTile + scratch.token;
 }
 
 // A token of the target's law; 0 from an empty one.
-__device__ inline int64_t draw_target(const Problem& problem, const Row& row,
-                                      const Values<float>& numbers, int64_t place, Walk& walk) {
-  if (row.empty) return 0;
-  read_masses(problem, row, place, walk);
-  return draw(problem, numbers, place / problem.rows, place % problem.rows, walk,
-              [&](int64_t token) { return value_mass(row, token_value(row, token)); });
+__device__ inline int64_t draw_target(const Problem& problem, const Position& position,
+                                      const Values<float>& numbers, int64_t place,
+                                      DrawScratch& scratch) {
+  if (position.empty) return 0;
+  read_masses(problem, position, place, scratch);
+  return draw(problem, numbers, place / problem.rows, place % problem.rows, scratch,
+              [&](int64_t token) { return value_mass(position, token_value(position, token)); });
 }
 
 }  // namespace specens

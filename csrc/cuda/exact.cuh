@@ -8,14 +8,15 @@
 
 namespace specens {
 
-__device__ __forceinline__ double target_mass(const Row& row, int64_t token) {
-  return value_mass(row, token_value(row, token));
+__device__ __forceinline__ double target_mass(const Position& position, int64_t token) {
+  return value_mass(position, token_value(position, token));
 }
 
 // Of the draft's law, or of the point mass that the child is.
-__device__ __forceinline__ double draft_mass(const Row& row, int64_t token) {
-  if (row.proposer == kNobody) return token == row.token ? 1.0 : 0.0;
-  return field_mass(row.proposal, static_cast<double>(clean(load_raw(row.proposal, token))));
+__device__ __forceinline__ double draft_mass(const Position& position, int64_t token) {
+  if (position.proposer == kNobody) return token == position.token ? 1.0 : 0.0;
+  return field_mass(position.proposal,
+                    static_cast<double>(clean(load_raw(position.proposal, token))));
 }
 
 // Sums of what the threads have, the same in every one.
@@ -54,29 +55,31 @@ __device__ __forceinline__ void refine_field(const Problem& problem, double (&to
 }
 
 // The same of every law of a row; the whole block.
-__device__ __forceinline__ void refine(const Problem& problem, double (&totals)[kWarps], Row& row) {
-  for (int k = 0; k < row.count && row.is_mixture; ++k) {
-    Field& field = row.members[k];
-    if (field.share == 0.0 && !(row.proposer == k && proposal_is_member(problem, row))) continue;
+__device__ __forceinline__ void refine(const Problem& problem, double (&totals)[kWarps],
+                                       Position& position) {
+  for (int k = 0; k < position.count && position.is_mixture; ++k) {
+    Field& field = position.members[k];
+    if (field.share == 0.0 && !(position.proposer == k && proposal_is_member(problem, position)))
+      continue;
     refine_field(problem, totals, field,
                  [&](int64_t token) { return static_cast<double>(clean(load_raw(field, token))); });
   }
   // The cutoff of a mixture's logarithm was found by the members' normalisers as they were.
-  if (row.warped && threadIdx.x == 0) row.target.cutoff -= 1e-6;
-  if (!row.is_mixture || row.warped) {
-    refine_field(problem, totals, row.target, [&](int64_t token) {
-      const double value = token_value(row, token);
-      return row.is_mixture ? log(value) : value;
+  if (position.warped && threadIdx.x == 0) position.target.cutoff -= 1e-6;
+  if (!position.is_mixture || position.warped) {
+    refine_field(problem, totals, position.target, [&](int64_t token) {
+      const double value = token_value(position, token);
+      return position.is_mixture ? log(value) : value;
     });
   }
-  if (proposal_is_member(problem, row)) {
-    if (threadIdx.x == 0) row.proposal = row.members[row.proposer];
+  if (proposal_is_member(problem, position)) {
+    if (threadIdx.x == 0) position.proposal = position.members[position.proposer];
     __syncthreads();
     return;
   }
-  if (row.proposer == kNobody) return;
-  refine_field(problem, totals, row.proposal, [&](int64_t token) {
-    return static_cast<double>(clean(load_raw(row.proposal, token)));
+  if (position.proposer == kNobody) return;
+  refine_field(problem, totals, position.proposal, [&](int64_t token) {
+    return static_cast<double>(clean(load_raw(position.proposal, token)));
   });
 }
 

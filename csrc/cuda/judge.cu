@@ -18,7 +18,7 @@ constexpr int kLastShift = kFirstShift - 4 * kDigitBits;
 static_assert(52 - kLastShift > 40, "a search is finer than what is tied");
 
 struct JudgeShared {
-  Row row;
+  Position position;
   double totals[kWarps];
   unsigned counts[kDigits];
   int digit;
@@ -37,36 +37,38 @@ __device__ __forceinline__ double block_max(double own, double (&totals)[kWarps]
   return own;
 }
 
-// The `At` of rules.h, in every thread of the block.
+// The `At` of rules/judgement.h, in every thread of the block.
 class At {
  public:
   __device__ __forceinline__ At(const Problem& problem, const VerifyParams& params,
                                 JudgeShared& shared, double remembered)
-      : p(value_mass(shared.row, value_of(shared.row, shared.row.drafted))),
-        q(shared.row.proposer == kNobody
+      : p(value_mass(shared.position, value_of(shared.position, shared.position.drafted))),
+        q(shared.position.proposer == kNobody
               ? 1.0
-              : field_mass(shared.row.proposal, static_cast<double>(shared.row.drafted[kFields]))),
+              : field_mass(shared.position.proposal,
+                           static_cast<double>(shared.position.drafted[kFields]))),
         memory(remembered),
         parameters(params.parameters),
         vocab_size(problem.ensemble.vocab_size),
-        bare(shared.row.greedy),
+        at_zero(shared.position.greedy),
         problem_(problem),
         shared_(shared) {}
 
   const double p, q, memory;
   const double* const parameters;
   const int64_t vocab_size;
-  const bool bare;
+  const bool at_zero;
 
   __device__ __forceinline__ double highest(Side side) const {
-    const Row& row = shared_.row;
+    const Position& position = shared_.position;
     if (side == Side::kDraft) {
-      return row.proposer == kNobody ? 1.0 : field_mass(row.proposal, row.proposal.top);
+      return position.proposer == kNobody ? 1.0
+                                          : field_mass(position.proposal, position.proposal.top);
     }
-    if (!row.is_mixture) return field_mass(row.target, row.target.top);
+    if (!position.is_mixture) return field_mass(position.target, position.target.top);
     double most = 0.0;
     for (int64_t token = threadIdx.x; token < vocab_size; token += kThreads) {
-      const double mass = target_mass(row, token);
+      const double mass = target_mass(position, token);
       most = mass > most ? mass : most;
     }
     return block_max(most, shared_.totals);
@@ -80,8 +82,8 @@ class At {
       for (int d = static_cast<int>(threadIdx.x); d < kDigits; d += kThreads) shared_.counts[d] = 0;
       __syncthreads();
       for (int64_t token = threadIdx.x; token < vocab_size; token += kThreads) {
-        const double mass = side == Side::kTarget ? target_mass(shared_.row, token)
-                                                  : draft_mass(shared_.row, token);
+        const double mass = side == Side::kTarget ? target_mass(shared_.position, token)
+                                                  : draft_mass(shared_.position, token);
         uint64_t bits;
         memcpy(&bits, &mass, sizeof bits);
         if ((bits ^ low) >> (shift + kDigitBits) == 0) {
@@ -98,17 +100,17 @@ class At {
     return least;
   }
 
-  template <typename Measure>
-  __device__ __forceinline__ Sums sums(const Measure& measure) const {
-    const Row& row = shared_.row;
-    double own[Measure::kSums] = {};
+  template <typename Sum>
+  __device__ __forceinline__ Sums sums(const Sum& sum) const {
+    const Position& position = shared_.position;
+    double own[Sum::kSums] = {};
     for (int64_t token = threadIdx.x; token < vocab_size; token += kThreads) {
-      const double drafted = Measure::kReadsDraft ? draft_mass(row, token) : 0.0;
-      measure.add(target_mass(row, token), drafted, StandardLog{}, own);
+      const double drafted = Sum::kReadsDraft ? draft_mass(position, token) : 0.0;
+      sum.add(target_mass(position, token), drafted, StandardLog{}, own);
     }
     Sums sums = {};
 #pragma unroll
-    for (int k = 0; k < Measure::kSums; ++k) sums.value[k] = block_sum(own[k], shared_.totals);
+    for (int k = 0; k < Sum::kSums; ++k) sums.value[k] = block_sum(own[k], shared_.totals);
     return sums;
   }
 
@@ -148,11 +150,11 @@ class Judging {
         shared_(shared),
         b_(static_cast<int64_t>(blockIdx.x)),
         sweeps_(with_rule(params.rule, [](auto rule) { return decltype(rule)::kSweeps; })),
-        at_zero_(with_rule(params.rule, [](auto rule) { return decltype(rule)::kAtZero; })),
+        asked_at_zero_(with_rule(params.rule, [](auto rule) { return decltype(rule)::kAtZero; })),
         memory_(params.memory.data == nullptr ? 0.0 : params.memory.at(b_)) {}
 
   __device__ __forceinline__ Decision run() {
-    if (params_.rule == RuleId::kBlock && read(0) && !shared_.row.greedy) return block();
+    if (params_.rule == RuleId::kBlock && read(0) && !shared_.position.greedy) return block();
     return walk();
   }
 
@@ -164,44 +166,45 @@ class Judging {
   // False if nothing follows row t - 1, not even a bonus token.
   __device__ __forceinline__ bool read(int64_t t) {
     if (t == problem_.rows) return false;
-    Row& row = shared_.row;
+    Position& position = shared_.position;
     __syncthreads();
     if (warp_id() == 0) {
       const int64_t place = b_ * problem_.rows + t;
-      read_row(problem_, place, row, problem_.cut || problem_.folds_warped());
-      read_laws(problem_, place, row, true);
+      read_position(problem_, place, position, problem_.cut || problem_.folds_warped());
+      read_laws(problem_, place, position, true);
     }
     __syncthreads();
-    return row.has_child || params_.bonus;
+    return position.has_child || params_.bonus;
   }
 
   __device__ __forceinline__ int32_t status() const {
-    const Row& row = shared_.row;
-    return row_status(row) | (row.has_child && !row.valid ? kInvalidDraft : 0);
+    const Position& position = shared_.position;
+    return position_status(position) | (position.has_child && !position.valid ? kInvalidDraft : 0);
   }
 
   // Makes the row's normalisers exact, here and for the next launch.
-  __device__ __forceinline__ void refine_row(int64_t t) {
-    Row& row = shared_.row;
+  __device__ __forceinline__ void refine_position(int64_t t) {
+    Position& position = shared_.position;
     __syncthreads();  // the others may still ask by the normalisers as they were
-    refine(problem_, shared_.totals, row);
+    refine(problem_, shared_.totals, position);
     if (threadIdx.x != 0) return;
     const int64_t place = b_ * problem_.rows + t;
     Total* totals = problem_.totals + place * problem_.slots;
-    const bool aliased = proposal_is_member(problem_, row);
+    const bool aliased = proposal_is_member(problem_, position);
     const auto write = [&](int slot, const Field& field) {
       store(totals + slot, Total{exp(field.log_sum), field.top, field.flags});
     };
-    for (int k = 0; k < row.count && row.is_mixture; ++k) {
-      const bool shares = row.members[k].share != 0.0 || (aliased && row.proposer == k);
-      if (shares && !row.members[k].empty) write(k, row.members[k]);
+    for (int k = 0; k < position.count && position.is_mixture; ++k) {
+      const bool shares = position.members[k].share != 0.0 || (aliased && position.proposer == k);
+      if (shares && !position.members[k].empty) write(k, position.members[k]);
     }
-    if (row.warped) store(problem_.cutoffs + place * kCutoffs + kTargetCutoff, row.target.cutoff);
-    if (!row.empty && (row.warped || !row.is_mixture)) {
-      write(row.warped ? problem_.warped_slot() : 0, row.target);
+    if (position.warped)
+      store(problem_.cutoffs + place * kCutoffs + kTargetCutoff, position.target.cutoff);
+    if (!position.empty && (position.warped || !position.is_mixture)) {
+      write(position.warped ? problem_.warped_slot() : 0, position.target);
     }
-    if (row.proposer != kNobody && !aliased && !row.proposal.empty) {
-      write(problem_.proposal_slot(), row.proposal);
+    if (position.proposer != kNobody && !aliased && !position.proposal.empty) {
+      write(problem_.proposal_slot(), position.proposal);
     }
   }
 
@@ -211,28 +214,28 @@ class Judging {
   }
 
   __device__ __forceinline__ bool keeps(int64_t t, const Judgement& judgement, int64_t best) const {
-    const Row& row = shared_.row;
-    if (row.greedy) {
+    const Position& position = shared_.position;
+    if (position.greedy) {
       if (!(coin(t) < 1.0) || judgement.vetoed) return false;
-      return judgement.trusted || (!row.empty && row.token == best);
+      return judgement.trusted || (!position.empty && position.token == best);
     }
-    return coin(t) * draft_mass(row, row.token) < judgement.kept;
+    return coin(t) * draft_mass(position, position.token) < judgement.kept;
   }
 
   // The target's most probable token but for the child, the lowest id on ties.
   __device__ __forceinline__ int64_t best_but_child() {
-    const Row& row = shared_.row;
+    const Position& position = shared_.position;
     const int64_t vocab_size = problem_.ensemble.vocab_size;
     double most = 0.0;
     for (int64_t token = threadIdx.x; token < vocab_size; token += kThreads) {
-      const double mass = token == row.token ? 0.0 : target_mass(row, token);
+      const double mass = token == position.token ? 0.0 : target_mass(position, token);
       most = mass > most ? mass : most;
     }
     most = block_max(most, shared_.totals);
     if (!(most > 0.0)) return 0;
     double first = -static_cast<double>(vocab_size);
     for (int64_t token = threadIdx.x; token < vocab_size; token += kThreads) {
-      if (token == row.token || target_mass(row, token) < least(most)) continue;
+      if (token == position.token || target_mass(position, token) < least(most)) continue;
       first = -static_cast<double>(token);
       break;
     }
@@ -241,13 +244,13 @@ class Judging {
 
   __device__ __forceinline__ Decision walk() {
     Decision decision = {};
-    const Row& row = shared_.row;
+    const Position& position = shared_.position;
     for (int64_t t = 0; read(t); ++t) {
       decision.stop = t;
       decision.status |= status();
-      if (row.greedy) decision.best = load_fresh(problem_.best + b_ * problem_.rows + t);
-      decision.follows = row.greedy ? Follows::kBest : Follows::kTarget;
-      if (!row.valid || !step(t, decision)) return decision;
+      if (position.greedy) decision.best = load_fresh(problem_.best + b_ * problem_.rows + t);
+      decision.follows = position.greedy ? Follows::kBest : Follows::kTarget;
+      if (!position.valid || !step(t, decision)) return decision;
       decision.stop = t + 1;
       decision.follows = Follows::kNothing;
     }
@@ -256,16 +259,16 @@ class Judging {
 
   // Whether the valid child of a row is kept; if not, what follows.
   __device__ __forceinline__ bool step(int64_t t, Decision& decision) {
-    const Row& row = shared_.row;
-    const bool asks = !row.greedy || at_zero_;
+    const Position& position = shared_.position;
+    const bool asks = !position.greedy || asked_at_zero_;
     for (bool refined = sweeps_;; refined = true) {
-      if (asks && refined) refine_row(t);
+      if (asks && refined) refine_position(t);
       decision.judgement = asks ? ask() : Judgement{};
       if (keeps(t, decision.judgement, decision.best)) {
         keep_child(t);
         return true;
       }
-      if (row.greedy) {
+      if (position.greedy) {
         if (decision.judgement.vetoed) decision.best = best_but_child();
         return false;
       }
@@ -279,23 +282,23 @@ class Judging {
   }
 
   __device__ __forceinline__ void keep_child(int64_t t) {
-    const Row& row = shared_.row;
-    if (threadIdx.x == 0) keep(params_, row, b_, t);
+    const Position& position = shared_.position;
+    if (threadIdx.x == 0) keep(params_, position, b_, t);
     if (params_.rule != RuleId::kLikelihood) return;
-    const double log_prob = value_log_mass(row, value_of(row, row.drafted));
+    const double log_prob = value_log_mass(position, value_of(position, position.drafted));
     memory_ = remember(memory_, log_prob, params_.parameters[1]);
   }
 
   // Every row is looked at before the last draft that is kept is known.
   __device__ __forceinline__ Decision block() {
     Decision decision = {};
-    const Row& row = shared_.row;
+    const Position& position = shared_.position;
     double reach = 1.0, kept_reach = 1.0;
     int64_t t = 0;
     for (;; ++t) {
-      const bool follows = read(t), valid = follows && row.valid;
+      const bool follows = read(t), valid = follows && position.valid;
       if (follows) decision.status |= status();
-      if (valid) refine_row(t);
+      if (valid) refine_position(t);
       const double threshold = valid && t > 0 ? block_threshold(reach, mass_left(reach)) : reach;
       if (t > 0 && coin(t - 1) < threshold) {
         decision.stop = t;
@@ -303,7 +306,7 @@ class Judging {
       }
       decision.follows = follows ? Follows::kTarget : Follows::kNothing;
       if (!valid) break;
-      if (threadIdx.x == 0) keep(params_, row, b_, t);
+      if (threadIdx.x == 0) keep(params_, position, b_, t);
       const At at(problem_, params_, shared_, memory_);
       reach = block_step(reach, at.p, at.q);
     }
@@ -317,7 +320,8 @@ class Judging {
     Judgement judgement;
     judgement.scale = reach;
     return sum_tokens(problem_, shared_.totals, [&](int64_t token) {
-      return left_of(judgement, target_mass(shared_.row, token), draft_mass(shared_.row, token));
+      return left_of(judgement, target_mass(shared_.position, token),
+                     draft_mass(shared_.position, token));
     });
   }
 
@@ -326,7 +330,7 @@ class Judging {
   JudgeShared& shared_;
   int64_t b_;
   bool sweeps_;
-  bool at_zero_;  // the rule is asked where the temperature is 0
+  bool asked_at_zero_;  // the rule is asked where the temperature is 0
   double memory_;
 };
 

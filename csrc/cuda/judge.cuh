@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda.h"
-#include "law.cuh"
+#include "position.cuh"
 
 namespace specens {
 
@@ -24,16 +24,18 @@ struct alignas(16) Decision {
   Follows follows;
 };
 
-__device__ inline void emit(const VerifyParams& params, const Row& row, int64_t b, int64_t t,
-                            int64_t token) {
+__device__ inline void emit(const VerifyParams& params, const Position& position, int64_t b,
+                            int64_t t, int64_t token) {
   const int64_t place = b * (params.nodes + 1) + t;
   store(params.tokens + place, token);
-  store(params.log_probs + place, static_cast<float>(value_log_mass(row, token_value(row, token))));
+  store(params.log_probs + place,
+        static_cast<float>(value_log_mass(position, token_value(position, token))));
 }
 
 // The child of row t, which is kept.
-__device__ inline void keep(const VerifyParams& params, const Row& row, int64_t b, int64_t t) {
-  emit(params, row, b, t, row.token);
+__device__ inline void keep(const VerifyParams& params, const Position& position, int64_t b,
+                            int64_t t) {
+  emit(params, position, b, t, position.token);
   store(params.path + b * params.nodes + t, static_cast<int32_t>(t + 1));
 }
 

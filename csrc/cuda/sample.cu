@@ -6,16 +6,16 @@ namespace specens {
 namespace {
 
 struct SampleShared {
-  Row row;
-  Walk walk;
+  Position position;
+  DrawScratch scratch;
 };
 
 // Of the law that a row was drawn from, before it was normalised.
-__device__ double log_sum_exp(const Problem& problem, const Row& row) {
-  if (row.empty) return kNoMass;
-  const bool mixture = row.is_mixture && !row.warped;
+__device__ double log_sum_exp(const Problem& problem, const Position& position) {
+  if (position.empty) return kNoMass;
+  const bool mixture = position.is_mixture && !position.warped;
   if (mixture && !problem.alone) return 0.0;
-  const Field& field = problem.alone ? row.members[0] : row.target;
+  const Field& field = problem.alone ? position.members[0] : position.target;
   const double temperature =
       field.temperature > 0.0f ? static_cast<double>(field.temperature) : 1.0;
   return field.top / temperature + field.log_sum;
@@ -24,20 +24,22 @@ __device__ double log_sum_exp(const Problem& problem, const Row& row) {
 __global__ void __launch_bounds__(kThreads, 1) draw_tokens(Problem problem, SampleParams params) {
   SPECENS_SHARED(SampleShared, shared);
   const int64_t place = blockIdx.x;
-  Row& row = shared.row;
+  Position& position = shared.position;
   const bool cutoffs_known = problem.cut || problem.folds_warped();
-  if (cutoffs_known) await_previous();  // else `read_row` reads the caller's tensors only
-  if (warp_id() == 0) read_row(problem, place, row, cutoffs_known);
+  if (cutoffs_known) await_previous();  // else `read_position` reads the caller's tensors only
+  if (warp_id() == 0) read_position(problem, place, position, cutoffs_known);
   await_previous();
-  if (warp_id() == 0) read_laws(problem, place, row, true);
+  if (warp_id() == 0) read_laws(problem, place, position, true);
   __syncthreads();
-  const int64_t token = row.greedy ? load_fresh(problem.best + place)
-                                   : draw_target(problem, row, params.uniforms, place, shared.walk);
+  const int64_t token =
+      position.greedy ? load_fresh(problem.best + place)
+                      : draw_target(problem, position, params.uniforms, place, shared.scratch);
   if (threadIdx.x != 0) return;
   store(params.tokens + place, token);
-  store(params.log_probs + place, static_cast<float>(value_log_mass(row, token_value(row, token))));
-  store(params.lse + place, static_cast<float>(log_sum_exp(problem, row)));
-  store(params.status + place, row_status(row));
+  store(params.log_probs + place,
+        static_cast<float>(value_log_mass(position, token_value(position, token))));
+  store(params.lse + place, static_cast<float>(log_sum_exp(problem, position)));
+  store(params.status + place, position_status(position));
 }
 
 // A member alone is a mixture of one, warped by its own temperature.
@@ -48,7 +50,7 @@ Problem problem_of(const SampleParams& params) {
   ensemble.members[0] = ensemble.members[params.member];
   ensemble.temperature.data += params.member * ensemble.temperature.member_stride;
   ensemble.num_members = 1;
-  ensemble.id = EnsembleId::kMixture;
+  ensemble.space = Space::kProbabilities;
   ensemble.warp_members = true;
   ensemble.plausibility = 0.0;
   problem.alone = true;

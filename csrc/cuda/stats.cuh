@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda.h"
-#include "law.cuh"
+#include "position.cuh"
 
 namespace specens {
 

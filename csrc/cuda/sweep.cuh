@@ -3,7 +3,7 @@
 // combines those of a row. To add statistics: in LaneStats.
 #pragma once
 
-#include "law.cuh"
+#include "position.cuh"
 
 namespace specens {
 
@@ -61,12 +61,12 @@ __device__ __forceinline__ int64_t begin_of(int sub_tile) {
 
 // A member of a mixture, and the proposal if it reads the same logits in another way; or, with
 // k == kSeparateDraft, the draft's logits.
-__device__ inline void sweep_logits(const Problem& problem, const Row& row, int64_t place, int k,
-                                    int sub_tile) {
-  const bool proposes = row.proposer == k, separate = k == kSeparateDraft;
-  const Field& field = separate ? row.proposal : row.members[k];
+__device__ inline void sweep_logits(const Problem& problem, const Position& position, int64_t place,
+                                    int k, int sub_tile) {
+  const bool proposes = position.proposer == k, separate = k == kSeparateDraft;
+  const Field& field = separate ? position.proposal : position.members[k];
   if (!proposes && (separate || field.weight == 0.0f)) return;
-  const bool twice = proposes && !separate && !proposal_is_member(problem, row);
+  const bool twice = proposes && !separate && !proposal_is_member(problem, position);
   LaneStats<float> stats, proposal;
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
@@ -74,12 +74,13 @@ __device__ inline void sweep_logits(const Problem& problem, const Row& row, int6
     const int64_t begin = begin_of(sub_tile) + round * kRound;
     const int32_t flags = load_lane(field, begin, problem.ensemble.vocab_size, logits);
     stats.add(logits, field, flags);
-    if (twice) proposal.add(logits, row.proposal, flags);
+    if (twice) proposal.add(logits, position.proposal, flags);
   }
   const int slot = separate ? problem.proposal_slot() : k;
   keep_partial(problem, place, slot, sub_tile, stats.finish(field));
   if (twice) {
-    keep_partial(problem, place, problem.proposal_slot(), sub_tile, proposal.finish(row.proposal));
+    keep_partial(problem, place, problem.proposal_slot(), sub_tile,
+                 proposal.finish(position.proposal));
   }
 }
 

@@ -12,7 +12,7 @@ constexpr int kDigitBits = 4;
 constexpr int kDigits = 1 << kDigitBits;
 
 struct ThresholdShared {
-  Row row;
+  Position position;
   double sums[kDigits][kThreads];
   double totals[kDigits];
 };
@@ -130,8 +130,8 @@ class FieldValues {
  private:
   __device__ double at(int64_t token) const {
     if (!is_target_) return static_cast<double>(clean(load_raw(field_, token)));
-    const double value = token_value(shared_.row, token);
-    return shared_.row.is_mixture ? log(value) : value;
+    const double value = token_value(shared_.position, token);
+    return shared_.position.is_mixture ? log(value) : value;
   }
 
   int64_t vocab_size_;
@@ -180,49 +180,50 @@ __device__ double cutoff(const Ensemble& ensemble, int64_t b, bool filters, Fiel
 // Where member 0 finds a token implausible.
 __device__ float plausible(const Problem& problem, ThresholdShared& shared) {
   if (!(problem.ensemble.plausibility > 0.0)) return kNoMass;
-  const Field& expert = shared.row.members[0];
+  const Field& expert = shared.position.members[0];
   const double top = FieldValues(problem, shared, expert, false).top();
   const double scale = expert.temperature > 0.0f ? static_cast<double>(expert.temperature) : 1.0;
   return round_up(top + scale * log(problem.ensemble.plausibility));
 }
 
 // Whether a field has a cutoff that its law does not see by itself.
-__device__ bool wanted(const Problem& problem, const Row& row, int which, bool filters) {
+__device__ bool wanted(const Problem& problem, const Position& position, int which, bool filters) {
   const bool by_member = problem.ensemble.warp_members;
   if (which == kProposalCutoff) {
-    return filters && row.proposer != kNobody && !proposal_is_member(problem, row);
+    return filters && position.proposer != kNobody && !proposal_is_member(problem, position);
   }
-  if (which == kTargetCutoff) return filters && !by_member && (!row.is_mixture || row.warped);
-  if (which >= row.count || !by_member) return false;
-  const bool used = row.members[which].weight != 0.0f || row.proposer == which;
-  return used && (filters || !row.is_mixture);
+  if (which == kTargetCutoff)
+    return filters && !by_member && (!position.is_mixture || position.warped);
+  if (which >= position.count || !by_member) return false;
+  const bool used = position.members[which].weight != 0.0f || position.proposer == which;
+  return used && (filters || !position.is_mixture);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) thresholds(Problem problem, bool of_mixture) {
   SPECENS_SHARED(ThresholdShared, shared);
-  Row& row = shared.row;
+  Position& position = shared.position;
   const int64_t place = blockIdx.y, b = place / problem.rows;
   const int which = of_mixture ? kTargetCutoff : static_cast<int>(blockIdx.x);
   if (warp_id() == 0) {
-    read_row(problem, place, row, of_mixture);
-    if (of_mixture) read_laws(problem, place, row, true);
+    read_position(problem, place, position, of_mixture);
+    if (of_mixture) read_laws(problem, place, position, true);
   }
   __syncthreads();
-  const bool filters = !row.greedy && filters_at(problem.ensemble, b);
+  const bool filters = !position.greedy && filters_at(problem.ensemble, b);
   double found = kNoMass;
   if (which == kPlausibleCutoff) {
     found = plausible(problem, shared);
-  } else if (wanted(problem, row, which, filters) &&
-             !(row.is_mixture && which == kTargetCutoff && !of_mixture)) {
+  } else if (wanted(problem, position, which, filters) &&
+             !(position.is_mixture && which == kTargetCutoff && !of_mixture)) {
     const bool is_target = which == kTargetCutoff;
-    if (is_target && !row.is_mixture) {
+    if (is_target && !position.is_mixture) {
       const float least = plausible(problem, shared);
-      if (threadIdx.x == 0) row.plausible = least;
+      if (threadIdx.x == 0) position.plausible = least;
       __syncthreads();
     }
-    const Field& field = is_target                  ? row.target
-                         : which == kProposalCutoff ? row.proposal
-                                                    : row.members[which];
+    const Field& field = is_target                  ? position.target
+                         : which == kProposalCutoff ? position.proposal
+                                                    : position.members[which];
     FieldValues values(problem, shared, field, is_target);
     found = cutoff(problem.ensemble, b, filters, values);
   }

@@ -3,30 +3,23 @@
 // `verify_resample`, in which every block of a sequence walks the chain by itself, a warp for each
 // row, for the walk needs the totals and a few logits only. What follows the last kept draft is
 // drawn by one block, unless a dense draft was rejected: then all of them sweep its row once more,
-// for the residual, and the last one draws. So they do with rows that are late (law.cuh). For rules
-// that look at whole laws, or at whole chains, `judge` walks between the two launches (judge.cu),
-// and `verify_resample` only draws.
-#include "draw.cuh"
-#include "exact.cuh"
+// for the residual, and the last one draws. So they do with rows that are late (problem.cuh). For
+// rules that look at whole laws, or at whole chains, `judge` walks between the two launches
+// (judge.cu), and `verify_resample` only draws.
 #include "judge.cuh"
+#include "residual.cuh"
 #include "sweep.cuh"
 
 namespace specens {
 namespace {
 
-// Below this total the rounding of single precision would show in a residual's masses.
-constexpr double kLeastSingleResidual = 1e-4;
-
-// A residual of less mass is rounding, and empty; the reference's LEAST_RESIDUAL.
-constexpr double kLeastResidual = 0x1p-40;
-
 enum Outcome : int { kKept, kStops, kEnds };
 
 struct VerifyShared {
-  Row rows[kWarps];
+  Position positions[kWarps];
   Outcome outcomes[kWarps];
   int32_t status[kWarps];
-  Walk walk;
+  DrawScratch scratch;
   bool is_last;
 };
 
@@ -38,8 +31,8 @@ struct Chain {
   int32_t status;
 };
 
-__device__ __forceinline__ bool is_greedy(const Problem& problem, const Row& row) {
-  return row.greedy || problem.collapsed;
+__device__ __forceinline__ bool is_greedy(const Problem& problem, const Position& position) {
+  return position.greedy || problem.collapsed;
 }
 
 // What a rule that sweeps nothing is asked about.
@@ -47,7 +40,7 @@ struct At {
   double p, q, memory;
   const double* parameters;
   int64_t vocab_size;
-  bool bare;
+  bool at_zero;
 };
 
 // The rules that are decided here sweep nothing, and leave what `rejection` does.
@@ -62,47 +55,21 @@ __device__ __forceinline__ double kept(const VerifyParams& params, double target
   });
 }
 
-// What is left of a token, as a rule that sweeps nothing has it.
-struct PlainLeft {
-  static constexpr bool kMayBeLate = true;
-
-  __device__ double operator()(const Row& /*row*/, int64_t /*token*/, double p, double q) const {
-    return left_of(Judgement{}, p, q);
-  }
-  __device__ double of_others() const { return 1.0; }
-};
-
-// As `judge` found it.
-struct JudgedLeft {
-  static constexpr bool kMayBeLate = false;
-  Judgement judgement;
-
-  __device__ double operator()(const Row& row, int64_t token, double p, double q) const {
-    if (judgement.without_token && token == row.token) return 0.0;
-    return left_of(judgement, p, q);
-  }
-  // The part that stays of a token which the draft does not have.
-  __device__ double of_others() const {
-    return judgement.left == Left::kTarget ? 1.0 : judgement.scale;
-  }
-};
-
-// --- the chain ---
-
 // What becomes of the child of a row; one lane.
-__device__ Outcome decide(const Problem& problem, const VerifyParams& params, const Row& row,
-                          int64_t b, int64_t t) {
-  if (!row.has_child && !params.bonus) return kEnds;
-  if (!row.valid || row.empty) return kStops;
+__device__ Outcome decide(const Problem& problem, const VerifyParams& params,
+                          const Position& position, int64_t b, int64_t t) {
+  if (!position.has_child && !params.bonus) return kEnds;
+  if (!position.valid || position.empty) return kStops;
   const auto coin = static_cast<double>(params.uniforms.at(b, t + 1, 0));
-  if (is_greedy(problem, row)) {
+  if (is_greedy(problem, position)) {
     const int64_t best = load_fresh(problem.best + b * problem.rows + t);
-    return row.token == best && coin < 1.0 ? kKept : kStops;
+    return position.token == best && coin < 1.0 ? kKept : kStops;
   }
-  const double target = value_mass(row, value_of(row, row.drafted));
-  const double draft = row.proposer == kNobody
-                           ? 1.0
-                           : field_mass(row.proposal, static_cast<double>(row.drafted[kFields]));
+  const double target = value_mass(position, value_of(position, position.drafted));
+  const double draft =
+      position.proposer == kNobody
+          ? 1.0
+          : field_mass(position.proposal, static_cast<double>(position.drafted[kFields]));
   return coin * draft < kept(params, target, draft) ? kKept : kStops;
 }
 
@@ -112,26 +79,26 @@ __device__ Chain walk_chain(const Problem& problem, const VerifyParams& params,
   Chain chain = {static_cast<int64_t>(blockIdx.y), 0, false, 0};
   const int w = warp_id();
   const bool cutoffs_known = problem.cut || problem.folds_warped();
-  if (cutoffs_known) await_previous();  // else `read_row` reads the caller's tensors only
+  if (cutoffs_known) await_previous();  // else `read_position` reads the caller's tensors only
   for (int64_t first = 0;; first += kWarps) {
     const int64_t t = first + w, place = chain.b * problem.rows + t;
-    Row& row = shared.rows[w];
-    if (t < problem.rows) read_row(problem, place, row, cutoffs_known);
+    Position& position = shared.positions[w];
+    if (t < problem.rows) read_position(problem, place, position, cutoffs_known);
     await_previous();  // returns at once when it has returned before
-    if (t < problem.rows) read_laws(problem, place, row, true);
+    if (t < problem.rows) read_laws(problem, place, position, true);
     if (lane_id() == 0) {
-      shared.outcomes[w] = t < problem.rows ? decide(problem, params, row, chain.b, t) : kEnds;
+      shared.outcomes[w] = t < problem.rows ? decide(problem, params, position, chain.b, t) : kEnds;
       const bool stops = shared.outcomes[w] == kStops;
-      shared.status[w] = shared.outcomes[w] == kEnds ? 0 : row_status(row);
-      if (stops) shared.status[w] |= member_status(row, true);
-      if (stops && row.has_child && !row.valid) shared.status[w] |= kInvalidDraft;
+      shared.status[w] = shared.outcomes[w] == kEnds ? 0 : position_status(position);
+      if (stops) shared.status[w] |= member_status(position, true);
+      if (stops && position.has_child && !position.valid) shared.status[w] |= kInvalidDraft;
     }
     __syncthreads();
     int kept = 0;
     for (; kept < kWarps && shared.outcomes[kept] == kKept; ++kept) {
       chain.status |= shared.status[kept];
     }
-    if (blockIdx.x == 0 && w < kept && lane_id() == 0) keep(params, row, chain.b, t);
+    if (blockIdx.x == 0 && w < kept && lane_id() == 0) keep(params, position, chain.b, t);
     if (kept < kWarps) {
       chain.stop = first + kept;
       chain.emits = shared.outcomes[kept] == kStops;
@@ -155,168 +122,35 @@ __device__ void pad(const VerifyParams& params, const Chain& chain) {
   }
 }
 
-__device__ void finish(const VerifyParams& params, const Row& row, const Chain& chain,
+__device__ void finish(const VerifyParams& params, const Position& position, const Chain& chain,
                        int64_t token) {
   if (threadIdx.x != 0) return;
-  if (chain.emits) emit(params, row, chain.b, chain.stop, token);
+  if (chain.emits) emit(params, position, chain.b, chain.stop, token);
   store(params.num_accepted + chain.b, static_cast<int32_t>(chain.stop));
   store(params.status + chain.b, chain.status);
 }
 
-// --- residuals ---
-
-template <typename LeftOver>
-__device__ double residual_mass(const Row& row, const LeftOver& left, int64_t token) {
-  return left(row, token, target_mass(row, token), draft_mass(row, token));
-}
-
-// exp((value - top) / temperature) in single precision.
-template <typename T>
-__device__ __forceinline__ double single_mass(const Field& field, T value) {
-  if (field.empty || value == -HUGE_VAL || value < static_cast<T>(field.cutoff)) return 0.0;
-  const T top = static_cast<T>(field.top);
-  const float distance = value == top ? 0.0f : static_cast<float>(value - top);
-  const auto inverse_temperature = static_cast<float>(field.inverse_temperature);
-  return static_cast<double>(distance == 0.0f ? 1.0f : expf(distance * inverse_temperature));
-}
-
-__device__ __forceinline__ double scale_of(const Field& field) {
-  return field.empty ? 0.0 : exp(-field.log_sum);
-}
-
-__device__ __forceinline__ void add_draft(const Row& row, const float (&logits)[kPerLane],
-                                          float (&drafted)[kPerLane]) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    drafted[i] = static_cast<float>(single_mass(row.proposal, logits[i]));
-  }
-}
-
-// The residual's mass in a lane's share of a round. Exponentials are of single precision, but for a
-// mixture that is warped as a whole. Adds the status bits of members that are known.
-__device__ double lane_residual(const Problem& problem, const Row& row, int64_t begin,
-                                int32_t& flags) {
-  const int64_t vocab_size = problem.ensemble.vocab_size;
-  double values[kPerLane] = {};
-  float drafted[kPerLane] = {};
-#pragma unroll 1
-  for (int k = 0; k <= row.count; ++k) {
-    const bool separate = k == row.count;
-    const bool proposes = row.proposer == (separate ? kSeparateDraft : k);
-    const Field& field = separate ? row.proposal : row.members[k];
-    const bool masks = k == 0 && row.plausible > kNoMass;
-    const bool used =
-        !separate && (row.is_mixture ? field.share != 0.0 : field.weight != 0.0f || masks);
-    if (!used && !proposes) continue;
-    float logits[kPerLane];
-    const int32_t found = load_lane(field, begin, vocab_size, logits);
-    if (proposes) add_draft(row, logits, drafted);
-    if (!used) continue;
-    if (field.known) flags |= found;
-    const double scale = field.share * scale_of(field);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (!row.is_mixture) {
-        values[i] = fold_in(row, k, values[i], logits[i]);
-      } else if (row.warped) {
-        values[i] = mix_in(row, k, values[i], logits[i]);
-      } else {
-        values[i] = WeightedSum::fold(values[i], single_mass(field, logits[i]), scale);
-      }
-    }
-  }
-  const double scale = scale_of(row.proposal), target_scale = scale_of(row.target);
-  double residual = 0.0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (begin + lane_token(i) >= vocab_size) continue;
-    double target = values[i];
-    if (!row.is_mixture) {
-      target = single_mass(row.target, folded(target)) * target_scale;
-    } else if (row.warped) {
-      target = value_mass(row, target);
-    }
-    residual += left_of(Judgement{}, target, static_cast<double>(drafted[i]) * scale);
-  }
-  return residual;
-}
-
-// The same in one sub-tile; one warp.
-__device__ Residual sweep_residual(const Problem& problem, const Row& row, int sub_tile) {
-  double residual = 0.0;
-  int32_t flags = 0;
-#pragma unroll 1
-  for (int round = 0; round < kRounds; ++round) {
-    const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile + round * kRound;
-    residual += lane_residual(problem, row, begin, flags);
-  }
-  return {warp_sum(residual), warp_or(flags)};
-}
-
-// The residual's mass in one sub-tile, in double precision; one warp.
-template <typename LeftOver>
-__device__ double sweep_exactly(const Problem& problem, const Row& row, const LeftOver& left,
-                                int sub_tile) {
-  double mass = 0.0;
-  for (int i = lane_id(); i < kSubTile; i += kLanes) {
-    const int64_t token = static_cast<int64_t>(sub_tile) * kSubTile + i;
-    if (token < problem.ensemble.vocab_size) mass += residual_mass(row, left, token);
-  }
-  return warp_sum(mass);
-}
-
-// Two laws that are nearly equal differ by less than what their normalisers are good to: everything
-// once more, in double precision. That is rare, and one block does it.
-__device__ void measure_exactly(const Problem& problem, Row& row, Walk& walk) {
-  refine(problem, walk.totals, row);
-  for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) {
-    const double mass = sweep_exactly(problem, row, PlainLeft{}, s);
-    if (lane_id() == 0) walk.masses[s] = mass;
-  }
-  __syncthreads();
-}
-
-// A draft that was one token leaves of every other token the same part.
-template <typename LeftOver>
-__device__ void measure_point(const Problem& problem, const Row& row, const LeftOver& left,
-                              int64_t place, Walk& walk) {
-  read_masses(problem, row, place, walk);
-  for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
-    walk.masses[s] *= left.of_others();
-  }
-  __syncthreads();
-  const int sub_tile = static_cast<int>(row.token / kSubTile);
-  fill(problem, sub_tile, walk, [&](int64_t token) { return residual_mass(row, left, token); });
-  if (warp_id() == 0) {
-    double mass = 0.0;
-    for (int i = lane_id(); i < kSubTile; i += kLanes) mass += walk.tokens[i];
-    mass = warp_sum(mass);
-    if (lane_id() == 0) walk.masses[sub_tile] = mass;
-  }
-  __syncthreads();
-}
-
-// --- late rows ---
-
 // Whether there are members that must be swept before a token of the target can be drawn.
-__device__ bool is_late(const Row& row) {
+__device__ bool is_late(const Position& position) {
   bool late = false;
-  for (int k = 0; k < row.count; ++k) late |= row.members[k].late && row.members[k].weight != 0.0f;
+  for (int k = 0; k < position.count; ++k)
+    late |= position.members[k].late && position.members[k].weight != 0.0f;
   return late;
 }
 
 // One sub-tile of all of them; one warp.
-__device__ void sweep_late(const Problem& problem, const Row& row, int64_t place, int sub_tile) {
+__device__ void sweep_late(const Problem& problem, const Position& position, int64_t place,
+                           int sub_tile) {
 #pragma unroll 1
-  for (int k = 0; k < row.count; ++k) {
-    if (row.members[k].late) sweep_logits(problem, row, place, k, sub_tile);
+  for (int k = 0; k < position.count; ++k) {
+    if (position.members[k].late) sweep_logits(problem, position, place, k, sub_tile);
   }
 }
 
 // Their laws, and so the target's, when all sub-tiles are swept; the whole block.
-__device__ void combine_late(const Problem& problem, Row& row, int64_t place) {
-  for (int k = warp_id(); k < row.count; k += kWarps) {
-    Field& field = row.members[k];
+__device__ void combine_late(const Problem& problem, Position& position, int64_t place) {
+  for (int k = warp_id(); k < position.count; k += kWarps) {
+    Field& field = position.members[k];
     if (!field.late || field.weight == 0.0f) continue;
     const Total total = combine(problem, place, k, field.inverse_temperature);
     __syncwarp();  // all have seen that it is late
@@ -325,46 +159,44 @@ __device__ void combine_late(const Problem& problem, Row& row, int64_t place) {
     field.late = false;
   }
   __syncthreads();
-  if (threadIdx.x == 0) share_out(row);
+  if (threadIdx.x == 0) share_out(position);
   __syncthreads();
 }
 
 // A row whose residual is empty is drawn from after all: that is rare, and one block does it.
-__device__ void complete(const Problem& problem, Row& row, int64_t place) {
-  if (!is_late(row)) return;
-  for (int s = warp_id(); s < problem.sub_tiles; s += kWarps) sweep_late(problem, row, place, s);
+__device__ void complete(const Problem& problem, Position& position, int64_t place) {
+  if (!is_late(position)) return;
+  for (int s = warp_id(); s < problem.sub_tiles; s += kWarps)
+    sweep_late(problem, position, place, s);
   __syncthreads();
-  combine_late(problem, row, place);
+  combine_late(problem, position, place);
 }
-
-// --- what is drawn ---
 
 // The token of a residual whose masses are known, or of the target if there is none.
 template <typename LeftOver>
-__device__ int64_t draw_residual(const Problem& problem, const VerifyParams& params, Row& row,
-                                 const LeftOver& left, Chain& chain, Walk& walk) {
-  if (total_mass(problem, walk) > kLeastResidual) {
-    return draw(problem, params.uniforms, chain.b, chain.stop, walk,
-                [&](int64_t token) { return residual_mass(row, left, token); });
+__device__ int64_t draw_residual(const Problem& problem, const VerifyParams& params,
+                                 Position& position, const LeftOver& left, Chain& chain,
+                                 DrawScratch& scratch) {
+  if (total_mass(problem, scratch) > kLeastResidual) {
+    return draw(problem, params.uniforms, chain.b, chain.stop, scratch,
+                [&](int64_t token) { return residual_mass(position, left, token); });
   }
   const int64_t place = chain.b * problem.rows + chain.stop;
-  if constexpr (LeftOver::kMayBeLate) complete(problem, row, place);
-  chain.status |= row.empty ? kEmptyLaw : kEmptyResidual;
-  return draw_target(problem, row, params.uniforms, place, walk);
+  if constexpr (LeftOver::kMayBeLate) complete(problem, position, place);
+  chain.status |= position.empty ? kEmptyLaw : kEmptyResidual;
+  return draw_target(problem, position, params.uniforms, place, scratch);
 }
 
 // Of a stop that needs no residual.
-__device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params, Row& row,
-                              Chain& chain, Walk& walk) {
+__device__ int64_t draw_alone(const Problem& problem, const VerifyParams& params,
+                              Position& position, Chain& chain, DrawScratch& scratch) {
   const int64_t place = chain.b * problem.rows + chain.stop;
-  if (row.empty) return 0;
-  if (is_greedy(problem, row)) return load_fresh(problem.best + place);
-  if (!row.valid) return draw_target(problem, row, params.uniforms, place, walk);
-  measure_point(problem, row, PlainLeft{}, place, walk);
-  return draw_residual(problem, params, row, PlainLeft{}, chain, walk);
+  if (position.empty) return 0;
+  if (is_greedy(problem, position)) return load_fresh(problem.best + place);
+  if (!position.valid) return draw_target(problem, position, params.uniforms, place, scratch);
+  measure_point(problem, position, PlainLeft{}, place, scratch);
+  return draw_residual(problem, params, position, PlainLeft{}, chain, scratch);
 }
-
-// --- the kernels ---
 
 // Calls sweep(sub_tile) in a warp of a block of the sequence for each; true in the last block, when
 // all have.
@@ -376,8 +208,8 @@ __device__ bool sweep_together(const Problem& problem, const Chain& chain, Verif
   return last_block(problem.tickets + chain.b, gridDim.x, &shared.is_last);
 }
 
-// Leaves the residual that sweep(sub_tile) finds in `walk` of the last block of the sequence, and
-// its status bits in `chain`; that block gets true.
+// Leaves the residual that sweep(sub_tile) finds in `scratch` of the last block of the sequence,
+// and its status bits in `chain`; that block gets true.
 template <typename Sweep>
 __device__ bool sweep_residuals(const Problem& problem, Chain& chain, VerifyShared& shared,
                                 const Sweep& sweep) {
@@ -390,7 +222,7 @@ __device__ bool sweep_residuals(const Problem& problem, Chain& chain, VerifyShar
   int32_t flags = 0;
   for (int s = static_cast<int>(threadIdx.x); s < problem.sub_tiles; s += kThreads) {
     const Residual residual = load_fresh(residuals + s);
-    shared.walk.masses[s] = residual.mass;
+    shared.scratch.masses[s] = residual.mass;
     flags |= residual.flags;
   }
   flags = warp_or(flags);
@@ -401,42 +233,45 @@ __device__ bool sweep_residuals(const Problem& problem, Chain& chain, VerifyShar
 }
 
 __device__ void resample(const Problem& problem, const VerifyParams& params, VerifyShared& shared) {
-  Walk& walk = shared.walk;
+  DrawScratch& scratch = shared.scratch;
   Chain chain = walk_chain(problem, params, shared);
-  Row& row = shared.rows[chain.stop % kWarps];
+  Position& position = shared.positions[chain.stop % kWarps];
   if (blockIdx.x == 0) pad(params, chain);
-  if (chain.emits && row.valid && row.proposer != kNobody && !row.empty) {
-    const auto sweep = [&](int sub_tile) { return sweep_residual(problem, row, sub_tile); };
+  if (chain.emits && position.valid && position.proposer != kNobody && !position.empty) {
+    const auto sweep = [&](int sub_tile) { return sweep_residual(problem, position, sub_tile); };
     if (!sweep_residuals(problem, chain, shared, sweep)) return;
-    if (total_mass(problem, walk) <= kLeastSingleResidual) measure_exactly(problem, row, walk);
-    finish(params, row, chain, draw_residual(problem, params, row, PlainLeft{}, chain, walk));
+    if (total_mass(problem, scratch) <= kLeastSingleResidual)
+      measure_exactly(problem, position, scratch);
+    finish(params, position, chain,
+           draw_residual(problem, params, position, PlainLeft{}, chain, scratch));
     return;
   }
-  if (chain.emits && is_late(row)) {
+  if (chain.emits && is_late(position)) {
     const int64_t place = chain.b * problem.rows + chain.stop;
-    const auto sweep = [&](int sub_tile) { sweep_late(problem, row, place, sub_tile); };
+    const auto sweep = [&](int sub_tile) { sweep_late(problem, position, place, sub_tile); };
     if (!sweep_together(problem, chain, shared, sweep)) return;
-    combine_late(problem, row, place);
-    chain.status |= row_status(row) | member_status(row, true);
+    combine_late(problem, position, place);
+    chain.status |= position_status(position) | member_status(position, true);
   } else if (blockIdx.x != 0) {
     return;
   }
   const int64_t token =
-      chain.emits ? draw_alone(problem, params, row, chain, walk) : int64_t{kPadding};
-  finish(params, row, chain, token);
+      chain.emits ? draw_alone(problem, params, position, chain, scratch) : int64_t{kPadding};
+  finish(params, position, chain, token);
 }
 
 // Of a decision that needs no sweep.
-__device__ int64_t draw_decided(const Problem& problem, const VerifyParams& params, Row& row,
-                                const Decision& decision, Chain& chain, Walk& walk) {
+__device__ int64_t draw_decided(const Problem& problem, const VerifyParams& params,
+                                Position& position, const Decision& decision, Chain& chain,
+                                DrawScratch& scratch) {
   if (decision.follows == Follows::kBest) return decision.best;
   const int64_t place = chain.b * problem.rows + chain.stop;
-  if (row.empty || decision.follows == Follows::kTarget) {
-    return draw_target(problem, row, params.uniforms, place, walk);
+  if (position.empty || decision.follows == Follows::kTarget) {
+    return draw_target(problem, position, params.uniforms, place, scratch);
   }
   const JudgedLeft left = {decision.judgement};
-  measure_point(problem, row, left, place, walk);
-  return draw_residual(problem, params, row, left, chain, walk);
+  measure_point(problem, position, left, place, scratch);
+  return draw_residual(problem, params, position, left, chain, scratch);
 }
 
 // What `judge` decided; it has made the normalisers exact where a residual is drawn from.
@@ -446,31 +281,32 @@ __device__ void resample_decided(const Problem& problem, const VerifyParams& par
   const auto b = static_cast<int64_t>(blockIdx.y);
   const Decision decision = load_fresh(problem.decisions + b);
   Chain chain = {b, decision.stop, decision.follows != Follows::kNothing, decision.status};
-  Row& row = shared.rows[0];
+  Position& position = shared.positions[0];
   if (chain.emits && warp_id() == 0) {
     const int64_t place = b * problem.rows + chain.stop;
-    read_row(problem, place, row, problem.cut || problem.folds_warped());
-    read_laws(problem, place, row, true);
+    read_position(problem, place, position, problem.cut || problem.folds_warped());
+    read_laws(problem, place, position, true);
   }
   __syncthreads();
-  if (chain.emits) chain.status |= member_status(row, true);
+  if (chain.emits) chain.status |= member_status(position, true);
   if (blockIdx.x == 0) pad(params, chain);
-  const bool sweeps = decision.follows == Follows::kLeft && row.proposer != kNobody && !row.empty &&
-                      decision.judgement.left != Left::kTarget;
+  const bool sweeps = decision.follows == Follows::kLeft && position.proposer != kNobody &&
+                      !position.empty && decision.judgement.left != Left::kTarget;
   if (!sweeps) {
     if (blockIdx.x != 0) return;
-    const int64_t token = chain.emits
-                              ? draw_decided(problem, params, row, decision, chain, shared.walk)
-                              : int64_t{kPadding};
-    finish(params, row, chain, token);
+    const int64_t token =
+        chain.emits ? draw_decided(problem, params, position, decision, chain, shared.scratch)
+                    : int64_t{kPadding};
+    finish(params, position, chain, token);
     return;
   }
   const JudgedLeft left = {decision.judgement};
   const auto sweep = [&](int sub_tile) {
-    return Residual{sweep_exactly(problem, row, left, sub_tile), 0};
+    return Residual{sweep_exactly(problem, position, left, sub_tile), 0};
   };
   if (!sweep_residuals(problem, chain, shared, sweep)) return;
-  finish(params, row, chain, draw_residual(problem, params, row, left, chain, shared.walk));
+  finish(params, position, chain,
+         draw_residual(problem, params, position, left, chain, shared.scratch));
 }
 
 enum class DecidedBy : int { kResample, kJudge };

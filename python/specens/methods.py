@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods by the names they were published under: which schedule, which rule, which models.
 
-A method is nothing but arguments of `SpeculativeDecoder`, so everything it does stands elsewhere:
-schedules in `schedules.py`, acceptance rules in `specens_kernels.ACCEPTANCE_RULES`. `build` makes
-the decoder; `specens generate --method NAME` and benchmarks/bench_methods.py go through it. To add
-a method, add an entry to `METHODS`.
+A method is nothing but arguments of `SpeculativeDecoder`, written as text, so everything it does
+stands elsewhere: schedules in `schedules/`, acceptance rules in `specens_kernels.ACCEPTANCE_RULES`.
+`build` makes the decoder; `specens generate --method NAME` and benchmarks/bench_methods.py go
+through it. To add a method, add an entry to `METHODS`. Reading the table needs no torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specens_kernels import Acceptance
+from specens import family
+from specens_kernels import Refusal
 
-from . import family
-from .decoder import SpeculativeDecoder
-from .drafts import layer_skip, quantised
-from .schedules import ConfidenceStop, EntropyStop
-from .weights import WeightHead
+if TYPE_CHECKING:
+    from specens.decoder import SpeculativeDecoder
+    from specens.members.weight_head import WeightHead
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,13 @@ class Method:
     """One published way of decoding.
 
     name: what it is called here.
-    law: the law of the text: "ensemble" or "target" where it is exact; else what it is instead.
+    own_law: the law of the text: "ensemble" or "target" where it is exact; else what it is
+        instead. Empty is what the rule says.
     needs: what it is made of, in words.
     use: when to use it.
     source: who published it.
-    options: arguments of `SpeculativeDecoder`.
+    schedule: as text. acceptance: rules as text, one for each level that checks.
+    draft_vocabulary: as for the decoder.
     models: of the family that ships, the ensemble's. drafts: the drafts, the smallest first.
     deep: whether it takes any number of drafts, one at least.
     joins: whether the draft is a member of the ensemble, its first.
@@ -39,11 +40,13 @@ class Method:
     """
 
     name: str
-    law: str
+    own_law: str
     needs: str
     use: str
     source: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str
+    acceptance: tuple[str, ...] = ("rejection",)
+    draft_vocabulary: str = "same"
     models: tuple[str, ...] = ("code",)
     drafts: tuple[str, ...] = ("draft",)
     deep: bool = False
@@ -52,17 +55,16 @@ class Method:
     prepare: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]] | None = None
 
     @property
+    def law(self) -> str:
+        """The law of the text: "ensemble" or "target" where it is exact."""
+        from specens_kernels import ACCEPTANCE_RULES
+
+        return self.own_law or ACCEPTANCE_RULES[self.acceptance[-1].partition(":")[0]].law
+
+    @property
     def lossless(self) -> bool:
         """Whether the text has exactly the law that was asked for."""
         return self.law in ("ensemble", "target")
-
-
-def _speculative(rule: str, **parameters: float) -> dict[str, Any]:
-    return {"schedule": "speculative", "acceptance": Acceptance(rule, **parameters)}
-
-
-def _hierarchy(*rules: Acceptance, tokens: tuple[int, ...] = (3, 5)) -> dict[str, Any]:
-    return {"schedule": "hierarchy", "num_speculative_tokens": tokens, "acceptance": rules}
 
 
 _PAIR = "a draft and a target"
@@ -75,9 +77,135 @@ _PYRAMID = "PyramidSD 2025, arXiv:2510.12966"
 
 def _two_thirds(model: Any) -> Any:
     """The model with two thirds of its layers."""
+    from specens.members.drafts import layer_skip
+
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return layer_skip(model, max(2 * layers // 3, 1))
 
+
+def _quantised(model: Any) -> Any:
+    from specens.members.drafts import quantised
+
+    return quantised(model)
+
+
+# Name, rule, when to use it, source: one draft, one target, judged by a lossy rule.
+_RELAXED = (
+    (
+        "fsd",
+        "js_fsd:threshold=0.4",
+        "drafts whose laws are near the target's, in nats of JS",
+        "arXiv:2502.20704",
+    ),
+    (
+        "js",
+        "js:threshold=0.2",
+        "drafts whose laws are near the target's, at most ln 2 apart",
+        "cf. arXiv:2502.20704",
+    ),
+    (
+        "kl",
+        "kl:threshold=0.5",
+        "drafts that cover what the target may say",
+        "cf. arXiv:2502.20704",
+    ),
+    (
+        "reverse_kl",
+        "reverse_kl:threshold=0.5",
+        "drafts that say nothing the target would not",
+        "arXiv:2601.04766",
+    ),
+    (
+        "tv",
+        "tv:threshold=0.4",
+        "drafts that would often be kept anyway",
+        "cf. arXiv:2502.20704",
+    ),
+    (
+        "lenient",
+        "lenient:lenience=0.5",
+        "a little bias, bounded for each token",
+        "arXiv:2211.17192",
+    ),
+    (
+        "mentored",
+        "mentored:divergence=0.15",
+        "a bound on the KL divergence at each position",
+        "Tran-Thien 2023",
+    ),
+    (
+        "cactus",
+        "cactus:divergence=0.75",
+        "a bound on the KL divergence for each token",
+        "ICLR 2026",
+    ),
+    (
+        "cascade_chow",
+        "cascade_chow:alpha=0.3",
+        "drafts that are sure of themselves",
+        _CASCADES,
+    ),
+    (
+        "cascade_diff",
+        "cascade_diff:alpha=0.1",
+        "drafts that are as sure as the target",
+        _CASCADES,
+    ),
+    (
+        "cascade_opt",
+        "cascade_opt:alpha=0.3",
+        "drafts as sure as the target, weighed by their distance",
+        _CASCADES,
+    ),
+    (
+        "cascade_v1",
+        "cascade_v1:alpha=0.2",
+        "tokens that the draft finds as likely as the target's best",
+        _CASCADES,
+    ),
+    (
+        "cascade_v2",
+        "cascade_v2:alpha=0.3",
+        "tokens that the target finds nearly its best",
+        _CASCADES,
+    ),
+    (
+        "cascade_v3",
+        "cascade_v3:alpha=0.8",
+        "tokens that the target finds a share of its best",
+        _CASCADES,
+    ),
+    (
+        "typical",
+        "typical",
+        "tokens that are plausible for how sure the target is",
+        "Medusa, arXiv:2401.10774",
+    ),
+    (
+        "top_k",
+        "top_k:k=3",
+        "tokens among the target's best",
+        "cf. arXiv:2211.17192",
+    ),
+    (
+        "consultant",
+        "likelihood",
+        "drafts that the target finds likely on the whole",
+        "arXiv:2506.02391",
+    ),
+    (
+        "bild",
+        "likelihood:smoothing=0.0",
+        "tokens that the target finds likely",
+        "arXiv:2302.07863",
+    ),
+    (
+        "easd",
+        "entropy_veto",
+        "text other than what both prefer",
+        "arXiv:2512.23765",
+    ),
+)
 
 _METHODS = (
     # --- the ensemble's own law ---
@@ -87,7 +215,7 @@ _METHODS = (
         "members",
         "the baseline: every member reads every token",
         "-",
-        {"schedule": "plain"},
+        "plain",
         models=_MEMBERS,
         drafts=(),
     ),
@@ -97,7 +225,7 @@ _METHODS = (
         "members",
         "members of similar cost; any ensemble, greedy or sampled",
         f"Speculative Ensemble, {_SE}",
-        {"schedule": "alternating"},
+        "alternating",
         models=_MEMBERS,
         drafts=(),
     ),
@@ -107,7 +235,7 @@ _METHODS = (
         "members, sampled mixture",
         "sampling from a mixture of members of one cost",
         "Mixture-model-like ensemble, arXiv:2605.00419",
-        {"schedule": "component"},
+        "component",
         models=_MEMBERS,
         drafts=(),
         samples=True,
@@ -118,7 +246,7 @@ _METHODS = (
         "members, sampled mixture",
         "sampling from a mixture of which one member is much cheaper",
         "here",
-        {"schedule": "lookahead"},
+        "lookahead",
         drafts=("draft",),
         joins=True,
         samples=True,
@@ -129,7 +257,7 @@ _METHODS = (
         "a draft and members",
         "a draft much cheaper than the members",
         f"SD of an ensemble, {_SE}",
-        {"schedule": "speculative"},
+        "speculative",
         models=_MEMBERS,
     ),
     # --- one target's law ---
@@ -139,7 +267,7 @@ _METHODS = (
         _PAIR,
         "a draft that often agrees",
         "Leviathan et al. 2023, arXiv:2211.17192",
-        _speculative("rejection"),
+        "speculative",
     ),
     Method(
         "block",
@@ -147,7 +275,8 @@ _METHODS = (
         _PAIR,
         "as speculative, longer drafts: keeps no fewer tokens on average",
         "Sun et al. 2024, arXiv:2403.10444",
-        _speculative("block") | {"num_speculative_tokens": 6},
+        "speculative:tokens=6",
+        ("block",),
     ),
     Method(
         "lookup",
@@ -155,7 +284,7 @@ _METHODS = (
         "nothing but the target",
         "text that repeats its prompt: editing, summaries, code",
         "Prompt lookup, Saxena 2023",
-        {"schedule": "lookup"},
+        "lookup",
         drafts=(),
     ),
     Method(
@@ -164,15 +293,15 @@ _METHODS = (
         _PAIR,
         "a draft whose agreement varies along the text",
         "transformers' assistant_confidence_threshold; cf. DISCO, arXiv:2405.04304",
-        _speculative("rejection") | {"num_speculative_tokens": 8, "stop": ConfidenceStop()},
+        "speculative:tokens=8,stop=confidence",
     ),
     Method(
         "adaedl",
         "target",
         _PAIR,
-        "the same, by the draft's entropy",
+        "a draft whose certainty varies along the text; asks nothing of the token drawn",
         "AdaEDL, arXiv:2410.18351",
-        _speculative("rejection") | {"num_speculative_tokens": 8, "stop": EntropyStop()},
+        "speculative:tokens=8,stop=entropy",
     ),
     Method(
         "layer_skip",
@@ -180,7 +309,7 @@ _METHODS = (
         "nothing but the target",
         "no draft at hand; deep targets",
         "Self-speculative decoding, arXiv:2309.08168",
-        _speculative("rejection"),
+        "speculative",
         drafts=(),
         prepare=lambda models, _: [_two_thirds(models[0])],
     ),
@@ -190,9 +319,9 @@ _METHODS = (
         "nothing but the target; torchao",
         "no draft at hand; a machine where int8 weights are faster",
         "cf. ML-SpecQD, arXiv:2503.13565",
-        _speculative("rejection"),
+        "speculative",
         drafts=(),
-        prepare=lambda models, _: [quantised(models[0])],
+        prepare=lambda models, _: [_quantised(models[0])],
     ),
     Method(
         "mlspecqd",
@@ -200,8 +329,9 @@ _METHODS = (
         f"{_PAIR}; torchao",
         "a draft, and int8 weights that are faster, between draft and target",
         "ML-SpecQD, arXiv:2503.13565",
-        _hierarchy(Acceptance(), Acceptance()),
-        prepare=lambda models, drafts: [*drafts, quantised(models[0])],
+        "hierarchy:tokens=3,5",
+        ("rejection", "rejection"),
+        prepare=lambda models, drafts: [*drafts, _quantised(models[0])],
     ),
     Method(
         "shared_vocabulary",
@@ -209,7 +339,8 @@ _METHODS = (
         "a draft of another tokenizer, and a target",
         "no draft with the target's tokenizer",
         "TLI, Timor et al. 2025, arXiv:2502.05202",
-        _speculative("rejection") | {"draft_vocabulary": "shared"},
+        "speculative",
+        draft_vocabulary="shared",
     ),
     Method(
         "companion",
@@ -217,7 +348,7 @@ _METHODS = (
         "a draft, a companion of its size, and a target",
         "large batches, where verifying in vain is dear",
         "Speculative verification, arXiv:2509.24328",
-        {"schedule": "companion"},
+        "companion",
         drafts=("draft", "prose"),
     ),
     Method(
@@ -226,7 +357,7 @@ _METHODS = (
         "a draft, a companion of its size, and a target; no filters",
         "as companion, where tokens of one law differ in what the companion thinks of them",
         "Speculative verification, arXiv:2509.24328, made exact",
-        {"schedule": "companion", "cut": "token"},
+        "companion:cut=token",
         drafts=("draft", "prose"),
     ),
     Method(
@@ -235,7 +366,7 @@ _METHODS = (
         "drafts of rising size, one or more, and a target",
         "a mid-sized model between draft and target",
         "HSD, arXiv:2510.19705",
-        {"schedule": "hierarchy"},
+        "hierarchy",
         models=_MEMBERS,
         drafts=("draft", "code"),
         deep=True,
@@ -247,16 +378,16 @@ _METHODS = (
         _PAIR,
         "trading the target's law for speed by one number",
         f"static ensemble, {_DIVERSED}",
-        {"schedule": "speculative", "proposer": 0},
+        "speculative:proposer=0",
         joins=True,
     ),
     Method(
         "diversed",
         "a learned mixture of draft and target at each position",
         f"{_PAIR}, a trained head",
-        "the same, where a task says what matters",
+        "trading the target's law for speed, where a task says what matters",
         _DIVERSED,
-        {"schedule": "speculative", "proposer": 0},
+        "speculative:proposer=0",
         joins=True,
     ),
     Method(
@@ -265,7 +396,8 @@ _METHODS = (
         "two drafts and a target",
         "most speed, least control",
         f"PyramidSD-F, {_PYRAMID}",
-        _hierarchy(Acceptance("js_fsd", threshold=0.4), Acceptance("js_fsd", threshold=0.5)),
+        "hierarchy:tokens=3,5",
+        ("js_fsd:threshold=0.4", "js_fsd:threshold=0.5"),
         models=_MEMBERS,
         drafts=("draft", "code"),
     ),
@@ -275,35 +407,14 @@ _METHODS = (
         "two drafts and a target",
         "as fuzzy, but nothing below the qualifier's quality",
         f"PyramidSD-A, {_PYRAMID}",
-        _hierarchy(Acceptance(), Acceptance("js_fsd", threshold=0.5)),
+        "hierarchy:tokens=3,5",
+        ("rejection", "js_fsd:threshold=0.5"),
         models=_MEMBERS,
         drafts=("draft", "code"),
     ),
     *(
-        Method(
-            name, Acceptance(rule).rule.law, _PAIR, use, source, _speculative(rule, **parameters)
-        )
-        for name, rule, parameters, use, source in (
-            ("fsd", "js_fsd", {"threshold": 0.4}, "where laws are near", "arXiv:2502.20704"),
-            ("js", "js", {"threshold": 0.2}, "the same, bounded", "cf. arXiv:2502.20704"),
-            ("kl", "kl", {"threshold": 0.5}, "the same", "cf. arXiv:2502.20704"),
-            ("reverse_kl", "reverse_kl", {"threshold": 0.5}, "the same", "arXiv:2601.04766"),
-            ("tv", "tv", {"threshold": 0.4}, "the same", "cf. arXiv:2502.20704"),
-            ("lenient", "lenient", {"lenience": 0.5}, "a little bias", "arXiv:2211.17192"),
-            ("mentored", "mentored", {"divergence": 0.15}, "bounded KL", "Tran-Thien 2023"),
-            ("cactus", "cactus", {"divergence": 0.75}, "bounded KL per token", "ICLR 2026"),
-            ("cascade_chow", "cascade_chow", {"alpha": 0.3}, "sure drafts", _CASCADES),
-            ("cascade_diff", "cascade_diff", {"alpha": 0.1}, "as sure as the target", _CASCADES),
-            ("cascade_opt", "cascade_opt", {"alpha": 0.3}, "the same, weighed", _CASCADES),
-            ("cascade_v1", "cascade_v1", {"alpha": 0.2}, "the same by token", _CASCADES),
-            ("cascade_v2", "cascade_v2", {"alpha": 0.3}, "the same by token", _CASCADES),
-            ("cascade_v3", "cascade_v3", {"alpha": 0.8}, "the same by token", _CASCADES),
-            ("typical", "typical", {}, "plausible tokens", "Medusa, arXiv:2401.10774"),
-            ("top_k", "top_k", {"k": 3}, "plausible tokens", "cf. arXiv:2211.17192"),
-            ("consultant", "likelihood", {}, "likely drafts", "arXiv:2506.02391"),
-            ("bild", "likelihood", {"smoothing": 0.0}, "likely tokens", "arXiv:2302.07863"),
-            ("easd", "entropy_veto", {}, "text other than both prefer", "arXiv:2512.23765"),
-        )
+        Method(name, "", _PAIR, use, source, "speculative", (rule,))
+        for name, rule, use, source in _RELAXED
     ),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _METHODS})
@@ -312,9 +423,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 def method_named(name: str) -> Method:
     """The entry of `METHODS`; raises ValueError."""
     if name not in METHODS:
-        raise ValueError(
-            f"generate: --method: unknown name {name!r}; known names: {', '.join(sorted(METHODS))}"
-        )
+        raise Refusal.unknown("generate", "--method", name, METHODS)
     return METHODS[name]
 
 
@@ -325,9 +434,9 @@ def build(
     tokenizers: Sequence[Any] | None = None,
     *,
     draft_weight: float = 0.3,
-    head: WeightHead | str | None = None,
+    head: "WeightHead | str | None" = None,
     **overrides: Any,
-) -> SpeculativeDecoder:
+) -> "SpeculativeDecoder":
     """The decoder of a method.
 
     Args:
@@ -341,49 +450,59 @@ def build(
     Raises:
         ValueError: the models do not fit the method, or an argument is out of range.
     """
+    from specens.decoder import SpeculativeDecoder
+    from specens.members.weight_head import WeightHead
+    from specens_kernels import Acceptance
+
     wanted = len(method.drafts)
     if not drafts if method.deep else len(drafts) != wanted:
         expected = "one or more" if method.deep else f"{wanted}"
-        raise ValueError(
-            f"method: drafts: expected {expected} for {method.name!r}, got {len(drafts)}"
-        )
+        raise Refusal("method", "drafts", f"{expected} for {method.name!r}", len(drafts))
     if method.prepare is not None:
         drafts = method.prepare(models, drafts)
         if tokenizers is not None:  # those made of the target come last
             tokenizers = [*tokenizers, tokenizers[0]]
-    options = {**method.options, **overrides}
-    if method.deep:
-        options.setdefault("num_speculative_tokens", [3 + 2 * i for i in range(len(drafts))])
+    options: dict[str, Any] = {
+        "schedule": method.schedule,
+        "acceptance": [Acceptance.parse(rule) for rule in method.acceptance],
+        "draft_vocabulary": method.draft_vocabulary,
+    }
+    if len(method.acceptance) == 1:
+        options["acceptance"] = options["acceptance"][0]
+    options |= overrides
+    if method.deep and "schedule" not in overrides:
+        tokens = ",".join(str(3 + 2 * i) for i in range(len(drafts)))
+        options["schedule"] = f"{method.schedule}:tokens={tokens}"
     if method.joins:
         if len(models) != 1:
-            raise ValueError(
-                f"method: models: expected one target for {method.name!r}, got {len(models)}"
-            )
+            raise Refusal("method", "models", f"one target for {method.name!r}", len(models))
         if "weights" in overrides:
             raise ValueError(f"method: weights: expected draft_weight for {method.name!r}")
         options["weights"] = weights = _weights(method, draft_weight, head)
         if isinstance(weights, WeightHead):
             if overrides.get("ensemble", weights.ensemble) != weights.ensemble:
-                raise ValueError(
-                    f"method: ensemble: expected {weights.ensemble!r}, which the head is for, "
-                    f"got {overrides['ensemble']!r}"
+                raise Refusal(
+                    "method",
+                    "ensemble",
+                    f"{weights.ensemble!r}, which the head is for",
+                    repr(overrides["ensemble"]),
                 )
             options["ensemble"] = weights.ensemble
         models, drafts = [*drafts, *models], []
         tokenizers = None if tokenizers is None else [tokenizers[-1], *tokenizers[:-1]]
-    if drafts:
-        several = options["schedule"] in ("hierarchy", "companion")
-        options["draft"] = list(drafts) if several else drafts[0]
+    options["draft"] = list(drafts) or None
     return SpeculativeDecoder(models, tokenizers=tokenizers, **options)
 
 
 def _weights(
-    method: Method, draft_weight: float, head: WeightHead | str | None
-) -> WeightHead | tuple[float, float]:
+    method: Method, draft_weight: float, head: "WeightHead | str | None"
+) -> "WeightHead | tuple[float, float]":
+    from specens.members.weight_head import WeightHead
+
     if method.name == "diversed":
         if isinstance(head, WeightHead):
             return head
         return WeightHead.load(family.head_path() if head is None else head)
     if not 0.0 <= draft_weight <= 1.0:
-        raise ValueError(f"method: draft_weight: expected a number in [0, 1], got {draft_weight}")
+        raise Refusal("method", "draft_weight", "a number in [0, 1]", draft_weight)
     return (draft_weight, 1 - draft_weight)

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .parameters import INFINITE_LOGITS, NAN_LOGITS, yes
+from .parameters import INFINITE_LOGITS, NAN_LOGITS, given, yes
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl
     drafted = tl.full(offsets.shape, -float("inf"), tl.float32)
     for k in tl.static_range(law.members):
         read = laws[2][k] != 0
-        if proposal is not None:
+        if given(proposal):
             read = read | (proposer == k)
         if law.plausible and k == 0:
             read = yes()
@@ -105,7 +105,7 @@ def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl
         if law.late and law.lse is not None:
             flags |= tl.where(laws[2][k] != 0, flags_of(raw), 0)
         value = clean(raw)
-        if proposal is not None:
+        if given(proposal):
             drafted = tl.where(proposer == k, value, drafted)
         if law.kind == "product":
             combined, vetoed = fold_in(law, combined, vetoed, value, laws[2][k], laws[3][k])
@@ -117,7 +117,7 @@ def flagged_scores(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl
         combined = folded_value(combined, vetoed)
     elif law.kind == "warped":
         combined = tl.where(combined > 0, tl.log(combined), -float("inf"))
-    if proposal is not None:
+    if given(proposal):
         if proposal.logits is not None:
             read = mask & (proposer == law.members)
             drafted = clean(load_raw(proposal_row(proposal, b, t), offsets, read))
@@ -144,7 +144,7 @@ def flagged_look(law, proposal, laws, b, t, proposer, offsets, mask, DTYPE: tl.c
     )
     if law.kind != "mixture":
         masses = mass_of(masses, laws, law.members + 1, DTYPE)
-    if proposal is not None:
+    if given(proposal):
         drafted = mass_of(drafted, laws, law.members, DTYPE)
     return masses, drafted, flags
 

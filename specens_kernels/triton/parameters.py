@@ -16,6 +16,14 @@ INFINITE_LOGITS = tl.constexpr(2)
 EMPTY_LAW = tl.constexpr(4)
 
 
+def given(value):
+    """Whether an argument that may be a tuple is one and not None, which Triton 3.6 cannot tell."""
+    return not (value is None or (isinstance(value, tl.constexpr) and value.value is None))
+
+
+given.__triton_builtin__ = True  # type: ignore[attr-defined]  # runs while kernels are compiled
+
+
 @triton.jit
 def no():
     return tl.full((), 0, tl.int1)
@@ -173,7 +181,7 @@ def is_late(law, proposal, b, t, k, greedy):
     late = no()
     if law.late:
         late = known_lse(law, b, t, k, greedy) < float("inf")
-        if proposal is not None:
+        if given(proposal):
             late = late | ((t == proposal.nodes) & (greedy == 0))
     return late
 

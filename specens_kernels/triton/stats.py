@@ -26,6 +26,7 @@ from .parameters import (
     NAN_LOGITS,
     SUB_TILE,
     coefficient_of,
+    given,
     is_greedy,
     is_late,
     is_unswept,
@@ -115,13 +116,13 @@ def _peaks_of_member(law, work, row, b, t, tile, greedy, k: tl.constexpr, WIDTH:
 @triton.jit
 def _member_peaks(law, proposal, work, row, b, t, tile, proposer, greedy, k: tl.constexpr):
     drafts = no()
-    if proposal is not None:
+    if given(proposal):
         drafts = proposer == k
     late = is_late(law, proposal, b, t, k, greedy)
     if ((weight_of(law, b, t, k) != 0) | drafts) & (late == 0):
         raw = _peaks_of_member(law, work, row, b, t, tile, greedy, k, law.width)
         _store_flags(law, work, row, tile, k, _any(raw != raw), _any(raw == float("inf")))
-        if proposal is not None:
+        if given(proposal):
             if law.kind == "warped":
                 if drafts:
                     _own_peaks(law, proposal, work, row, b, tile, law.members, proposer, raw)
@@ -145,12 +146,12 @@ def mixture_stats(law, proposal, work):
     b, t = row // law.rows, row % law.rows
     greedy = is_greedy(law, b)
     proposer = tl.full((), -1, tl.int32)
-    if proposal is not None:
+    if given(proposal):
         proposer = proposer_of(law, proposal, b, t, greedy)
     for k in tl.static_range(law.members):
         if source == k:
             _member_peaks(law, proposal, work, row, b, t, tile, proposer, greedy, k)
-    if proposal is not None:
+    if given(proposal):
         if proposal.logits is not None:
             if source == law.members:
                 _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy)
@@ -167,7 +168,7 @@ def _product_peaks(law, proposal, work, row, b, t, tile, proposer, greedy):
         coefficient = coefficient_of(law, b, t, k, greedy)
         used = coefficient != 0
         read = used
-        if proposal is not None:
+        if given(proposal):
             read = read | (proposer == k)
         if law.plausible and k == 0:
             read = yes()
@@ -186,7 +187,7 @@ def _product_peaks(law, proposal, work, row, b, t, tile, proposer, greedy):
         folded, vetoed = fold_in(law, folded, vetoed, values, coefficient, cutoff)
         if law.plausible and k == 0:
             vetoed = vetoed | (values < least_plausible(law, work, row))
-        if proposal is not None:
+        if given(proposal):
             if proposer == k:
                 _own_peaks(law, proposal, work, row, b, tile, law.members, proposer, raw)
     values = folded_value(folded, vetoed)
@@ -207,11 +208,11 @@ def product_stats(law, proposal, work):
     b, t = row // law.rows, row % law.rows
     greedy = is_greedy(law, b)
     proposer = tl.full((), -1, tl.int32)
-    if proposal is not None:
+    if given(proposal):
         proposer = proposer_of(law, proposal, b, t, greedy)
     if source == 0:
         _product_peaks(law, proposal, work, row, b, t, tile, proposer, greedy)
-    if proposal is not None:
+    if given(proposal):
         if proposal.logits is not None:
             if source == 1:
                 _separate_peaks(law, proposal, work, row, b, t, tile, proposer, greedy)

@@ -11,6 +11,7 @@ from .parameters import (
     NAN_LOGITS,
     by_lse,
     coefficient_of,
+    given,
     is_late,
     is_unswept,
     known_lse,
@@ -202,7 +203,7 @@ def with_source(laws, top, inverse, scale, cutoff):
 @triton.jit
 def proposal_laws(law, proposal, work, row, b, t, proposer, greedy, laws):
     """`laws` with the proposal's, and its status bits."""
-    if proposal is None:
+    if not given(proposal):
         zero = tl.full((), 0.0, tl.float64)
         return with_source(laws, zero, zero, zero, zero), tl.full((), 0, tl.int32)
     else:

@@ -131,7 +131,7 @@ struct Situation {
     }
     for (float& weight : weights) weight /= mixture ? total : 1.0f;
     ensemble.num_members = count;
-    ensemble.id = mixture ? EnsembleId::kMixture : EnsembleId::kProduct;
+    ensemble.space = mixture ? Space::kProbabilities : Space::kLogits;
     ensemble.warp_members = dice.happens(0.5);
     ensemble.plausibility = !mixture && dice.happens(0.3) ? 0.1 : 0.0;
     ensemble.vocab_size = vocab_size;
@@ -209,7 +209,7 @@ struct Situation {
 
   void set_lse() {
     if (!top_k.empty() || !top_p.empty() || !min_p.empty() || !dice.happens(0.8)) return;
-    if (ensemble.id == EnsembleId::kMixture && ensemble.warp_members) {
+    if (ensemble.space == Space::kProbabilities && ensemble.warp_members) {
       const size_t last = temperature.size() - 1;
       for (int64_t row = 0; row < batch * rows; ++row) {
         for (size_t k = 0; k < members.size(); ++k) {

@@ -2,13 +2,15 @@
 """The small model family that ships with the package: two members, a draft, one tokenizer.
 
 `code` reads mostly Python, `prose` mostly English, and `draft` is distilled from their even
-mixture; `train.py` is the recipe. They write plausible fragments, not sense: they are here so that
-everything can be tried and tested offline. To add a model, train it into a folder of this package
-and add its name to `FAMILY`.
+mixture; the recipe is `recipes/train_family.py` of the repository. They write plausible fragments,
+not sense: they are here so that everything can be tried and tested offline. To add a model, train
+it into a folder of this package and add its name to `FAMILY`.
 """
 
 from importlib.resources import files
 from pathlib import Path
+
+from specens_kernels import Refusal
 
 FAMILY = ("code", "prose", "draft")
 
@@ -24,12 +26,10 @@ def path(name: str) -> Path:
     """The folder of one of `FAMILY`, as `from_pretrained` takes it.
 
     Raises:
-        ValueError: there is no such model.
+        Refusal: there is no such model.
     """
     if name not in FAMILY:
-        raise ValueError(
-            f"family: name: unknown name {name!r}; known names: {', '.join(sorted(FAMILY))}"
-        )
+        raise Refusal.unknown("family", "name", name, FAMILY)
     return Path(str(files(__name__) / name))
 
 

@@ -14,60 +14,21 @@ on held-out text before and after. Weights are trained in float32, and dropout s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specens.benchmark import sampling
 from specens.decoder import SpeculativeDecoder
-from specens_kernels import DIVERGENCES, Law, Stream, divergence, mix, sample, uniforms, verify
-
-from .examples import in_turn, row_seeds
-from .loop import Schedule, optimise
+from specens.training.batches import in_turn, row_seeds
+from specens.training.loop import optimise
+from specens.training.settings import DraftSettings
+from specens.tuning.compare import sampling
+from specens_kernels import Law, Refusal, Stream, divergence, mix, sample, uniforms, verify
 
 CURVES = ("loss", "acceptance")
-
-
-@dataclass(frozen=True)
-class DraftSettings:
-    """All that shapes the training of a draft, but for the models and the data.
-
-    divergence: an entry of `DIVERGENCES` with a gradient.
-    ensemble, weights: how several targets are one; see `specens_kernels.Law`.
-    select: (0, 1]. The fraction of a step's tokens that are trained on, by how far the draft's
-        divergence is above the reference's.
-    online: train on rejected positions of text that the targets write; else on the data's text.
-    windows_per_step: texts in a step. prompt_tokens, new_tokens: of each, when online.
-    """
-
-    divergence: str = "tv"
-    ensemble: str = "mixture"
-    weights: tuple[float, ...] = (1.0,)
-    select: float = 1.0
-    online: bool = False
-    windows_per_step: int = 6
-    prompt_tokens: int = 64
-    new_tokens: int = 64
-    seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(500, 3e-3))
-
-    def __post_init__(self) -> None:
-        """Check every number and name."""
-        known = [name for name, one in DIVERGENCES.items() if one.weighted_slope is not None]
-        if self.divergence not in known:
-            raise ValueError(
-                f"train: divergence: unknown name {self.divergence!r}; known names: "
-                f"{', '.join(sorted(known))}"
-            )
-        if not 0 < self.select <= 1:
-            raise ValueError(f"train: select: expected a fraction in (0, 1], got {self.select}")
-        for name in ("windows_per_step", "prompt_tokens", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name}: expected >= 1, got {getattr(self, name)}")
-        Law(weights=self.weights, ensemble=self.ensemble)  # checks both
 
 
 class Targets:
@@ -75,10 +36,8 @@ class Targets:
 
     def __init__(self, models: Sequence[Any], settings: DraftSettings, vocab_size: int) -> None:
         if len(settings.weights) != len(models):
-            raise ValueError(
-                f"train: weights: expected {len(models)} numbers, one per target, "
-                f"got {len(settings.weights)}"
-            )
+            expected = f"{len(models)} numbers, one per target"
+            raise Refusal("train", "weights", expected, len(settings.weights))
         self.models = list(models)
         self.vocab_size = vocab_size
         self.law = Law(settings.weights, settings.ensemble, vocab_size=vocab_size)
@@ -86,10 +45,10 @@ class Targets:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, S, V) logits, or log-probabilities where there are several models."""
-        found = [read(model, tokens) for model in self.models]
-        if len(found) == 1 and self.law.weights == (1.0,):
-            return found[0][..., : self.vocab_size]
-        return mix(found, self.law)[0]
+        logits = [read(model, tokens) for model in self.models]
+        if len(logits) == 1 and self.law.weights == (1.0,):
+            return logits[0][..., : self.vocab_size]
+        return mix(logits, self.law)[0]
 
 
 def read(model: Any, tokens: Tensor) -> Tensor:
@@ -101,13 +60,13 @@ def read(model: Any, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def held_out_acceptance(draft: Any, targets: Targets, windows: Tensor) -> dict[str, float]:
     """Mean of sum_x min(target, draft) over the positions of windows (W, S), and its error."""
-    means = []
+    parts = []
     for window in windows.to(draft.device):
         logits = read(draft, window[None])[..., : targets.vocab_size]
-        means.append(1 - divergence(targets.logits(window[None]), logits, "tv").mean())
-    found = torch.stack(means).double().cpu()
-    error = found.std().item() / len(found) ** 0.5 if len(found) > 1 else float("nan")
-    return {"mean": found.mean().item(), "standard_error": error}
+        parts.append(1 - divergence(targets.logits(window[None]), logits, "tv").mean())
+    means = torch.stack(parts).double().cpu()
+    error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    return {"mean": means.mean().item(), "standard_error": error}
 
 
 @torch.no_grad()
@@ -197,30 +156,54 @@ def train_draft(
         One row of numbers for each step.
     """
     if (settings.select < 1) != (reference is not None):
-        raise ValueError(
-            "train: reference: expected a distilled draft for select < 1 and none else, "
-            f"got {'none' if reference is None else 'one'} for {settings.select}"
-        )
+        expected = "a distilled draft beside select < 1, and only there"
+        got = f"{'none' if reference is None else 'a draft'} for {settings.select}"
+        raise Refusal("train", "reference", expected, got)
     decoder = _decoder(draft, targets, settings, tokenizers) if settings.online else None
+    parameters = {
+        name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad
+    }
+    return optimise(
+        parameters,
+        _Steps(draft, targets, windows, settings, reference, decoder),
+        settings.plan,
+        folder,
+        settings={**asdict(settings), "models": list(names), "windows": list(windows.shape)},
+        resume=resume,
+        progress=progress,
+    )
 
-    def step_of(step: int, memory: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
-        chosen = in_turn(len(windows), settings.windows_per_step, step, settings.seed)
-        seeds = row_seeds(settings.seed, step, len(chosen)).to(draft.device)
-        tokens, counts = windows[chosen].to(draft.device), None
+
+@dataclass(frozen=True)
+class _Steps:
+    """The loss of each step, and what its curves show; decoder: when online, what writes."""
+
+    draft: Any
+    targets: Targets
+    windows: Tensor
+    settings: DraftSettings
+    reference: Any
+    decoder: SpeculativeDecoder | None
+
+    def __call__(self, step: int, memory: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+        settings, width, device = self.settings, self.targets.vocab_size, self.draft.device
+        chosen = in_turn(len(self.windows), settings.windows_per_step, step, settings.seed)
+        seeds = row_seeds(settings.seed, step, len(chosen)).to(device)
+        tokens, counts = self.windows[chosen].to(device), None
         # Fewer where windows are shorter.
         prompts = tokens[:, : settings.prompt_tokens]
-        if decoder is not None:
-            tokens = _written(decoder, prompts, seeds, settings)
-        draft_logits = read(draft, tokens)[..., : targets.vocab_size]
-        target_logits = targets.logits(tokens)
-        if decoder is not None:
+        if self.decoder is not None:
+            tokens = _written(self.decoder, prompts, seeds, settings)
+        draft_logits = read(self.draft, tokens)[..., :width]
+        target_logits = self.targets.logits(tokens)
+        if self.decoder is not None:
             counts = rejected(draft_logits.detach().contiguous(), target_logits, seeds)
             counts[:, : prompts.shape[1] - 1] = False
             counts[:, -1] = False  # what comes after the text was not written
         reference_logits = None
-        if reference is not None:
+        if self.reference is not None:
             with torch.no_grad():
-                reference_logits = read(reference, tokens)[..., : targets.vocab_size]
+                reference_logits = read(self.reference, tokens)[..., :width]
         losses, trained = token_losses(
             draft_logits, target_logits, settings, reference_logits, counts
         )
@@ -230,17 +213,6 @@ def train_draft(
         with torch.no_grad():
             kept = 1 - divergence(target_logits, draft_logits, "tv").mean()
         return loss, {"acceptance": kept.item(), "trained_tokens": float(number)}
-
-    parameters = {name: one for name, one in draft.named_parameters() if one.requires_grad}
-    return optimise(
-        parameters,
-        step_of,
-        settings.schedule,
-        folder,
-        settings={**asdict(settings), "models": list(names), "windows": list(windows.shape)},
-        resume=resume,
-        progress=progress,
-    )
 
 
 def _decoder(

@@ -12,67 +12,24 @@ sign, which lowers acceptance.) Draft and target are frozen and see no gradient.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specens.weights import WeightHead, hidden_size
+from specens.members.weight_head import WeightHead, hidden_size
+from specens.training.batches import in_turn, row_seeds
+from specens.training.examples import Example
+from specens.training.loop import optimise
+from specens.training.rewards import Reward
+from specens.training.rollouts import Rollout, roll_out
+from specens.training.settings import HeadSettings
+from specens_kernels import Refusal
 
-from .examples import Example, in_turn, row_seeds
-from .loop import Schedule, optimise
-from .rewards import Reward
-from .rollouts import Rollout, roll_out
-
-BASELINES = ("ema", "group")
 _MOMENTUM = 0.9
 CURVES = ("loss", "reward", "acceptance", "draft_weight")
-
-
-@dataclass(frozen=True)
-class HeadSettings:
-    """All that shapes the training of a head, but for the models and the data.
-
-    ensemble: "mixture" or "product". temperature: > 0, of both models.
-    prompts_per_step, samples_per_prompt: their product is the batch B.
-    prompt_tokens: the last of each prompt that are read. new_tokens: most that are written.
-    baseline: "ema" is a running mean of the batches' rewards (momentum 0.9, starting from the first
-        batch's own); "group" is the mean of the prompt's other samples.
-    acceptance_scale: what one more accepted token is worth, in units of the reward; >= 0.
-    """
-
-    ensemble: str = "mixture"
-    temperature: float = 1.0
-    prompts_per_step: int = 8
-    samples_per_prompt: int = 8
-    prompt_tokens: int = 64
-    new_tokens: int = 32
-    baseline: str = "group"
-    acceptance_scale: float = 0.1
-    seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(100, 0.02))
-
-    def __post_init__(self) -> None:
-        """Check every number and name."""
-        for name in ("prompts_per_step", "samples_per_prompt", "prompt_tokens", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name}: expected >= 1, got {getattr(self, name)}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"train: temperature: expected > 0, got {self.temperature}")
-        if not 0 <= self.acceptance_scale < float("inf"):
-            raise ValueError(f"train: acceptance_scale: expected >= 0, got {self.acceptance_scale}")
-        if self.baseline not in BASELINES:
-            known = ", ".join(BASELINES)
-            raise ValueError(
-                f"train: baseline: unknown name {self.baseline!r}; known names: {known}"
-            )
-        if self.baseline == "group" and self.samples_per_prompt < 2:
-            raise ValueError(
-                f"train: samples_per_prompt: expected >= 2 for baseline 'group', "
-                f"got {self.samples_per_prompt}"
-            )
 
 
 @dataclass(frozen=True)
@@ -93,23 +50,23 @@ class Pair:
         """The last tokens of a prompt; at least one.
 
         Raises:
-            ValueError: there is none.
+            Refusal: there is none.
         """
         ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"][-tokens:]
         if not ids:
-            raise ValueError(f"train: data: expected a prompt with tokens, got {prompt[:40]!r}")
+            raise Refusal("train", "data", "a prompt with tokens", repr(prompt[:40]))
         return ids
 
     def judge(self, reward: Reward, examples: Sequence[Example], rollout: Rollout) -> Tensor:
         """(B,) float32. What the texts are worth; example b is row b's."""
         likelihoods = rollout.mean(rollout.target_log_prob).tolist()
-        found = []
+        scores = []
         for example, row, mask, likelihood in zip(
             examples, rollout.tokens, rollout.mask, likelihoods, strict=True
         ):
             text = self.tokenizer.decode(row[mask > 0].tolist(), skip_special_tokens=True)
-            found.append(reward.score(example, text, likelihood))
-        return torch.tensor(found, dtype=torch.float32, device=rollout.tokens.device)
+            scores.append(reward.score(example, text, likelihood))
+        return torch.tensor(scores, dtype=torch.float32, device=rollout.tokens.device)
 
 
 def advantages(
@@ -164,39 +121,13 @@ def train_head(
     head = WeightHead.constant(*sizes, ensemble=settings.ensemble).to(pair.target.device)
     head.delta.requires_grad_()
     head.bias.requires_grad_()
-    prompts = [pair.encode(example.prompt, settings.prompt_tokens) for example in examples]
-    batch = settings.prompts_per_step * settings.samples_per_prompt
-
-    def step_of(step: int, memory: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
-        chosen = in_turn(len(examples), settings.prompts_per_step, step, settings.seed)
-        chosen = [place for place in chosen for _ in range(settings.samples_per_prompt)]
-        rollout = roll_out(
-            pair.draft,
-            pair.target,
-            head,
-            [prompts[place] for place in chosen],
-            new_tokens=settings.new_tokens,
-            seeds=row_seeds(settings.seed, step, batch),
-            vocab_size=pair.vocab_size,
-            temperature=settings.temperature,
-            stop_tokens=pair.stop_tokens,
-        )
-        rewards = pair.judge(reward, [examples[place] for place in chosen], rollout)
-        advantage = advantages(rewards, settings.samples_per_prompt, settings.baseline, memory)
-        loss = head_loss(rollout, advantage, settings.acceptance_scale)
-        return loss, {
-            "reward": rewards.mean().item(),
-            "acceptance": rollout.mean(rollout.acceptance.detach()).mean().item(),
-            "draft_weight": rollout.mean(rollout.draft_weight).mean().item(),
-        }
-
-    said = {**asdict(settings), "reward": reward.name, "models": list(pair.names)}
+    facts = {"reward": reward.name, "models": list(pair.names), "examples": len(examples)}
     rows = optimise(
         {"delta": head.delta, "bias": head.bias},
-        step_of,
-        settings.schedule,
+        _Steps(pair, head, examples, reward, settings),
+        settings.plan,
         folder,
-        settings={**said, "examples": len(examples)},
+        settings={**asdict(settings), **facts},
         resume=resume,
         progress=progress,
     )
@@ -210,8 +141,49 @@ def train_head(
             "target": pair.names[1],
             "task": reward.name,
             "temperature": settings.temperature,
-            "steps": settings.schedule.steps,
+            "steps": settings.plan.steps,
         },
     )
     trained.save(folder)
     return trained, rows
+
+
+class _Steps:
+    """The loss of each step, and what its curves show."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        head: WeightHead,
+        examples: Sequence[Example],
+        reward: Reward,
+        settings: HeadSettings,
+    ) -> None:
+        self.pair, self.head, self.reward, self.settings = pair, head, reward, settings
+        self.examples = examples
+        self.prompts = [pair.encode(example.prompt, settings.prompt_tokens) for example in examples]
+
+    def __call__(self, step: int, memory: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+        settings = self.settings
+        chosen = in_turn(len(self.examples), settings.prompts_per_step, step, settings.seed)
+        chosen = [place for place in chosen for _ in range(settings.samples_per_prompt)]
+        rollout = roll_out(
+            self.pair.draft,
+            self.pair.target,
+            self.head,
+            [self.prompts[place] for place in chosen],
+            new_tokens=settings.new_tokens,
+            seeds=row_seeds(settings.seed, step, len(chosen)),
+            vocab_size=self.pair.vocab_size,
+            temperature=settings.temperature,
+            stop_tokens=self.pair.stop_tokens,
+        )
+        texts = [self.examples[place] for place in chosen]
+        rewards = self.pair.judge(self.reward, texts, rollout)
+        advantage = advantages(rewards, settings.samples_per_prompt, settings.baseline, memory)
+        loss = head_loss(rollout, advantage, settings.acceptance_scale)
+        return loss, {
+            "reward": rewards.mean().item(),
+            "acceptance": rollout.mean(rollout.acceptance.detach()).mean().item(),
+            "draft_weight": rollout.mean(rollout.draft_weight).mean().item(),
+        }

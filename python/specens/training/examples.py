@@ -4,21 +4,28 @@
 The shipped family has read the standard library but for some modules (`family/CARD.md`). Of those
 held-out modules some give prompts to train heads on and the others evaluate, so that no text is in
 both; drafts train on modules that the family has read, and are measured on all that are held out.
-To add a field of the JSON lines, add it to `Example` and `read_examples`.
+`batches.py` makes tensors of it. To add a field of the JSON lines, add it to `Example` and
+`read_examples`.
 """
 
 import json
 import random
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from specens_kernels import Refusal
 
+# Source and documentation pages of these modules are never trained on.
+HELD_OUT_MODULES = re.compile(
+    "bisect|calendar|contextlib|csv|difflib|fractions|functools|heapq|queue|random|sched|shlex"
+    "|shutil|statistics|textwrap"
+)
+# Tests repeat themselves, and tables of characters teach nothing.
+SKIPPED = {"encodings", "idle_test", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
 # Held-out modules whose prompts heads are trained on.
 HEAD_MODULES = (
     "bisect",
@@ -48,52 +55,49 @@ class Example:
     tests: str = ""
 
 
-def read_examples(command: str, file: Path) -> list[Example]:
+def read_examples(file: Path, argument: str = "data") -> list[Example]:
     """JSON lines with "prompt", and "reference" or "answer", and "tests" (text or list of texts).
 
     Raises:
-        ValueError: the file cannot be read, has no examples, or a line is no such object.
+        Refusal: the file, which was given as `argument`, cannot be read, has no examples, or a line
+            is no such object.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ValueError(
-            f"{command}: data: expected a text file that can be read, got {str(file)!r} ({why})"
-        ) from error
+        got = f"{str(file)!r} ({why})"
+        raise Refusal("train", argument, "a text file that can be read", got) from error
     examples = [
-        _example(command, f"line {number} of {file.name}", line)
+        _example(argument, f"line {number} of {file.name}", line)
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
     if len(examples) < 2:
-        raise ValueError(
-            f"{command}: data: expected at least 2 examples, got {len(examples)} in {file.name}"
-        )
+        got = f"{len(examples)} in {file.name}"
+        raise Refusal("train", argument, "at least 2 examples", got)
     return examples
 
 
-def _example(command: str, where: str, line: str) -> Example:
+def _example(argument: str, where: str, line: str) -> Example:
     try:
         fields: Any = json.loads(line)
     except ValueError:
         fields = None
     if not isinstance(fields, dict):
-        raise ValueError(f"{command}: data: expected a JSON object in {where}, got {line[:40]!r}")
+        raise Refusal("train", argument, f"a JSON object in {where}", repr(line[:40]))
     tests = fields.get("tests", "")
     if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
         tests = "\n".join(tests)
-    found = {
+    texts = {
         "prompt": fields.get("prompt"),
         "reference": fields.get("reference", fields.get("answer", "")),
         "tests": tests,
     }
-    for name, value in found.items():
-        if not isinstance(value, str) or (name == "prompt" and not value.strip()):
-            raise ValueError(
-                f'{command}: data: expected text as "{name}" in {where}, got {value!r}'
-            )
-    return Example(**found)
+    for name, text in texts.items():
+        if not isinstance(text, str) or (name == "prompt" and not text.strip()):
+            raise Refusal("train", argument, f'text as "{name}" in {where}', repr(text))
+    return Example(**texts)
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -129,10 +133,18 @@ def _windows(text: str, first: int, second: int) -> Iterator[tuple[str, str]]:
             parts = ["", ""]
 
 
+def read_code() -> Iterator[tuple[str, str]]:
+    """Name and text of the standard library's modules."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).parts
+        if SKIPPED.isdisjoint(parts):
+            # Only a module of the top level is held out by name: `random.py`, not `x/random.py`.
+            yield "/".join(parts).removesuffix(".py"), path.read_text(errors="replace")
+
+
 def held_out_texts() -> list[str]:
     """The modules of the standard library that the shipped family has not read."""
-    from specens.family.train import HELD_OUT_MODULES
-
     library = Path(sysconfig.get_path("stdlib"))
     names = HELD_OUT_MODULES.pattern.split("|")
     return [(library / f"{name}.py").read_text(encoding="utf-8") for name in names]
@@ -140,54 +152,11 @@ def held_out_texts() -> list[str]:
 
 def read_texts(seed: int, characters: int) -> list[str]:
     """Modules that the shipped family has read, shuffled, until there are so many characters."""
-    from specens.family.train import HELD_OUT_MODULES, read_code
-
     texts = [text for name, text in read_code() if text and not HELD_OUT_MODULES.fullmatch(name)]
     random.Random(seed).shuffle(texts)
-    found: list[str] = []
+    chosen: list[str] = []
     for text in texts:
-        if sum(map(len, found)) >= characters:
+        if sum(map(len, chosen)) >= characters:
             break
-        found.append(text)
-    return found
-
-
-def token_windows(tokenizer: Any, texts: Sequence[str], tokens: int, seed: int) -> Tensor:
-    """(W, tokens) int64. The texts one after the other, cut and shuffled.
-
-    Raises:
-        ValueError: the texts do not fill one window.
-    """
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    stream = torch.tensor([token for row in rows for token in (*separator, *row)])
-    count = len(stream) // tokens
-    if count == 0:
-        raise ValueError(
-            f"train: data: expected text of at least {tokens} tokens, got {len(stream)}"
-        )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return stream[: count * tokens].reshape(count, tokens)[order]
-
-
-def in_turn(count: int, batch: int, step: int, seed: int) -> list[int]:
-    """Which of `count` examples step `step` takes: each comes once before any comes again.
-
-    It depends on nothing but the arguments, so that a run can be resumed anywhere.
-    """
-    places = (divmod(place, count) for place in range(step * batch, (step + 1) * batch))
-    return [_order(count, epoch, seed)[within] for epoch, within in places]
-
-
-# Two: a step may end one epoch and begin the next.
-@lru_cache(maxsize=2)
-def _order(count: int, epoch: int, seed: int) -> list[int]:
-    dice = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(count, generator=dice).tolist()
-    return order
-
-
-def row_seeds(seed: int, step: int, rows: int) -> Tensor:
-    """(rows,) int64: seeds for `uniforms`, from nothing but the arguments."""
-    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return torch.randint(2**62, (rows,), generator=dice)
+        chosen.append(text)
+    return chosen

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specens.weights import WeightHead, hidden_size
-
-from .diversed import HeadSettings, Pair
-from .examples import Example, row_seeds
-from .rewards import Reward
-from .rollouts import ensemble_terms, read_text, roll_out
+from specens.members.weight_head import WeightHead, hidden_size
+from specens.training.batches import row_seeds
+from specens.training.diversed import Pair
+from specens.training.examples import Example
+from specens.training.rewards import Reward
+from specens.training.rollouts import ensemble_terms, read_text, roll_out
+from specens.training.settings import HeadSettings
 
 STATIC_WEIGHTS = tuple(n / 10 for n in range(11))
 # Each kind of quality, and the acceptance on the same text.
@@ -70,10 +71,10 @@ def compare_with_static(
         f"static {weight:.1f}": WeightHead.constant(*sizes, weight, ensemble=head.ensemble)
         for weight in STATIC_WEIGHTS
     } | {"learned": head}
-    heads = {name: one.to(device) for name, one in heads.items()}
+    heads = {name: candidate.to(device) for name, candidate in heads.items()}
     measures = _read_references(pair, heads, examples, settings)
-    for name, one in heads.items():
-        measures[name] |= _write(pair, one, examples, reward, settings, samples)
+    for name, candidate in heads.items():
+        measures[name] |= _write(pair, candidate, examples, reward, settings, samples)
         progress()
     static = [name for name in heads if name != "learned"]
     above = {
@@ -90,8 +91,8 @@ def compare_with_static(
         "examples": len(examples),
         "samples_per_example": samples,
         "candidates": {
-            name: {measure: _mean_and_error(values) for measure, values in found.items()}
-            for name, found in measures.items()
+            name: {measure: _mean_and_error(values) for measure, values in by_measure.items()}
+            for name, by_measure in measures.items()
         },
         "above_front": above,
     }
@@ -104,7 +105,7 @@ def _read_references(
     settings: HeadSettings,
 ) -> dict[str, dict[str, Tensor]]:
     """Per candidate and measure, (E,): means over each reference's tokens."""
-    found: dict[str, list[list[Tensor]]] = {name: [] for name in heads}
+    rows: dict[str, list[list[Tensor]]] = {name: [] for name in heads}
     for example in examples:
         prompt = pair.encode(example.prompt, settings.prompt_tokens)
         reference = pair.tokenizer(example.reference, add_special_tokens=False, verbose=False)
@@ -125,11 +126,11 @@ def _read_references(
                 head.ensemble,
             )
             means = [terms.log_prob.mean(), terms.acceptance.mean(), weight.mean()]
-            found[name].append(means)
+            rows[name].append(means)
     names = ("text_log_likelihood", "text_acceptance", "text_draft_weight")
     return {
-        name: dict(zip(names, torch.tensor(rows).double().T, strict=True))
-        for name, rows in found.items()
+        name: dict(zip(names, torch.tensor(means).double().T, strict=True))
+        for name, means in rows.items()
     }
 
 

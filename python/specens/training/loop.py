@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specens.training.settings import StepPlan
+from specens_kernels import Refusal
+
 CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.csv"
 _logger = logging.getLogger("specens")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps, how long they are, and how often they are saved.
-
-    steps: >= 1. rate: AdamW's, > 0, reached after `warmup_steps` and 0 in the end.
-    clip: the gradient's largest norm, > 0. save_every: steps between checkpoints, >= 1.
-    """
-
-    steps: int
-    rate: float
-    warmup_steps: int = 10
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    save_every: int = 20
-
-    def __post_init__(self) -> None:
-        """Check every number."""
-        for name in ("steps", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"train: {name}: expected > 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"train: {name}: expected >= 0, got {getattr(self, name)}")
-
-    def rate_at(self, step: int) -> float:
-        """Linear up to `rate` in the last step of the warm-up, then half a cosine towards 0."""
-        if step < self.warmup_steps:
-            return self.rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return self.rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # One step: its number, and what is remembered between steps (numbers by name, which it may change)
@@ -68,7 +36,7 @@ Step = Callable[[int, dict[str, float]], tuple[Tensor, dict[str, float]]]
 def optimise(
     parameters: Mapping[str, Tensor],
     step_of: Step,
-    schedule: Schedule,
+    plan: StepPlan,
     folder: Path,
     *,
     settings: Mapping[str, Any],
@@ -80,7 +48,7 @@ def optimise(
     Args:
         parameters: leaves that require gradients; changed in place.
         step_of: computes one step's loss.
-        schedule: how many steps, and their rate.
+        plan: how many steps, and their rate.
         folder: where `checkpoint.safetensors` and `curves.csv` go; it exists.
         settings: JSON of all that shapes the run. A resumed run must have the same.
         resume: go on from the folder's checkpoint; else there must be none.
@@ -88,13 +56,13 @@ def optimise(
     Returns:
         One row for each step: step, loss, rate, gradient_norm, and what `step_of` adds.
     Raises:
-        ValueError: there is a checkpoint and no `resume`, or the other way round, or it is of
+        Refusal: there is a checkpoint and no `resume`, or the other way round, or it is of
             another run.
     """
     optimiser = torch.optim.AdamW(
-        list(parameters.values()), lr=schedule.rate, weight_decay=schedule.weight_decay
+        list(parameters.values()), lr=plan.rate, weight_decay=plan.weight_decay
     )
-    settings = json.loads(json.dumps({**settings, "schedule": asdict(schedule)}))
+    settings = json.loads(json.dumps({**settings, "plan": asdict(plan)}))
     file = folder / CHECKPOINT
     rows: list[dict[str, float]] = []
     memory: dict[str, float] = {}
@@ -102,25 +70,23 @@ def optimise(
         rows, memory = _restore(file, parameters, optimiser, settings)
         progress(len(rows))
     elif file.exists():
-        raise ValueError(
-            f"train: --out: expected a folder without {CHECKPOINT}, or --resume, "
-            f"got {str(folder)!r}"
-        )
-    for step in range(len(rows), schedule.steps):
+        expected = f"a folder without {CHECKPOINT}, or resume"
+        raise Refusal("train", "folder", expected, repr(str(folder)))
+    for step in range(len(rows), plan.steps):
         for group in optimiser.param_groups:
-            group["lr"] = schedule.rate_at(step)
+            group["lr"] = plan.rate_at(step)
         loss, facts = step_of(step, memory)
         if not math.isfinite(loss.item()):
-            raise ValueError(f"train: loss: expected a number, got {loss.item()} in step {step}")
+            raise Refusal("train", "loss", "a number", f"{loss.item()} in step {step}")
         optimiser.zero_grad()
         if loss.requires_grad:
             torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), schedule.clip)
+        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), plan.clip)
         if loss.requires_grad:
             optimiser.step()
         row = {"step": step, "loss": loss.item(), **facts}
-        rows.append(row | {"rate": schedule.rate_at(step), "gradient_norm": norm.item()})
-        if len(rows) % schedule.save_every == 0 or len(rows) == schedule.steps:
+        rows.append(row | {"rate": plan.rate_at(step), "gradient_norm": norm.item()})
+        if len(rows) % plan.save_every == 0 or len(rows) == plan.steps:
             _save(file, parameters, optimiser, settings, rows, memory)
             write_csv(folder / CURVES, rows)
         progress(len(rows))
@@ -160,9 +126,8 @@ def _restore(
             facts = json.loads((opened.metadata() or {})["run"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"train: --resume: expected a checkpoint in {str(file)!r}, got {error}"
-        ) from error
+        expected = f"a checkpoint in {str(file)!r}"
+        raise Refusal("train", "resume", expected, error) from error
     _check_same("", facts["settings"], settings)
     places = {name: place for place, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
@@ -185,9 +150,8 @@ def _check_same(where: str, saved: Any, given: Any) -> None:
         for name in sorted({*saved, *given}):
             _check_same(f"{where}.{name}".lstrip("."), saved.get(name), given.get(name))
     elif saved != given:
-        raise ValueError(
-            f"train: --resume: expected {where} = {saved}, as in the checkpoint, got {given}"
-        )
+        expected = f"{where} = {saved}, as in the checkpoint"
+        raise Refusal("train", "resume", expected, given)
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
@@ -225,8 +189,8 @@ def draw_curves(file: Path, rows: Sequence[Mapping[str, float]], names: Sequence
 
 def _running_mean(values: Sequence[float]) -> list[float]:
     """Exponential, about ten steps long, without the first steps' bias."""
-    found, total, mass = [], 0.0, 0.0
+    means, total, mass = [], 0.0, 0.0
     for value in values:
         total, mass = 0.9 * total + 0.1 * value, 0.9 * mass + 0.1
-        found.append(total / mass)
-    return found
+        means.append(total / mass)
+    return means

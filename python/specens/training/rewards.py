@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from .examples import Example
+from specens.training.examples import Example
+from specens_kernels import Refusal
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 _PASSED = 83  # no exit code of Python's own
@@ -60,11 +61,11 @@ class Reward:
 def _answer(text: str) -> Decimal | None:
     """The number after `####`, as GSM8K marks answers, else the last number."""
     _, mark, tail = text.rpartition("####")
-    found = _NUMBER.findall(tail if mark else text)
-    if not found:
+    numbers = _NUMBER.findall(tail if mark else text)
+    if not numbers:
         return None
     try:
-        return Decimal((found[0] if mark else found[-1]).replace(",", "").replace("$", ""))
+        return Decimal((numbers[0] if mark else numbers[-1]).replace(",", "").replace("$", ""))
     except InvalidOperation:
         return None
 
@@ -160,21 +161,16 @@ def reward_for(name: str, examples: Sequence[Example], *, allow_code_execution: 
     """The reward of that name, if these examples have what it needs.
 
     Raises:
-        ValueError: an unknown name, an example without the field, or code that may not be run.
+        Refusal: an unknown name, an example without the field, or code that may not be run.
     """
     if name not in REWARDS:
-        known = ", ".join(sorted(REWARDS))
-        raise ValueError(f"train: --reward: unknown name {name!r}; known names: {known}")
+        raise Refusal.unknown("train", "reward", name, REWARDS)
     reward = REWARDS[name]
     if reward.runs_code and not allow_code_execution:
-        raise ValueError(
-            f"train: --reward: expected --allow-code-execution beside {name!r}, since it runs what "
-            "the models write, got none"
-        )
+        expected = f"leave for {name!r}, which runs what the models write"
+        raise Refusal("train", "allow_code_execution", expected, "none")
     for number, example in enumerate(examples, start=1):
         if reward.needs and not getattr(example, reward.needs).strip():
-            raise ValueError(
-                f'train: data: expected "{reward.needs}" in every example for {name!r}, '
-                f"got none in example {number}"
-            )
+            expected = f'"{reward.needs}" in every example for {name!r}'
+            raise Refusal("train", "data", expected, f"none in example {number}")
     return reward

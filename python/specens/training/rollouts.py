@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specens.members import forward_arguments
-from specens.weights import WeightHead, last_hidden
+from specens.members.facts import forward_arguments
+from specens.members.weight_head import WeightHead, last_hidden
 from specens_kernels import Law, Stream, sample, uniforms
 
 # Rows x vocabulary that are computed at once, in numbers.

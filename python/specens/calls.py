@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one call of `generate` brings and gets back: prompts, seeds, what is refused, the output.
+
+Transformers hands over whatever its own `generate` prepares. What the loop would lose is refused;
+what is empty or says what holds anyway is accepted. To accept another argument, see `_KNOWN`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from specens.loop.named import integers
+from specens.loop.run import Run
+from specens.loop.statistics import Statistics
+from specens.members.facts import unwrapped
+from specens_kernels.refusal import Refusal, Unsupported
+
+# What transformers adds, and the loop checks or does not need.
+_KNOWN = frozenset(
+    {
+        "attention_mask",
+        "position_ids",
+        "cache_position",
+        "logits_to_keep",
+        "past_key_values",
+        "use_cache",
+        "logits_processor",
+        "synced_gpus",
+    }
+)
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`.
+
+    sequences: (B, S) int64. Prompts and generated tokens, padded after a row's end.
+    log_probs: (B, S - S_prompt) float32. Log-probability of each generated token under the
+        ensemble; NaN past a row's end, and for schedules "component" and "lookahead", which do not
+        score with all members.
+    statistics: counts and times of the call.
+    """
+
+    log_probs: Tensor | None = None
+    statistics: Statistics | None = None
+
+
+def prompt_lengths(
+    members: Sequence[Any],
+    model: Any,
+    input_ids: Tensor,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: Mapping[str, Any],
+) -> list[int]:
+    """The prompts' lengths; refuses what the loop cannot honour."""
+    # A wrapper's `generate` is that of the model inside, which is then what calls the loop.
+    if not any(unwrapped(model) is unwrapped(member) for member in members):
+        raise Refusal(
+            "generate", "model", "one of the decoder's members", f"another {type(model).__name__}"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise Refusal("generate", "past_key_values", "an empty cache", "a filled one")
+    for name, value in model_kwargs.items():
+        if value is not None and name not in _KNOWN and not isinstance(value, bool):
+            raise Refusal("generate", name, "None", type(value).__name__)
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name, False):
+            raise Unsupported("generate", name, "False", "True; log_probs are returned instead")
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise Unsupported("generate", "generation_config", "greedy_search or sample", mode.value)
+    if streamer is not None and len(input_ids) != 1:
+        raise Refusal("generate", "streamer", "batch size 1", len(input_ids))
+    mask = model_kwargs.get("attention_mask")
+    width = input_ids.shape[1]
+    if mask is None:
+        lengths = [width] * len(input_ids)
+    else:
+        if mask.dim() != 2 or bool((mask.bool() != mask.bool().cummax(1).values).any()):
+            raise Refusal("generate", "attention_mask", "left padding only", "zeros after ones")
+        lengths = mask.sum(1).tolist()
+    if min(lengths, default=0) < 1:
+        raise Refusal("generate", "input_ids", "at least one token a row", "none")
+    position_ids = model_kwargs.get("position_ids")
+    if position_ids is not None and not _are_implied(position_ids, lengths, width):
+        raise Refusal("generate", "position_ids", "those that attention_mask implies", "others")
+    return lengths
+
+
+def _are_implied(position_ids: Tensor, lengths: Sequence[int], width: int) -> bool:
+    """Whether every row counts from 0 at its first token; padding may have any position.
+
+    position_ids: (B or 1, S), or (..., B or 1, S) where a model has several for a token.
+    """
+    if position_ids.shape[-1] != width or position_ids.shape[-2] not in (1, len(lengths)):
+        return False
+    pads = width - torch.tensor(lengths, device=position_ids.device)[:, None]
+    implied = torch.arange(width, device=position_ids.device) - pads
+    return bool(((position_ids == implied) | (implied < 0)).all())
+
+
+def seeds_of(seed: int | Sequence[int] | None, input_ids: Tensor) -> Tensor:
+    """(B,) int64: one seed a row, on the device of the prompts."""
+    batch = len(input_ids)
+    if seed is None:
+        seeds = torch.randint(2**63 - 1, (batch,))
+    else:
+        given = integers(seed)
+        if given is None:
+            raise Refusal("generate", "seed", f"an integer or {batch}, one a row", repr(seed))
+        seeds = torch.tensor(given, dtype=torch.int64)
+        if not isinstance(seed, Iterable):
+            seeds = seeds + torch.arange(batch)
+        if len(seeds) != batch:
+            raise Refusal("generate", "seed", f"{batch} seeds, one a row", len(seeds))
+    return seeds.to(input_ids.device)
+
+
+def output_of(run: Run, width: int, generation_config: Any) -> Any:
+    """(B, S) sequences, or a `SpeculativeOutput`, as the generation config asks."""
+    rows = sorted(run.finished, key=lambda row: row.index)
+    columns = max(row.pad + row.length for row in rows)
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    sequences = run.text.tokens[:, :columns].clone()
+    for row in rows:
+        if row.pad + row.length < columns:
+            # Transformers fills in the end-of-sequence token where no padding token is set.
+            sequences[row.index, row.pad + row.length :] = 0 if pad is None else int(pad)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    log_probs = torch.full((len(rows), columns - width), torch.nan)
+    for row in rows:
+        of_row = torch.cat(run.log_probs[row.index]).cpu()
+        log_probs[row.index, : len(of_row)] = of_row
+    return SpeculativeOutput(
+        sequences=cast(Any, sequences), log_probs=log_probs, statistics=run.statistics
+    )

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which way of keeping state is exact for a model: found by running it, not by a list of names.
+
+Each kind of member plays the same short game of ragged forwards, rollbacks and selections, and
+must give the logits of a plain forward over the same tokens. The first that does is chosen. To
+test a new kind, add it to `_candidates`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from specens.members.by_row import CropMember, ReplayMember
+from specens.members.cache import Masks, Signature, layer_kinds
+from specens.members.facts import (
+    check_causal_lm,
+    forward_arguments,
+    model_name,
+    text_config,
+    vocab_size,
+)
+from specens.members.member import Member
+from specens.members.slot import SlotMember
+from specens_kernels import Refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODES = ("auto", "slot", "crop", "replay")
+
+logger = logging.getLogger("specens")
+
+# Windows up to this many tokens are crossed by the test; longer ones would make it slow, and are
+# taken from the configuration.
+LONGEST_TESTED_WINDOW = 64
+
+# What a model raises when it is run in a way it does not support.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model was found able to do.
+
+    Attributes:
+        model: its name.
+        mode: "slot", "crop" or "replay", see `member.py`.
+        tree: a tree of tokens can be scored in one forward.
+        per_type: masks are a dict by layer type (slot).
+        continuation: "chunk", "token" or "none": what its cache can be continued with (replay).
+        logits_to_keep: "rows", "last" or "all": the form of that argument it understands.
+        reason: why the faster modes were refused; empty for "slot".
+        layout: key and value tensors of its layers, per shape (slot).
+    """
+
+    model: str
+    mode: str
+    tree: bool = False
+    per_type: bool = False
+    continuation: str = "chunk"
+    logits_to_keep: str = "all"
+    reason: str = ""
+    layout: dict[Signature, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def member(self, model: PreTrainedModel) -> Member:
+        """A member of the kind this probe found exact."""
+        if self.mode == "slot":
+            return SlotMember(
+                model,
+                per_type=self.per_type,
+                logits_to_keep=self.logits_to_keep,
+                counts=self.layout,
+            )
+        if self.mode == "crop":
+            return CropMember(model, logits_to_keep=self.logits_to_keep)
+        return ReplayMember(
+            model, continuation=self.continuation, logits_to_keep=self.logits_to_keep
+        )
+
+
+_probes: WeakKeyDictionary[Any, dict[tuple[Any, ...], Probe]] = WeakKeyDictionary()
+
+
+def probe(model: PreTrainedModel, *, mode: str = "auto") -> Probe:
+    """Test in a few short forwards how this model can be run exactly; remembered per model.
+
+    The model, its flags and the global random state are left as they were.
+
+    Args:
+        model: a causal LM of transformers.
+        mode: test only this mode; "auto" takes the first of slot, crop and replay that is exact.
+    Raises:
+        ValueError: not a causal LM, or `mode` is not exact for it.
+    """
+    check_causal_lm(model)
+    implementation = text_config(model)._attn_implementation
+    key = (mode, implementation, model.dtype, model.device)
+    known = _probes.setdefault(model, {})
+    if key not in known:
+        with _undisturbed(model):
+            known[key] = _examine(model, mode)
+    return known[key]
+
+
+def member(model: PreTrainedModel, *, mode: str = "auto") -> Member:
+    """A member for this model: the fastest kind that reproduces the model's own logits.
+
+    Args:
+        model: a causal LM of transformers; it is not modified.
+        mode: "slot", "crop" or "replay" insists on one kind; "auto" lets `probe` choose.
+    Raises:
+        ValueError: not a causal LM, an unknown mode, or one that is not exact for this model.
+    """
+    if mode not in MODES:
+        raise Refusal.unknown("member", "mode", mode, MODES)
+    return probe(model, mode=mode).member(model)
+
+
+def _examine(model: PreTrainedModel, mode: str) -> Probe:
+    name = model_name(model)
+    # A rounding that sends a token to other experts is no fault of the mode and happens with
+    # some inputs; a wrong mask is wrong for all.
+    seeds = range(3 if _is_coarse(model) else 1)
+    games = cache(partial(_Game, model))
+    kept = games(0).logits_to_keep()
+    refused: list[str] = []
+    for candidate in _candidates(model, Probe(name, "", logits_to_keep=kept)):
+        if mode not in ("auto", candidate.mode):
+            continue
+        try:
+            member = candidate.member(model)
+            for seed in seeds:
+                error = games(seed).play(member)
+                if not error < games(seed).tolerance:
+                    continue
+                if isinstance(member, SlotMember):
+                    tree = games(seed).tree(member)
+                    candidate = replace(candidate, tree=tree, layout=member.layout)
+                reason = "; ".join(refused)
+                if candidate.mode != "slot" and mode == "auto":
+                    logger.warning("%s: %s mode, row by row (%s)", name, candidate.mode, reason)
+                return replace(candidate, reason=reason)
+            fault = f"logits are off by {error:.2g} of their spread"
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as refusal:
+            fault = (str(refusal) or "no message").splitlines()[0]
+            if not isinstance(refusal, NotImplementedError):
+                fault = f"{type(refusal).__name__}: {fault}"
+        fault = fault.removeprefix(f"{candidate.mode}: ")
+        refused.append(f"{candidate.mode}: {fault}")
+    raise Refusal(
+        "member", "mode", f"one that is exact for {name}", f"{mode!r} ({'; '.join(refused)})"
+    )
+
+
+def _candidates(model: PreTrainedModel, blank: Probe) -> Iterator[Probe]:
+    """Every way to run a model, fastest first."""
+    config = text_config(model)
+    # A model that wants a dict may take one tensor too, and is then wrong beyond its window.
+    if getattr(config, "layer_types", None):
+        yield replace(blank, mode="slot", per_type=True)
+    if len(layer_kinds(config)) == 1:
+        yield replace(blank, mode="slot", per_type=False)
+    yield replace(blank, mode="crop")
+    for continuation in ("chunk", "token", "none"):
+        yield replace(blank, mode="replay", continuation=continuation)
+
+
+class _Game:
+    """Two rows of random tokens, the logits a plain forward gives them, and moves to test."""
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self.model = model
+        self.vocab_size = vocab_size(model)
+        self.prompt = 8
+        window = _window(text_config(model))
+        if window is not None and window <= LONGEST_TESTED_WINDOW:
+            self.prompt = max(self.prompt, window + 4)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (2, self.prompt + 12)
+        tokens = torch.randint(0, self.vocab_size, shape, generator=generator)
+        self.sequences = tokens.to(model.device)
+        extra = {"use_cache": False} if "use_cache" in forward_arguments(model) else {}
+        self._plain: Callable[[Tensor], Tensor] = lambda tokens: (
+            model(tokens, return_dict=True, **extra).logits
+        )
+        self.expected = torch.cat([self._plain(row[None]) for row in self.sequences])
+        prefix = self._plain(self.sequences[:, : self.prompt])
+        noise = self.typical(self.errors(prefix, self.expected[:, : self.prompt]))
+        if not noise < 0.2:
+            kind = type(model).__name__
+            fault = f"{kind}, whose logits depend on later tokens (by {noise:.2g} of their spread)"
+            raise Refusal("member", "model", "a causal LM", fault)
+        # Rounding stays well below the square root of the unit roundoff, relative to the spread
+        # of the logits, and a wrong mask or position well above. No dtype is finer than float32,
+        # in which norms and states are computed anyway. What two plain forwards differ by is
+        # measured; beyond a quarter of the spread nothing is rounding.
+        epsilon = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
+        if model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+            epsilon = max(epsilon, 2.0**-10)
+        self.tolerance = min(max(epsilon**0.5, 4 * noise), 0.25)
+
+    def errors(self, logits: Tensor, expected: Tensor) -> Tensor:
+        """(n,) float64. Of (…, V) logits, root mean square in units of the logits' spread."""
+        expected = expected.to(torch.float64).flatten(0, -2)
+        error = logits.to(expected).flatten(0, -2) - expected
+        return error.square().mean(-1).sqrt() / expected.std(-1).clamp_min(1e-30)
+
+    def typical(self, errors: Tensor) -> float:
+        """The largest of (n,) errors; in low precision the upper quartile."""
+        # There one token in many may be sent to other experts; a wrong mask spoils half of the
+        # positions, or all.
+        level = 0.75 if _is_coarse(self.model) else 1.0
+        return float(errors.nan_to_num(float("inf")).quantile(level))
+
+    def play(self, member: Member) -> float:
+        """The error of a member in the kind of move it does worst."""
+        n = self.prompt
+        errors: dict[str, list[Tensor]] = {}
+
+        def feed(
+            kind: str,
+            rows: Sequence[int],
+            counts: Sequence[int],
+            among: Sequence[int] | None = None,
+        ) -> None:
+            starts = [member.lengths[row] for row in (among or range(len(rows)))]
+            q = max(counts)
+            spans = [slice(start, start + q) for start in starts]
+            tokens = [self.sequences[row, span] for row, span in zip(rows, spans, strict=True)]
+            logits = member.forward(torch.stack(tokens), counts, among)
+            for row, span, count, row_logits in zip(rows, spans, counts, logits, strict=True):
+                expected = self.expected[row, span][:count]
+                errors.setdefault(kind, []).append(self.errors(row_logits[:count], expected))
+
+        def reject(lengths: Sequence[int]) -> None:
+            junk = self.sequences[: len(lengths)].flip(1)[:, :2]
+            member.forward(junk, [2] * len(lengths))
+            member.rollback(lengths)
+
+        member.start(2, n + 16)
+        feed("prompt", [0, 1], [n, n - 3])
+        feed("ragged", [0, 1], [3, 1])
+        member.rollback([n - 2, n - 2])
+        feed("equal", [0, 1], [1, 1])
+        reject([n - 2, n - 2])
+        feed("equal", [0, 1], [1, 1])
+        feed("chunk", [0, 1], [4, 0])
+        feed("ragged", [0, 1], [2, 3])
+        feed("rows", [1], [2], [1])
+        reject([n + 3, n + 4])
+        member.select([1])
+        feed("selected", [1], [3])
+        reject([n + 5])
+        feed("selected", [1], [1])
+        return max(self.typical(torch.cat(of_kind)) for of_kind in errors.values())
+
+    def tree(self, member: SlotMember) -> bool:
+        """Whether a tree's logits are those of its paths, in rows of two lengths."""
+        n = self.prompt
+        member.start(2, n + 8)
+        member.forward(self.sequences[:, :n], [n, n - 1])
+        # Node 0 has children 1 and 2; node 3 is a child of 1.
+        tree_mask = torch.eye(4, dtype=torch.bool, device=self.sequences.device)
+        tree_mask[1, 0] = tree_mask[2, 0] = tree_mask[3, 0] = tree_mask[3, 1] = True
+        rows = []
+        for row, length in enumerate(member.lengths):
+            path = self.sequences[row, length : length + 3]
+            sibling = (path[1:2] + 1) % self.vocab_size
+            rows.append(torch.stack([path[0], path[1], sibling[0], path[2]]))
+        logits = member.forward_tree(torch.stack(rows), [0, 1, 1, 2], tree_mask)
+        for row, length in enumerate(member.lengths):
+            path = torch.cat([self.sequences[row, : length + 1], rows[row][2:3]])
+            beside = self._plain(path[None])[0, -1:]
+            expected = torch.cat(
+                [
+                    self.expected[row, length : length + 2],
+                    beside,
+                    self.expected[row, length + 2 : length + 3],
+                ]
+            )
+            if not float(self.errors(logits[row], expected).max()) < self.tolerance:
+                return False
+        return True
+
+    def logits_to_keep(self) -> str:
+        """The most capable form of the argument of that name which the model understands."""
+        if "logits_to_keep" not in forward_arguments(self.model):
+            return "all"
+        tokens = self.sequences[:, : self.prompt]
+        index = torch.tensor([[2, 3], [0, 1]], device=tokens.device)
+        expected = torch.stack([self.expected[0, 2:4], self.expected[1, 0:2]])
+        for form, argument in (("rows", index), ("last", 2)):
+            if form == "last":
+                expected = self.expected[:, self.prompt - 2 : self.prompt]
+            try:
+                logits = self.model(tokens, return_dict=True, logits_to_keep=argument).logits
+            except REFUSALS:
+                continue
+            if logits.shape != expected.shape:
+                continue
+            if self.typical(self.errors(logits, expected)) < 0.25:
+                return form
+        return "all"
+
+
+def _is_coarse(model: PreTrainedModel) -> bool:
+    return torch.finfo(model.dtype).eps > torch.finfo(torch.float32).eps
+
+
+def _window(config: Any) -> int | None:
+    """The shortest window of a model's layers, or None."""
+    try:
+        masks = Masks(
+            config, per_type=len(layer_kinds(config)) > 1, additive=False, dtype=torch.float32
+        )
+    except NotImplementedError:
+        return None
+    return masks.window
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients or warnings; every module's flag is put back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module in training:
+            module.training = True

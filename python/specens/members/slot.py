@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Members that run all rows in one forward: keys and values in per-row slots, explicit masks.
+
+For another way to attend, see `Masks` in `cache.py`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from specens.members.cache import Masks, Signature, SlotCache, to_device
+from specens.members.facts import text_config
+from specens.members.member import Member
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SlotMember(Member):
+    """All rows in one forward: keys and values in per-row slots, explicit positions and masks.
+
+    Rows need not have equal lengths. Padding is written after a row's valid tokens, where no
+    valid query sees it, and overwritten by the row's next tokens.
+
+    Args:
+        model: the model.
+        per_type: its masks are a dict by layer type, not one tensor.
+        logits_to_keep: see `Member`.
+        counts: what `layout` returned for another member of the same model.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        *,
+        per_type: bool = False,
+        logits_to_keep: str = "all",
+        counts: dict[Signature, int] | None = None,
+    ) -> None:
+        super().__init__(model, logits_to_keep=logits_to_keep)
+        missing = {"attention_mask", "position_ids", "past_key_values"} - self._arguments
+        if missing:
+            raise NotImplementedError(f"slot: its forward takes no {', '.join(sorted(missing))}")
+        self._per_type = per_type
+        self._counts = counts or {}
+        self._masks = self._new_masks()
+
+    def _new_masks(self) -> Masks:
+        config = text_config(self.model)
+        implementation = config._attn_implementation
+        # Eager attention adds its mask to the scores: a bool mask would be silently wrong there.
+        if implementation not in ("sdpa", "eager"):
+            raise NotImplementedError(f"slot: attention {implementation!r} takes no 4-D mask")
+        additive = implementation == "eager"
+        dtype = self.model.dtype
+        return Masks(config, per_type=self._per_type, additive=additive, dtype=dtype)
+
+    @property
+    def layout(self) -> dict[Signature, int]:
+        """Tensors the model's layers asked for, per signature; known after a forward."""
+        return dict(self.cache.storage.taken)
+
+    def _start(self) -> None:
+        # The user may have changed the attention implementation since the last start.
+        self._masks = self._new_masks()
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self.cache = SlotCache(len(self.lengths), self.capacity, self._counts)
+        # Position of each slot, (1, capacity): positions of equal rows are a view of it.
+        self._positions = torch.arange(self.capacity, device=self.device)[None]
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        counts: Sequence[int],
+        rows: Sequence[int],
+        starts: Sequence[int],
+        keep_last: int | None,
+    ) -> Tensor:
+        q = tokens.shape[1]
+        if min(counts) < q:
+            tokens = tokens.clamp_min(0)  # padding may be -1, which no embedding has
+        plan = self.cache.plan
+        plan.set(starts, q, rows)
+        if plan.start is not None:
+            positions = self._positions.narrow(1, plan.start, q)
+        else:
+            first = to_device(starts, self.device)
+            positions = first[:, None] + self._positions.narrow(1, 0, q)
+            plan.slots = positions
+        if min(counts) < q:
+            # Padding takes its row's last position: the next ones may be more than the model has.
+            lasts = [start + max(count, 1) - 1 for start, count in zip(starts, counts, strict=True)]
+            positions = torch.minimum(positions, to_device(lasts, self.device)[:, None])
+        if self._masks.skip(plan, q):
+            mask = self._masks.nothing
+        else:
+            keys = self._positions.narrow(1, 0, plan.end)[0]
+            mask = self._masks.build(positions, keys, plan.end)
+        self.tokens += sum(counts)
+        if keep_last is None:
+            return self._run(tokens, mask, positions)
+        return self._last(tokens, mask, positions, counts, keep_last)
+
+    def forward_tree(self, tokens: Tensor, depths: Sequence[int], tree_mask: Tensor) -> Tensor:
+        """Score a draft tree that hangs off each row; `lengths` stay as they are.
+
+        Node i of row b is written at slot lengths[b] + i; the next forward overwrites it.
+
+        Args:
+            tokens: (B, n) int64. The nodes, parents before children.
+            depths: n ints. Depth of each node; the first is 0.
+            tree_mask: (n, n) bool. A node sees itself and its ancestors.
+        Returns:
+            (B, n, V) logits after each node.
+        """
+        _, n = tokens.shape
+        starts = self.lengths
+        plan = self.cache.plan
+        plan.set(starts, n, range(len(starts)))
+        first = to_device(starts, self.device)[:, None]
+        slots = first + self._positions.narrow(1, 0, n)
+        depth = to_device(depths, self.device)
+        positions = first + depth
+        plan.slots = slots
+        # Of each slot, the node it holds: negative for committed tokens, n and more beyond.
+        node = self._positions.narrow(1, 0, plan.end) - first  # (B, kv)
+        inside = (node >= 0) & (node < n)
+        in_tree = tree_mask[:, node.clamp(0, n - 1)].transpose(0, 1)  # (B, n, kv)
+        visible = (node < 0)[:, None, :] | (inside[:, None, :] & in_tree)
+        keys = torch.where(inside, first + depth[node.clamp(0, n - 1)], node + first)
+        mask = self._masks.build(positions, keys[:, None, None, :], plan.end, visible[:, None])
+        self.tokens += tokens.numel()
+        return self._run(tokens, mask, positions)
+
+    def _run(self, tokens: Tensor, mask: Any, positions: Tensor, **arguments: Any) -> Tensor:
+        return self._call(
+            tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            **arguments,
+        )
+
+    def _last(
+        self, tokens: Tensor, mask: Any, positions: Tensor, counts: Sequence[int], keep_last: int
+    ) -> Tensor:
+        q = tokens.shape[1]
+        # Every row's last valid tokens lie within the last `tail` columns.
+        tail = min(q, q - min(counts) + keep_last)
+        index = None
+        if min(counts) < q or keep_last > q:
+            index = to_device(
+                [[max(count - keep_last + i, 0) for i in range(keep_last)] for count in counts],
+                self.device,
+            )
+            if self._logits_to_keep == "rows":
+                return self._run(tokens, mask, positions, logits_to_keep=index)
+        if self._logits_to_keep == "all" or tail == q:
+            logits = self._run(tokens, mask, positions)[:, q - tail :]
+        else:
+            logits = self._run(tokens, mask, positions, logits_to_keep=tail)
+        if index is None:
+            return logits
+        index = (index - (q - tail)).clamp_min(0)
+        return torch.take_along_dim(logits, index[:, :, None].to(logits.device), dim=1)
+
+    def _rollback(self, lengths: Sequence[int]) -> None:
+        pass  # the slots are hidden by the masks of the next forward, and overwritten by it
+
+    def _select(self, rows: Sequence[int]) -> None:
+        self.cache.select(rows, max(self.lengths, default=0))

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules and stops as values and as text: what is written is read, mistakes have a name."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from specens.schedules import (
+    SCHEDULES,
+    STOPS,
+    Alternating,
+    Companion,
+    ConfidenceStop,
+    Hierarchy,
+    LearnedStop,
+    LookAhead,
+    Lookup,
+    Plain,
+    Speculative,
+    read_schedule,
+)
+from specens_kernels import Refusal
+
+TEXTS = {
+    "plain": Plain(),
+    "speculative": Speculative(),
+    "speculative:tokens=8,proposer=1": Speculative(8, 1),
+    "speculative:tokens=8,stop=confidence": Speculative(8, stop=ConfidenceStop()),
+    "speculative:stop=confidence(least=0.25)": Speculative(stop=ConfidenceStop(0.25)),
+    "speculative:stop=learned(coefficients=0.5,1.0,-2.0,3e-05,least=0.25)": Speculative(
+        stop=LearnedStop((0.5, 1.0, -2.0, 3e-5), 0.25)
+    ),
+    "alternating:tokens=4,2,order=1,0": Alternating((4, 2), (1, 0)),
+    "hierarchy:tokens=3,5": Hierarchy((3, 5)),
+    "companion:token_cost=0.4,cut=token": Companion(token_cost=0.4, cut="token"),
+    "lookahead:ahead=3": LookAhead(ahead=3),
+    "lookup:longest=5": Lookup(longest=5),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_written_is_read_again(text: str) -> None:
+    schedule = read_schedule(text)
+    assert schedule == TEXTS[text]
+    assert str(schedule) == text
+    assert read_schedule(str(schedule)) == schedule
+
+
+def test_a_stop_needs_no_brackets_and_blanks_do_not_count() -> None:
+    bare = read_schedule("speculative: tokens=8, stop=confidence")
+    assert bare == Speculative(8, stop=ConfidenceStop())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fast", "schedule: name: expected one of plain, component, lookahead, .*, got 'fast'"),
+        ("speculative:gamma=4", "speculative: arguments: expected tokens, .*, got 'gamma'"),
+        ("speculative:tokens=4,tokens=5", "speculative: arguments: .*, got 'tokens=5'"),
+        ("speculative:tokens=four", "speculative: tokens: expected an integer >= 1, got 'four'"),
+        ("speculative:tokens=0", "speculative: tokens: expected an integer >= 1, got 0"),
+        ("speculative:stop=never", "stop: name: expected one of confidence, .*, got 'never'"),
+        ("speculative:stop=entropy(scale=-1)", "entropy: scale: expected a number >= 0, got -1.0"),
+        (
+            "speculative:stop=learned(coefficients=1,2)",
+            "learned: coefficients: expected 4 numbers,",
+        ),
+        ("alternating:tokens=2,0", r"alternating: tokens: expected integers >= 1, got \[2, 0\]"),
+        ("companion:cut=words", "companion: cut: expected 'law' or 'token', got 'words'"),
+        ("companion:token_cost=-0.1", "companion: token_cost: expected a number >= 0, got -0.1"),
+        ("companion:token_cost=nan", "companion: token_cost: expected a number >= 0, got nan"),
+    ],
+)
+def test_a_mistake_in_a_text_has_a_name(text: str, message: str) -> None:
+    with pytest.raises(Refusal, match=f"^{message}"):
+        read_schedule(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Speculative, {"tokens": True}, "speculative: tokens: expected an integer >= 1, got True"),
+        (Speculative, {"tokens": 2.0}, "speculative: tokens: expected an integer >= 1, got 2.0"),
+        (Speculative, {"tokens": [2]}, r"speculative: tokens: expected an integer >= 1, got \[2\]"),
+        (Speculative, {"stop": 0.4}, "speculative: stop: expected a DraftStop, got 0.4"),
+        (Alternating, {"tokens": []}, r"alternating: tokens: expected integers >= 1, got \[\]"),
+        (Alternating, {"order": [True, False]}, "alternating: order: expected integers >= 0, got"),
+        (Companion, {"token_cost": math.inf}, "companion: token_cost: expected a number >= 0"),
+    ],
+)
+def test_a_wrong_argument_has_a_name(
+    kind: type[Any], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Refusal, match=f"^{message}"):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize("kind", [*SCHEDULES.values(), *STOPS.values()], ids=lambda kind: kind.name)
+def test_every_argument_says_its_range_and_its_meaning(kind: type[Any]) -> None:
+    assert kind.summary
+    for field in dataclasses.fields(kind):
+        assert field.metadata["kind"].range
+        assert field.metadata["description"].endswith(".")
+
+
+def test_names_and_ranges_are_read_without_torch() -> None:
+    code = "import sys, specens.methods, specens.schedules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
