@@ -15,7 +15,7 @@ from specens import SpeculativeDecoder
 from specens.members.weight_head import last_hidden
 from specens.tuning.compare import sampling
 from specens_kernels import Acceptance
-from specens_kernels.acceptance import Situation
+from specens_kernels.acceptance.rules import Situation
 
 # Tokens of the draft's law that are looked at; the rest of its mass is treated as they are.
 _CANDIDATES = 128

@@ -23,7 +23,7 @@ import revision
 import torch
 
 import specens_kernels
-from specens_kernels import native
+from specens_kernels import flat, native
 
 RESULTS = Path(__file__).parent / "results"
 WRONG = "WRONG"
@@ -151,7 +151,7 @@ def native_build() -> dict[str, Any]:
         return {"available": False, "reason": native.REASON}
     # What the compiler left in the module: "GCC: (Debian 12.2.0-14) 12.2.0".
     compilers = re.findall(
-        rb"(?:GCC: |clang version )[ -~]+", Path(native._C.__file__).read_bytes()
+        rb"(?:GCC: |clang version )[ -~]+", Path(flat.MODULE.__file__).read_bytes()
     )
     names = sorted({name.decode() for name in compilers})
     return {"available": True, "isa": native.cpu_isa(), "compiler": names}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads the flat lists of addresses, strides and numbers that specens_kernels/native.py writes, in
+// Reads the flat lists of addresses, strides and numbers that specens_kernels/flat.py writes, in
 // its order, into the parameters of specens.h. Python has checked every shape; what is checked here
 // is that the two files agree. To add a parameter: its place in its struct's `>>`.
 #pragma once

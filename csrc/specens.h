@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The native entry points and their parameters: plain structs over addresses, shapes and strides.
-// What an op means is specens_kernels/reference.py; nothing here knows torch. Strides count
+// What an op means is specens_kernels/reference/; nothing here knows torch. Strides count
 // elements. To add an op: its parameters and entry here, its file in csrc/cpu, the order of its
 // fields in flat.h, its line in bindings.cpp.
 #pragma once

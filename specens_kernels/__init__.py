@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .acceptance import ACCEPTANCE_RULES as ACCEPTANCE_RULES
     from .acceptance import Acceptance as Acceptance
     from .acceptance import AcceptanceRule as AcceptanceRule
+    from .dispatch import backend as backend
     from .divergences import DIVERGENCES as DIVERGENCES
     from .divergences import divergence as divergence
     from .ensembles import ENSEMBLES as ENSEMBLES
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from .ops import Status as Status
     from .ops import Stream as Stream
     from .ops import Verdict as Verdict
-    from .ops import backend as backend
     from .ops import mix as mix
     from .ops import sample as sample
     from .ops import uniforms as uniforms
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "acceptance": ("ACCEPTANCE_RULES", "Acceptance", "AcceptanceRule"),
+    "dispatch": ("backend",),
     "divergences": ("DIVERGENCES", "divergence"),
     "ensembles": ("ENSEMBLES", "Ensemble"),
     "law": ("Law",),
@@ -46,7 +47,6 @@ _HOMES = {
         "Status",
         "Stream",
         "Verdict",
-        "backend",
         "mix",
         "sample",
         "uniforms",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of csrc/cuda, under the signatures of the ops in `ops.py`.
+"""The CUDA kernels of csrc/cuda, under the signatures of the ops in `reference/`.
 
 A call flattens its tensors as `native.py` does, lends the stream's workspace to the kernels and
 launches them on torch's current stream: no synchronisation, nothing that a CUDA graph could not
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import flat
 from .call import VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
 
 # Tests put the emulated kernels here, which take CPU tensors.
-module: Any = getattr(native, "_C", None)
+module: Any = flat.MODULE
 
-if not native.AVAILABLE:
-    AVAILABLE, REASON = False, native.REASON
+if module is None:
+    AVAILABLE, REASON = False, flat.REASON
 elif not hasattr(module, "cuda_verify"):
     AVAILABLE, REASON = False, "the native kernels were built without nvcc"
 else:
@@ -37,17 +37,12 @@ _refusals: dict[torch.device, str] = {}
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def acceptance_rules() -> list[str]:
-    """The acceptance rules that have a CUDA kernel, on chains: those of csrc/rules.h."""
-    return native.acceptance_rules()
-
-
 def uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
     """See `reference.uniforms`."""
     _check_device(seeds.device)
-    flat, out = native.flatten_uniforms(seeds, positions, stream, index)
-    flat.append(_stream(out.device))
-    _call(module.cuda_uniforms, flat, out.device)
+    arguments, out = flat.flattened_uniforms(seeds, positions, stream, index)
+    arguments.append(_stream(out.device))
+    _call(module.cuda_uniforms, arguments, out.device)
     return out
 
 
@@ -55,8 +50,8 @@ def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
     law.refuse_fold("cuda")
     _check(logits, law)
-    flat, results = native.flatten_mix(logits, law)
-    _launch(module.cuda_mix, module.cuda_mix_workspace, flat, logits[0].device)
+    arguments, results = flat.flattened_mix(logits, law)
+    _launch(module.cuda_mix, module.cuda_mix_workspace, arguments, logits[0].device)
     return results
 
 
@@ -67,26 +62,22 @@ def sample(
     if member < 0:
         law.refuse_fold("cuda")
     _check(logits, law)
-    flat, results = native.flatten_sample(logits, numbers, law, member)
-    _launch(module.cuda_sample, module.cuda_sample_workspace, flat, logits[0].device)
+    arguments, results = flat.flattened_sample(logits, numbers, law, member)
+    _launch(module.cuda_sample, module.cuda_sample_workspace, arguments, logits[0].device)
     return results
 
 
 def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
-    if call.parents is not None:
-        raise Unsupported("cuda", "parents", "None", "a tree")
-    if call.acceptance not in native._RULES:
-        raise Unsupported.unknown("cuda", "acceptance", call.acceptance, native._RULES)
-    call.law.refuse_fold("cuda")
+    flat.refuse("cuda", call)
     _check(call.logits, call.law)
-    flat, results = native.flatten_verify(call)
-    _launch(module.cuda_verify, module.cuda_verify_workspace, flat, call.draft_tokens.device)
+    arguments, results = flat.flattened_verify(call)
+    _launch(module.cuda_verify, module.cuda_verify_workspace, arguments, call.draft_tokens.device)
     return results
 
 
 def _check_device(device: torch.device) -> None:
-    if device.type != "cuda" and module is getattr(native, "_C", None):
+    if device.type != "cuda" and module is flat.MODULE:
         raise Unsupported("cuda", "tensors", "tensors on a CUDA device", f"one on {device}")
     if device not in _refusals:
         _refusals[device] = _too_old(device)
@@ -100,8 +91,8 @@ def _too_old(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability >= _LEAST_CAPABILITY:
         return ""
-    found, least = (".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
-    return f"{device} of compute capability {found}, older than {least}"
+    given, least = (".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
+    return f"{device} of compute capability {given}, older than {least}"
 
 
 def _refused(why: str) -> Unsupported:
@@ -119,10 +110,12 @@ def _check(logits: list[Tensor], law: LawTensors) -> None:
         raise Unsupported("cuda", "vocab_size", f"at most {_MAX_VOCABULARY}", law.vocab_size)
 
 
-def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.device) -> None:
-    """Call `function` with the list, the stream's workspace and the stream."""
+def _launch(
+    function: Any, workspace_bytes: Any, arguments: list[Any], device: torch.device
+) -> None:
+    """Call `function` with the arguments, the stream's workspace and the stream."""
     stream = _stream(device)
-    needed = workspace_bytes(flat)
+    needed = workspace_bytes(arguments)
     key = (device, stream)
     # A graph has its own, which every replay zeroes: it may outlive the stream's, run on another
     # stream, and be the first to run of several.
@@ -132,15 +125,15 @@ def _launch(function: Any, workspace_bytes: Any, flat: list[Any], device: torch.
         workspace = torch.zeros(needed, dtype=torch.uint8, device=device)
         if not captured:
             _workspaces[key] = workspace
-    flat += workspace.data_ptr(), workspace.numel(), stream
-    _call(function, flat, device)
+    arguments += workspace.data_ptr(), workspace.numel(), stream
+    _call(function, arguments, device)
 
 
-def _call(function: Any, flat: list[Any], device: torch.device) -> None:
+def _call(function: Any, arguments: list[Any], device: torch.device) -> None:
     """With the tensors' device as the current one, which the stream must belong to."""
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            function(flat)
+            function(arguments)
     except module.CudaUnsupported as error:
         _refusals[device] = str(error)
         raise _refused(str(error)) from error

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .refusal import Refusal
+
 # Rows x vocabulary of one chunk, in numbers: some 16 MiB in float32 for each intermediate.
 _CHUNK_NUMBERS = 1 << 22
 
@@ -102,21 +104,18 @@ def divergence(target_logits: Tensor, draft_logits: Tensor, kind: str = "kl") ->
     Returns:
         (...) nats, float32 (float64 if an argument is).
     Raises:
-        ValueError: shapes differ, an unknown kind, or a gradient is wanted that is not there.
+        Refusal: shapes differ, an unknown kind, or a gradient is wanted that is not there.
     """
     if kind not in DIVERGENCES:
-        known = ", ".join(sorted(DIVERGENCES))
-        raise ValueError(f"divergence: kind: unknown name {kind!r}; known names: {known}")
+        raise Refusal.unknown("divergence", "kind", kind, sorted(DIVERGENCES))
     if target_logits.shape != draft_logits.shape or draft_logits.dim() == 0:
-        raise ValueError(
-            f"divergence: target_logits: expected {tuple(draft_logits.shape)} as draft_logits, "
-            f"got {tuple(target_logits.shape)}"
-        )
+        expected = f"{tuple(draft_logits.shape)} as draft_logits"
+        raise Refusal("divergence", "target_logits", expected, tuple(target_logits.shape))
     if target_logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError("divergence: target_logits: expected no gradient, got requires_grad")
+        raise Refusal("divergence", "target_logits", "no gradient", "requires_grad")
     wants_gradient = draft_logits.requires_grad and torch.is_grad_enabled()
     if wants_gradient and DIVERGENCES[kind].weighted_slope is None:
-        raise ValueError(f"divergence: kind: expected one with a gradient, got {kind!r}")
+        raise Refusal("divergence", "kind", "one with a gradient", repr(kind))
     shape, width = draft_logits.shape[:-1], draft_logits.shape[-1]
     rows: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
         target_logits.reshape(-1, width), draft_logits.reshape(-1, width), kind
@@ -133,11 +132,11 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(target_logits, draft_logits)
         ctx.kind = kind
         value = DIVERGENCES[kind].value
-        found = [
+        values = [
             value(_log_law(target_logits[rows]), _log_law(draft_logits[rows]))
             for rows in _chunks(*draft_logits.shape)
         ]
-        return torch.cat(found) if found else _log_law(draft_logits).sum(-1)
+        return torch.cat(values) if values else _log_law(draft_logits).sum(-1)
 
     @staticmethod
     @once_differentiable

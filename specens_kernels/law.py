@@ -6,7 +6,7 @@ knows by then (everything but the batch size) is not looked at again.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .eager import is_eager_call
 from .ensembles import Ensemble
 from .refusal import Refusal, Unsupported
 
@@ -37,8 +38,8 @@ class LawTensors(NamedTuple):
     weights: (M,), (B, M) or (B, T, M) float. temperature: (B or 1, M or 1) float.
     top_k: (B or 1,) int32 or None. top_p, min_p: (B or 1,) float or None.
     space, fold: the ensemble's space, and the key of a fold of its own; "" is the weighted sum.
-    flat: where the native kernels note how they read the rest; None where a tensor is the caller's,
-        which may change.
+    flat: the rest as flat.py lists it, once it has; None where a tensor is the caller's, which may
+        change.
     """
 
     weights: Tensor
@@ -162,7 +163,7 @@ class Law:
         known = tensors.get((device, vocab_size))
         if known is None:
             known = self._make_tensors(op, device, vocab_size)
-            if known.flat is not None and nobody_listens([known.weights, known.temperature]):
+            if known.flat is not None and is_eager_call([known.weights, known.temperature]):
                 tensors[device, vocab_size] = known
         shape = known.weights.shape
         if (
@@ -185,7 +186,7 @@ class Law:
 
     def _make_tensors(self, op: str, device: torch.device, vocab_size: int) -> LawTensors:
         numbers = self._number_tensors(device)
-        made: dict[str, Any] = dict(numbers)
+        fields: dict[str, Any] = dict(numbers)
         for name, dtype in _DTYPES.items():
             value = getattr(self, name)
             if not isinstance(value, Tensor):
@@ -195,10 +196,10 @@ class Law:
             value = value.to(dtype)
             if name == "temperature" and value.dim() < 2:
                 value = value.reshape(-1, 1)
-            made[name] = value.reshape(-1) if name in _FILTERS else value
+            fields[name] = value.reshape(-1) if name in _FILTERS else value
         ensemble = Ensemble.of(self.ensemble)
         return LawTensors(
-            **made,
+            **fields,
             space=ensemble.space,
             fold=ensemble.key,
             scope=self.scope,
@@ -212,35 +213,19 @@ class Law:
         known: dict[torch.device, dict[str, Tensor | None]] = self.__dict__["_numbers"]
         if device in known:
             return known[device]
-        made: dict[str, Tensor | None] = {}
+        tensors: dict[str, Tensor | None] = {}
         for name, dtype in _DTYPES.items():
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 continue
             if name in _FILTERS and value == _OFF[name]:
-                made[name] = None
+                tensors[name] = None
                 continue
             tensor = torch.as_tensor(value, dtype=dtype, device=device)
-            made[name] = tensor.reshape(1, -1) if name == "temperature" else tensor.reshape(-1)
-        if nobody_listens([tensor for tensor in made.values() if tensor is not None]):
-            known[device] = made
-        return made
-
-
-def nobody_listens(tensors: Iterable[Tensor]) -> bool:
-    """Whether torch would only pass these tensors on: no mode, transform, trace or profile."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-        and all(
-            type(tensor) is Tensor and not tensor.is_neg() and not tensor._is_zerotensor()
-            for tensor in tensors
-        )
-    )
+            tensors[name] = tensor.reshape(1, -1) if name == "temperature" else tensor.reshape(-1)
+        if is_eager_call([tensor for tensor in tensors.values() if tensor is not None]):
+            known[device] = tensors
+        return tensors
 
 
 def _check_weights(weights: list[float], ensemble: Ensemble) -> None:

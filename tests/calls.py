@@ -250,8 +250,6 @@ def check(backend: str, one: Call) -> None:
         )
 
 
-# --- thresholds ---
-
 # Normalisers of single precision move a statistic by less than this.
 NEAR = 1e-6
 COUNTED = ("k", "top_k", "top_n")  # parameters that are whole numbers

@@ -17,7 +17,7 @@ import simt
 import torch
 
 import specens_kernels
-from specens_kernels import ops, triton
+from specens_kernels import dispatch, triton
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,8 +77,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             stack.enter_context(simt.emulated())
         elif name == "triton" and triton.AVAILABLE:
             triton_guard().install()
-        if name != "reference" and not ops._MODULES[name].AVAILABLE:
-            pytest.skip(f"{name}: {ops._MODULES[name].REASON}")
+        if name != "reference" and not dispatch.MODULES[name].AVAILABLE:
+            pytest.skip(f"{name}: {dispatch.MODULES[name].REASON}")
         stack.enter_context(specens_kernels.backend(name))
         yield name
 

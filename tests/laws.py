@@ -30,9 +30,6 @@ def float32(number: float) -> float:
     return torch.tensor(number, dtype=torch.float32).item()
 
 
-# --- closed forms ---------------------------------------------------------------------------------
-
-
 def filtered(
     logits: Tensor,
     temperature: float = 1.0,
@@ -141,9 +138,6 @@ def output_law(kept: Tensor, target: Tensor, draft: Tensor) -> Tensor:
     return accepted + (1 - accepted.sum(-1, keepdim=True)) * replacement
 
 
-# --- where an op changes its mind -----------------------------------------------------------------
-
-
 Predicates = Callable[[Tensor], Tensor]  # (K,) float64 points -> (K,) bool, true below each edge
 
 
@@ -166,9 +160,6 @@ def bisect(holds: Predicates, count: int, resolution: float) -> Tensor:
         true = _true_at(holds, middle, resolution)
         low, high = torch.where(true, middle, low), torch.where(true, high, middle)
     return high
-
-
-# --- a toy language, its trees, and what `verify` emits in it -------------------------------------
 
 
 @dataclass(frozen=True)
@@ -357,21 +348,23 @@ def predicted(case: Case, question: Question) -> float:
 
     def judge(child: int, token: int) -> tuple[float, Tensor]:
         """The chance that the child is kept, and what is then left."""
+        definition = rules.DEFINITIONS[case.acceptance]
         parameters = case.parameters or {}
         memory = case.memory(prefix)
         if case.greedy:
             laws = (case.bare_target(prefix).tolist(), case.bare_draft(child, prefix).tolist())
-            if rules.VETOES.get(case.acceptance, rules.never)(*laws, token, memory, **parameters):
+            if definition.vetoes(*laws, token, memory, **parameters):
                 left = case.bare_target(prefix).index_fill(0, torch.tensor(token), 0.0)
                 return 0.0, one_point(left.argmax(), case.vocab_size)
-            if rules.TRUSTS.get(case.acceptance, rules.never)(*laws, token, memory, **parameters):
+            if definition.trusts(*laws, token, memory, **parameters):
                 return 1.0, mass
             return mass[token].item(), mass
         if case.acceptance == "k_seq":
             parameters = {"k": len(siblings)}
         law = target if case.acceptance == "k_seq" else mass
         draft = case.draft(child, prefix).tolist()
-        kept, left = rules.CLOSED[case.acceptance](law.tolist(), draft, token, memory, **parameters)
+        assert definition.closed is not None
+        kept, left = definition.closed(law.tolist(), draft, token, memory, **parameters)
         residual = torch.tensor(left, dtype=torch.float64)
         return kept, residual / residual.sum() if residual.sum() > 0 else mass
 
@@ -493,9 +486,6 @@ def observed_law(
         if not unknown:
             return Observed(law, max(surprises))
         ask(list(unknown))
-
-
-# --- distances ------------------------------------------------------------------------------------
 
 
 def total_variation(law: JointLaw, other: JointLaw) -> float:

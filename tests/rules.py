@@ -1,20 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance rules once more, by their definitions, with nothing shared with the implementation.
 
-`CLOSED[name](p, q, x, memory, **parameters)` says with which probability a drafted token x is kept,
-and the mass that replaces it, from the laws p and q as lists of numbers. `LAWS[name]` is the law
-that a rule claims to emit, where it claims one. `PARAMETERS[name]` lists parameters to test with.
-To add a rule, add its closed form here; test_acceptance.py and test_verify_law.py ask for it.
+To add a rule, add its `Definition` to `DEFINITIONS`, from the laws p and q as lists of numbers;
+test_acceptance.py and test_verify_law.py ask for it.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy.optimize import brentq
 
 Numbers = list[float]
 Kept = tuple[float, Numbers]
+
+
+def never(*_: Any, **__: Any) -> bool:
+    return False
+
+
+class Definition(NamedTuple):
+    """One rule. Its functions take (p, q, x, memory, **parameters), but for `law`.
+
+    closed: with which probability a drafted token x is kept, and the mass that replaces it. None
+        for rules that do not judge a token by itself, whose law test_verify_law.py enumerates.
+    parameters: such as both outcomes are seen with; each is tested.
+    trusts: whether, at temperature 0, a token is kept that is not the target's most probable one,
+        by the laws at temperature 1.
+    vetoes: whether a token is refused, at any temperature.
+    law: (p, q, **parameters) -> the law that the rule claims to emit, where it claims one.
+    """
+
+    closed: Callable[..., Kept] | None
+    parameters: Sequence[dict[str, Any]] = ({},)
+    trusts: Callable[..., bool] = never
+    vetoes: Callable[..., bool] = never
+    law: Callable[..., Numbers] | None = None
 
 
 def entropy(law: Numbers) -> float:
@@ -60,6 +81,10 @@ def gated(opens: Callable[..., bool]) -> Callable[..., Kept]:
         return float(opens(p, q, x, memory, **parameters)), p
 
     return closed
+
+
+def itself(p: Numbers, q: Numbers) -> Numbers:
+    return p
 
 
 def divergence_gate(name: str) -> Callable[..., Kept]:
@@ -119,7 +144,7 @@ def cactus(p: Numbers, q: Numbers, x: int, memory: float, divergence: float) -> 
     ]
 
 
-def vetoes(
+def both_unsure(
     p: Numbers,
     q: Numbers,
     x: int,
@@ -138,13 +163,9 @@ def vetoes(
 
 
 def entropy_veto(p: Numbers, q: Numbers, x: int, memory: float, **parameters: float) -> Kept:
-    if vetoes(p, q, x, memory, **parameters):
+    if both_unsure(p, q, x, memory, **parameters):
         return 0.0, [0.0 if v == x else a for v, a in enumerate(p)]
-    return CLOSED["rejection"](p, q, x, memory)
-
-
-def never(*_: Any, **__: Any) -> bool:
-    return False
+    return with_law(itself)(p, q, x, memory)
 
 
 def k_seq(p: Numbers, q: Numbers, x: int, memory: float, k: int = 1) -> Kept:
@@ -161,78 +182,91 @@ def k_seq(p: Numbers, q: Numbers, x: int, memory: float, k: int = 1) -> Kept:
     return keep, [max(a - b * share, 0.0) for a, b in zip(p, kept, strict=True)]
 
 
-LAWS: dict[str, Callable[..., Numbers]] = {
-    "rejection": lambda p, q: p,
-    "mentored": mentored,
-    "cascade_chow": cascade(lambda p, q, a: max(q) < 1 - a),
-    "cascade_diff": cascade(lambda p, q, a: max(q) < max(p) - a),
-    "cascade_opt": cascade(lambda p, q, a: max(q) < max(p) - a * tv(p, q)),
-    "cascade_v1": token_cascade(lambda p, q, v, a: q[v] < max(p) - a),
-    "cascade_v2": token_cascade(lambda p, q, v, a: p[v] < max(p) - a),
-    "cascade_v3": token_cascade(lambda p, q, v, a: p[v] < (1 - a) * max(p)),
-}
+def lenient(p: Numbers, q: Numbers, x: int, memory: float, lenience: float) -> Kept:
+    keep = min(1.0, p[x] / lenience / q[x]) if q[x] > 0 else 0.0
+    return keep, [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
 
-CLOSED: dict[str, Callable[..., Kept]] = {
-    **{name: with_law(law) for name, law in LAWS.items()},
-    **{name: divergence_gate(name) for name in DIVERGENCES},
-    "lenient": lambda p, q, x, m, lenience: (
-        min(1.0, p[x] / lenience / q[x]) if q[x] > 0 else 0.0,
-        [max(a - b, 0.0) for a, b in zip(p, q, strict=True)],
+
+def typical(p: Numbers, q: Numbers, x: int, memory: float, epsilon: float, delta: float) -> bool:
+    return p[x] > min(epsilon, delta * math.exp(-entropy(p)))
+
+
+def likely(
+    p: Numbers, q: Numbers, x: int, memory: float, threshold: float, smoothing: float
+) -> bool:
+    return p[x] > 0 and smoothing * memory - (1 - smoothing) * math.log(p[x]) <= threshold
+
+
+def _with_law(law: Callable[..., Numbers], *parameters: dict[str, Any], **rest: Any) -> Definition:
+    return Definition(with_law(law), parameters or ({},), law=law, **rest)
+
+
+def _gate(closed: Callable[..., Kept], *parameters: dict[str, Any]) -> Definition:
+    """A gate trusts what it keeps."""
+    return Definition(closed, parameters, trusts=lambda *at, **given: closed(*at, **given)[0] == 1)
+
+
+DEFINITIONS: dict[str, Definition] = {
+    "rejection": _with_law(itself),
+    "block": Definition(None),
+    "greedy": Definition(None),
+    "k_seq": Definition(k_seq),
+    "lenient": Definition(lenient, [{"lenience": 0.6}, {"lenience": 1.0}]),
+    "mentored": _with_law(mentored, {"divergence": 0.05}, {"divergence": 0.3}),
+    "cactus": Definition(cactus, [{"divergence": 0.2}, {"divergence": 1.0}]),
+    "cascade_chow": _with_law(
+        cascade(lambda p, q, a: max(q) < 1 - a),
+        {"alpha": 0.5},
+        {"alpha": 0.3},
+        trusts=lambda p, q, x, m, alpha: max(q) >= 1 - alpha,
     ),
-    "cactus": cactus,
-    "k_seq": k_seq,
-    "typical": gated(
-        lambda p, q, x, m, epsilon, delta: p[x] > min(epsilon, delta * math.exp(-entropy(p)))
+    "cascade_diff": _with_law(
+        cascade(lambda p, q, a: max(q) < max(p) - a),
+        {"alpha": 0.0},
+        {"alpha": 0.2},
+        trusts=lambda p, q, x, m, alpha: max(q) >= max(p) - alpha,
     ),
-    "top_k": gated(lambda p, q, x, m, k: sum(v > p[x] for v in p) < k),
-    "likelihood": gated(
-        lambda p, q, x, m, threshold, smoothing: (
-            p[x] > 0 and smoothing * m - (1 - smoothing) * math.log(p[x]) <= threshold
-        )
+    "cascade_opt": _with_law(
+        cascade(lambda p, q, a: max(q) < max(p) - a * tv(p, q)),
+        {"alpha": 0.3},
+        trusts=lambda p, q, x, m, alpha: max(q) >= max(p) - alpha * tv(p, q),
     ),
-    "entropy_veto": entropy_veto,
-}
-
-# At temperature 0: whether a rule keeps a token that is not the target's most probable one, by the
-# laws at temperature 1.
-TRUSTS: dict[str, Callable[..., bool]] = {
-    **{
-        name: lambda p, q, x, m, closed=CLOSED[name], **parameters: (
-            closed(p, q, x, m, **parameters)[0] == 1
-        )
-        for name in (*DIVERGENCES, "typical", "top_k", "likelihood")
-    },
-    "cascade_chow": lambda p, q, x, m, alpha: max(q) >= 1 - alpha,
-    "cascade_diff": lambda p, q, x, m, alpha: max(q) >= max(p) - alpha,
-    "cascade_opt": lambda p, q, x, m, alpha: max(q) >= max(p) - alpha * tv(p, q),
-    "cascade_v1": lambda p, q, x, m, alpha: q[x] >= max(p) - alpha,
-    "cascade_v2": lambda p, q, x, m, alpha: p[x] >= max(p) - alpha,
-    "cascade_v3": lambda p, q, x, m, alpha: p[x] >= (1 - alpha) * max(p),
-}
-
-# Whether a rule refuses a token, at any temperature.
-VETOES: dict[str, Callable[..., bool]] = {"entropy_veto": vetoes}
-
-PARAMETERS: dict[str, Sequence[dict[str, Any]]] = {
-    "lenient": [{"lenience": 0.6}, {"lenience": 1.0}],
-    "mentored": [{"divergence": 0.05}, {"divergence": 0.3}],
-    "cactus": [{"divergence": 0.2}, {"divergence": 1.0}],
-    "cascade_chow": [{"alpha": 0.5}, {"alpha": 0.3}],
-    "cascade_diff": [{"alpha": 0.0}, {"alpha": 0.2}],
-    "cascade_opt": [{"alpha": 0.3}],
-    "cascade_v1": [{"alpha": 0.1}, {"alpha": 0.4}],
-    "cascade_v2": [{"alpha": 0.2}],
-    "cascade_v3": [{"alpha": 0.5}],
-    "js_fsd": [{"threshold": 0.15}, {"threshold": 0.1, "top_k": 2}],
-    "js": [{"threshold": 0.1}, {"threshold": 0.05, "top_k": 2}],
-    "kl": [{"threshold": 0.4}, {"threshold": 0.2, "top_k": 2}],
-    "reverse_kl": [{"threshold": 0.4}, {"threshold": 0.2, "top_k": 2}],
-    "tv": [{"threshold": 0.4}, {"threshold": 0.3, "top_k": 2}],
-    "typical": [{"epsilon": 0.3, "delta": 0.6}],
-    "top_k": [{"k": 1}, {"k": 2}],
-    "likelihood": [{"threshold": 1.0, "smoothing": 0.0}, {"threshold": 1.0, "smoothing": 0.4}],
-    "entropy_veto": [
-        {"target_entropy": 0.5, "draft_entropy": 0.5, "overlap": 0.5, "top_n": 2},
-        {"target_entropy": 1.1, "draft_entropy": 0.2, "overlap": 0.6, "top_n": 3},
-    ],
+    "cascade_v1": _with_law(
+        token_cascade(lambda p, q, v, a: q[v] < max(p) - a),
+        {"alpha": 0.1},
+        {"alpha": 0.4},
+        trusts=lambda p, q, x, m, alpha: q[x] >= max(p) - alpha,
+    ),
+    "cascade_v2": _with_law(
+        token_cascade(lambda p, q, v, a: p[v] < max(p) - a),
+        {"alpha": 0.2},
+        trusts=lambda p, q, x, m, alpha: p[x] >= max(p) - alpha,
+    ),
+    "cascade_v3": _with_law(
+        token_cascade(lambda p, q, v, a: p[v] < (1 - a) * max(p)),
+        {"alpha": 0.5},
+        trusts=lambda p, q, x, m, alpha: p[x] >= (1 - alpha) * max(p),
+    ),
+    "js_fsd": _gate(divergence_gate("js_fsd"), {"threshold": 0.15}, {"threshold": 0.1, "top_k": 2}),
+    "js": _gate(divergence_gate("js"), {"threshold": 0.1}, {"threshold": 0.05, "top_k": 2}),
+    "kl": _gate(divergence_gate("kl"), {"threshold": 0.4}, {"threshold": 0.2, "top_k": 2}),
+    "reverse_kl": _gate(
+        divergence_gate("reverse_kl"), {"threshold": 0.4}, {"threshold": 0.2, "top_k": 2}
+    ),
+    "tv": _gate(divergence_gate("tv"), {"threshold": 0.4}, {"threshold": 0.3, "top_k": 2}),
+    "typical": _gate(gated(typical), {"epsilon": 0.3, "delta": 0.6}),
+    "top_k": _gate(gated(lambda p, q, x, m, k: sum(v > p[x] for v in p) < k), {"k": 1}, {"k": 2}),
+    "likelihood": _gate(
+        gated(likely),
+        {"threshold": 1.0, "smoothing": 0.0},
+        {"threshold": 1.0, "smoothing": 0.4},
+    ),
+    "entropy_veto": Definition(
+        entropy_veto,
+        [
+            {"target_entropy": 0.5, "draft_entropy": 0.5, "overlap": 0.5, "top_n": 2},
+            {"target_entropy": 1.1, "draft_entropy": 0.2, "overlap": 0.6, "top_n": 3},
+        ],
+        vetoes=both_unsure,
+    ),
 }

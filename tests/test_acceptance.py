@@ -6,23 +6,22 @@ That `verify` does what these closed forms say is shown in test_verify_law.py.
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import rules
 import torch
 from torch import Tensor
 
-from specens_kernels import ACCEPTANCE_RULES, Acceptance, AcceptanceRule
-from specens_kernels.acceptance import (
-    DIVERGENCES,
-    Situation,
-    block_step,
-    block_threshold,
-    mentored_law,
-)
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, AcceptanceRule
+from specens_kernels.acceptance.blocks import block_step, block_threshold
+from specens_kernels.acceptance.gates import DIVERGENCES
+from specens_kernels.acceptance.mentored import mentored_law
+from specens_kernels.acceptance.rules import Situation
 
 NAMES = sorted(set(ACCEPTANCE_RULES) - {"block", "greedy", "k_seq"})
-CASES = [(name, parameters) for name in NAMES for parameters in rules.PARAMETERS.get(name, [{}])]
+CASES = [(name, parameters) for name in NAMES for parameters in rules.DEFINITIONS[name].parameters]
 EACH = pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)
 
 
@@ -65,7 +64,8 @@ def test_a_rule_judges_as_its_definition_says(
                 continue
             at = Situation(p, q, torch.tensor(x), torch.tensor(0.3, dtype=torch.float64))
             kept, left, *_ = acceptance.rule.judge(at, *acceptance.parameters)
-            keep, expected = rules.CLOSED[name](p.tolist(), q.tolist(), x, 0.3, **parameters)
+            definition = rules.DEFINITIONS[name].closed
+            keep, expected = definition(p.tolist(), q.tolist(), x, 0.3, **parameters)
             assert (kept[x] / q[x]).clamp(max=1).item() == pytest.approx(keep, abs=1e-9)
             if keep < 1 - 1e-12:
                 assert left.tolist() == pytest.approx(expected, abs=1e-9)
@@ -88,13 +88,13 @@ def test_a_rule_emits_the_target_law_iff_it_says_lossless(
     assert acceptance.rule.lossless or distance > 1e-3
 
 
-@pytest.mark.parametrize("name", rules.LAWS)
+@pytest.mark.parametrize("name", [n for n, rule in rules.DEFINITIONS.items() if rule.law])
 def test_a_rule_with_a_law_of_its_own_emits_it(name: str) -> None:
     target, draft = distributions(9, zeros=0.2)
-    for parameters in rules.PARAMETERS.get(name, [{}]):
+    for parameters in rules.DEFINITIONS[name].parameters:
         law = output_law(Acceptance(name, **parameters), target, draft)
         for p, q, found in zip(target.tolist(), draft.tolist(), law.tolist(), strict=True):
-            assert found == pytest.approx(rules.LAWS[name](p, q, **parameters), abs=1e-8)
+            assert found == pytest.approx(rules.DEFINITIONS[name].law(p, q, **parameters), abs=1e-8)
 
 
 def test_what_lossy_rules_promise_is_kept() -> None:
@@ -180,9 +180,6 @@ def test_lenience_1_is_rejection_and_less_is_lossier() -> None:
     assert 0.001 < distances[0] < distances[1] < distances[2]
 
 
-# --- several tokens at once -----------------------------------------------------------------------
-
-
 def block_law(target: Tensor, draft: Tensor, *, uncapped_end: bool = False) -> Tensor:
     """(V, V) law of the next two tokens when blocks of two are drafted; laws at [0] and [1 + x]."""
     size = target.shape[-1]
@@ -253,9 +250,6 @@ def test_k_seq_is_lossless_for_k_independent_drafts(k: int) -> None:
         assert torch.allclose(law, p, atol=1e-12)
 
 
-# --- the divergences ------------------------------------------------------------------------------
-
-
 def test_divergences_are_what_their_names_say() -> None:
     target, draft = distributions(7, zeros=0.3)
     for name, terms in DIVERGENCES.items():
@@ -270,15 +264,30 @@ def test_js_is_bounded_and_the_published_formula_is_not() -> None:
     assert DIVERGENCES["js_fsd"](target, draft).sum() > 2
 
 
-# --- the registry ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rule", ACCEPTANCE_RULES.values(), ids=lambda rule: rule.name)
 def test_an_entry_says_where_it_comes_from_and_what_it_emits(rule: AcceptanceRule) -> None:
     assert "arXiv:" in rule.source
     assert rule.law
     assert all(p.low <= p.default <= p.high for p in rule.parameters)
-    assert rule.name in rules.CLOSED or rule.name in ("block", "greedy")
+    assert rule.name in rules.DEFINITIONS
+
+
+def test_the_facts_of_every_rule_need_no_torch() -> None:
+    """A command line reads names, ranges and mistakes before anything takes a second."""
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Refusal\n"
+        "print(*ACCEPTANCE_RULES, *ENSEMBLES, Acceptance.parse('js:threshold=0.3'))\n"
+        "try: Acceptance.parse('tv:threshold=2')\n"
+        "except Refusal as refusal: print(refusal.argument)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    expected = (
+        f"{' '.join([*ACCEPTANCE_RULES, *ENSEMBLES])} Acceptance('js', threshold=0.3, top_k=0)"
+    )
+    assert done.stdout.splitlines() == [expected, "threshold"], done.stderr
 
 
 def test_the_published_defaults_of_typical_acceptance() -> None:
@@ -295,7 +304,7 @@ def test_a_rule_is_read_from_a_command_line() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("jz", "acceptance: name: unknown rule 'jz'; known rules: block, "),
+        ("jz", r"acceptance: name: expected one of block, .*, got 'jz'"),
         ("js:thr=1", "acceptance: thr: expected threshold, top_k for 'js', got thr"),
         ("js:0.3", "acceptance: js: expected name=number, got '0.3'"),
         ("rejection:lenience=1", "expected no parameter for 'rejection'"),

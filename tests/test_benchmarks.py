@@ -307,10 +307,11 @@ def test_what_a_rule_emits_is_computed_in_closed_form() -> None:
     memory = torch.zeros((), dtype=torch.float64)
     assert torch.equal(emitted_law(Acceptance(), target, draft, draft, memory), target)
     for name in ("cactus", "cascade_v3", "js", "typical"):
-        parameters = rules.PARAMETERS[name][0]
+        parameters = rules.DEFINITIONS[name].parameters[0]
         expected = torch.zeros(9, dtype=torch.float64)
         for x in range(9):  # drawn from one law, and taken for the draft's
-            kept, left = rules.CLOSED[name](target.tolist(), draft.tolist(), x, 0.0, **parameters)
+            closed = rules.DEFINITIONS[name].closed
+            kept, left = closed(target.tolist(), draft.tolist(), x, 0.0, **parameters)
             expected[x] += other[x] * kept
             residual = torch.tensor(left, dtype=torch.float64)
             expected += other[x] * (1 - kept) * residual / residual.sum().clamp(min=1e-300)

@@ -21,12 +21,10 @@ from calls import COUNTED, DTYPES, ON_CARD, REAL, SMALL, TILES, Call, call, chec
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, native, ops
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, flat
 
 EVERY = pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
 
-
-# --- random calls ---------------------------------------------------------------------------------
 
 # How many, by what an interpreter's operation, an emulator's thread and a kernel cost.
 COUNTS = {
@@ -65,8 +63,6 @@ def test_calls_that_some_backend_once_got_wrong(backend: str) -> None:
     for seed in (25, 2087, 2826, 3095, 3221, 3662, 5277):
         check(backend, call(seed, SMALL))
 
-
-# --- every rule ---
 
 # Few of the calls may be too near a threshold to tell: of 10,000, 4 are.
 RULE_COUNTS = {"native": 2400, "cuda": 100, "triton": 30}
@@ -135,15 +131,22 @@ def test_the_random_calls_see_a_wrong_parameter(backend: str) -> None:
             assert any(shows(seed, rule, place) for seed in range(40_000, 40_400)), (rule, place)
 
 
+def rules_of(backend: str) -> dict[str, Any]:
+    """The rules that have a kernel."""
+    if backend != "triton":
+        return flat.RULES
+    rules: dict[str, Any] = import_module("specens_kernels.triton.rules").RULES
+    return rules
+
+
 @EVERY
 def test_every_rule_has_a_kernel(backend: str) -> None:
-    assert set(ops._MODULES[backend].acceptance_rules()) == set(ACCEPTANCE_RULES)
+    assert set(rules_of(backend)) == set(ACCEPTANCE_RULES)
 
 
 @EVERY
 def test_a_rule_without_a_kernel_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("specens_kernels.triton.rules") if backend == "triton" else native
-    monkeypatch.delitem(module.RULES if backend == "triton" else module._RULES, "tv")
+    monkeypatch.delitem(rules_of(backend), "tv")
     one = verify_call([torch.randn(1, 2, 8)], torch.tensor([[1]]), Law(), acceptance="tv")
     with pytest.raises(specens_kernels.Unsupported, match=r"acceptance: expected .*, got 'tv'"):
         one.run(backend)
@@ -220,7 +223,9 @@ HARD_CALLS = list(product(HARD_ROWS, DRAFTED, TEMPERATURES))
 def hard_rules(backend: str, place: int) -> list[Acceptance]:
     """All of them with all their parameters; where a call takes a second, each at one place."""
     names = sorted(ACCEPTANCE_RULES)
-    every = [Acceptance(name, **one) for name in names for one in rules.PARAMETERS.get(name, [{}])]
+    every = [
+        Acceptance(name, **one) for name in names for one in rules.DEFINITIONS[name].parameters
+    ]
     every += [Acceptance(name, divergence=at) for name, at in BOUNDLESS]
     return every[place :: len(HARD_CALLS)] if backend == "triton" else every
 
@@ -255,9 +260,6 @@ def test_a_memory_of_any_type_is_read(backend: str, dtype: torch.dtype) -> None:
         assert check_but_near(backend, one)
         answers.append(one.run(backend)[2].tolist())
     assert answers[0] != answers[1]
-
-
-# --- searches ---
 
 
 @EVERY
@@ -335,9 +337,6 @@ def test_a_nan_that_a_filter_would_pass_over_is_seen(
         members[0][0, :, 777] = torch.nan
         law = Law(weights, "product", top_k=3, plausibility=0.1)
         check(backend, Call("mix", (members, law), {}, f"{weights}, {vocab_size}"))
-
-
-# --- the hard list --------------------------------------------------------------------------------
 
 
 def verify_call(logits: list[Tensor], tokens: Tensor, law: Law, **options: Any) -> Call:

@@ -16,10 +16,10 @@ import torch
 from calls import Call
 
 import specens_kernels
-from specens_kernels import Law, cuda, mix, native, ops, sample, verify
+from specens_kernels import Law, cuda, dispatch, flat, mix, sample, verify
 
 pytestmark = [
-    pytest.mark.skipif(not native.AVAILABLE, reason=f"native: {native.REASON}"),
+    pytest.mark.skipif(flat.MODULE is None, reason=f"native: {flat.REASON}"),
     pytest.mark.skipif(simt.what_is_missing() != "", reason=f"simt: {simt.what_is_missing()}"),
 ]
 
@@ -49,9 +49,6 @@ def verify_call(
     if proposer is not None:
         options["proposers"] = torch.full((1, nodes), proposer)
     return Call("verify", (logits, tokens, torch.rand(batch, nodes + 1, 4), law), options, name)
-
-
-# --- what a call costs ---
 
 
 def rejected(one: Call, kept: int) -> Call:
@@ -147,9 +144,6 @@ def test_rules_that_judge_whole_laws_take_one_launch_more(rule: str, emulator: A
     }
 
 
-# --- threads ---
-
-
 def test_threads_may_share_a_stream() -> None:
     """And with it a workspace, in which each launch leaves what the next one reads."""
     ones = [verify_call(2, 3, 3000), verify_call(3, 3, 3000)]
@@ -169,8 +163,6 @@ def test_threads_may_share_a_stream() -> None:
         for verdict in theirs:
             assert all(torch.equal(a, b) for a, b in zip(verdict, right, strict=True))
 
-
-# --- what there is no kernel for ---
 
 ROWS, NUMBERS = torch.zeros(1, 2, 5), torch.zeros(1, 2, 4)
 REFUSED = {
@@ -193,11 +185,11 @@ def test_what_has_no_kernel_is_refused(why: str, emulator: Any) -> None:
 
 
 def test_a_workspace_that_is_too_small_is_refused(emulator: Any) -> None:
-    flat, _ = native.flatten_mix([ROWS], Law().tensors("mix", 1, 2, 1, ROWS.device, 5))
-    needed = emulator.cuda_mix_workspace(flat)
+    arguments, _ = flat.flattened_mix([ROWS], Law().tensors("mix", 1, 2, 1, ROWS.device, 5))
+    needed = emulator.cuda_mix_workspace(arguments)
     workspace = torch.zeros(needed - 1, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="cuda: the workspace is too small"):
-        emulator.cuda_mix([*flat, workspace.data_ptr(), needed - 1, 0])
+        emulator.cuda_mix([*arguments, workspace.data_ptr(), needed - 1, 0])
 
 
 def test_an_old_device_is_refused_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +225,7 @@ def test_what_a_device_cannot_run_another_backend_does(monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(cuda, "module", stub)
     monkeypatch.setattr(cuda, "_refusals", {})
-    monkeypatch.setitem(ops._PREFERRED, "cpu", ("cuda", "native"))
+    monkeypatch.setitem(dispatch.PREFERRED, "cpu", ("cuda", "native"))
     for _ in range(2):
         with specens_kernels.backend("auto"):
             found = mix([ROWS], Law())

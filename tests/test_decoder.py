@@ -1071,7 +1071,7 @@ def test_a_call_leaves_no_memory_behind(kind, mode, fails):
         ),
         (
             {"acceptance": "typcal"},
-            "acceptance: name: unknown rule 'typcal'; known rules: .*rejection.*",
+            "acceptance: name: expected one of .*rejection.*, got 'typcal'",
         ),
         (
             {"ensemble": "sum"},

@@ -198,8 +198,6 @@ def test_every_entry_is_the_weighted_sum_of_its_space() -> None:
             torch.testing.assert_close(twin, entry, **CLOSE)
 
 
-# --- folds of one's own ---------------------------------------------------------------------------
-
 EVERY_FOLD = pytest.mark.parametrize("fold", FOLDS)
 
 

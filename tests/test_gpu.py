@@ -19,7 +19,7 @@ from calls import REAL, SMALL, TILES, Call, call, is_near_a_threshold, on_card
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import Law, Stream, ops, sample, uniforms, verify
+from specens_kernels import ACCEPTANCE_RULES, Law, Stream, dispatch, sample, uniforms, verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,8 +31,8 @@ pytestmark = [
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend of the card; the emulator's stand-in plays no part here."""
-    if not ops._MODULES[request.param].AVAILABLE:
-        pytest.skip(f"{request.param}: {ops._MODULES[request.param].REASON}")
+    if not dispatch.MODULES[request.param].AVAILABLE:
+        pytest.skip(f"{request.param}: {dispatch.MODULES[request.param].REASON}")
     if request.param == "triton" and os.environ["TRITON_INTERPRET"] == "1":
         pytest.skip("triton: it interprets in this process; `pytest -m gpu` compiles")
     with specens_kernels.backend(request.param):
@@ -64,7 +64,7 @@ def test_the_reference_s_tokens(backend: str, sizes: tuple[int, ...], first: int
 @pytest.mark.parametrize("sizes", [SMALL, TILES, REAL], ids=str)
 @pytest.mark.parametrize("first", range(0, 300, PORTION))
 def test_every_rule_s_tokens(backend: str, sizes: tuple[int, ...], first: int) -> None:
-    rules = sorted(ops._MODULES[backend].acceptance_rules())
+    rules = sorted(ACCEPTANCE_RULES)
     for seed in range(first, first + PORTION):
         one = call(seed, sizes, rules)
         if not is_near_a_threshold(one):

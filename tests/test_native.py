@@ -32,9 +32,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# --- the same bits ---
-
-
 def bits(one: Call) -> str:
     results = one.run("native")
     return hashlib.sha1(b"".join(result.numpy().tobytes() for result in results)).hexdigest()
@@ -120,9 +117,6 @@ def test_a_row_does_not_depend_on_its_batch(count: int) -> None:
                 assert torch.equal(full[b : b + 1], part)
 
 
-# --- what there is no kernel for ---
-
-
 def test_the_floor_reads_every_row() -> None:
     logits = [torch.randn(2, 3, 5000).to(dtype) for dtype in DTYPES]
     expected = sum(tensor.double().logsumexp(-1).sum().item() for tensor in logits)
@@ -182,8 +176,6 @@ def test_what_has_no_kernel_runs_on_the_reference(
         expected = op(*arguments, **options)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
-
-# --- the build ---
 
 # A compiler that tells its version and compiles nothing.
 NVCC = """#!/bin/sh

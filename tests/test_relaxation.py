@@ -9,9 +9,9 @@ import pytest
 import rules
 import torch
 
-from specens.tuning.relaxation import BY_TOKEN, check_lossy, relaxed, spelled
+from specens.tuning.relaxation import check_lossy, relaxed, spelled
 from specens_kernels import ACCEPTANCE_RULES, Acceptance
-from specens_kernels.acceptance import Situation
+from specens_kernels.acceptance.rules import Situation
 
 REFUSED = ("rejection", "block", "k_seq", "greedy", "likelihood")
 EACH = pytest.mark.parametrize("name", [n for n in ACCEPTANCE_RULES if n not in REFUSED])
@@ -33,7 +33,7 @@ def enumerated(acceptance: Acceptance, p: list[float], q: list[float]) -> tuple[
     parameters = dict(zip(names, acceptance.parameters, strict=True))
     chance, emitted = 0.0, [0.0] * len(p)
     for x, share in enumerate(q):
-        keep, left = rules.CLOSED[acceptance.rule.name](p, q, x, 0.0, **parameters)
+        keep, left = rules.DEFINITIONS[acceptance.rule.name].closed(p, q, x, 0.0, **parameters)
         chance += share * keep
         emitted[x] += share * keep
         rest = sum(left)
@@ -45,7 +45,7 @@ def enumerated(acceptance: Acceptance, p: list[float], q: list[float]) -> tuple[
 @EACH
 def test_acceptance_and_divergence_are_those_of_the_definition(name: str) -> None:
     seen = set()
-    for seed, parameters in enumerate(rules.PARAMETERS.get(name, [{}])):
+    for seed, parameters in enumerate(rules.DEFINITIONS[name].parameters):
         acceptance = check_lossy(Acceptance(name, **parameters))
         target, draft = laws(seed)
         chances, distances = relaxed(acceptance, target, draft, greedy=False)
@@ -73,7 +73,7 @@ def test_a_wrong_judgement_is_found_out() -> None:
 def test_which_rules_look_at_the_drafted_token(name: str) -> None:
     rule, depends = ACCEPTANCE_RULES[name], False
     for seed in range(4):
-        for parameters in rules.PARAMETERS.get(name, [{}]):
+        for parameters in rules.DEFINITIONS[name].parameters:
             target, draft = laws(seed)
             masses = [
                 rule.judge(
@@ -87,7 +87,7 @@ def test_which_rules_look_at_the_drafted_token(name: str) -> None:
                 for one in masses
                 for what in ("kept", "left")
             )
-    assert depends == (name in BY_TOKEN)
+    assert depends == ACCEPTANCE_RULES[name].by_token
 
 
 @EACH
@@ -113,7 +113,7 @@ def test_greedily_the_verifier_decides_the_same(name: str) -> None:
 
 def test_what_is_written_is_read_again() -> None:
     for name in ACCEPTANCE_RULES:
-        for parameters in [{}, *rules.PARAMETERS.get(name, [])]:
+        for parameters in [{}, *rules.DEFINITIONS[name].parameters]:
             one = Acceptance(name, **parameters)
             other = Acceptance.parse(spelled(one))
             assert other.rule is one.rule

@@ -911,7 +911,7 @@ def test_a_lossy_rule_is_reported_and_not_chosen(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("--draft", "family:draft", "--acceptance", "block"), "lossy rule that judges each token"),
-        (("--draft", "family:draft", "--acceptance", "jss"), "unknown rule 'jss'"),
+        (("--draft", "family:draft", "--acceptance", "jss"), "got 'jss'"),
         (("--acceptance", "js"), "--acceptance: expected a draft or a second member to judge"),
         (("--max-new-tokens", "2"), "--max-new-tokens: expected enough to time every model"),
     ],

@@ -47,9 +47,6 @@ def assert_same(one: Verdict, other: Verdict, rows: Tensor | slice = slice(None)
         assert torch.equal(value[rows], expected), name
 
 
-# --- how far a call gets --------------------------------------------------------------------------
-
-
 def test_without_a_draft_it_samples_the_target(backend: str) -> None:
     logits = [torch.randn(3, 1, 40) for _ in range(2)]
     numbers = torch.rand(3, 1, 4)
@@ -139,9 +136,6 @@ def test_a_draft_from_the_target_is_always_accepted(
         assert not verdict.status.any()
 
 
-# --- the coin -------------------------------------------------------------------------------------
-
-
 def test_a_coin_of_0_keeps_any_mass_and_only_mass(backend: str) -> None:
     logits = torch.tensor([0.0, -80.0, -INF]).expand(3, 2, 3)
     verdict = verify([logits], torch.tensor([[0], [1], [2]]), coins(3, 1, 0.0), Law())
@@ -176,9 +170,6 @@ def test_numbers_of_rows_that_are_not_reached_do_not_matter(backend: str) -> Non
         other[b, 1 : accepted + 2, 0] = numbers[b, 1 : accepted + 2, 0]
     assert_same(verify(logits, draft.tokens, other, Law(HALVES), proposers=proposers), verdict)
     assert verdict.num_accepted.max() > verdict.num_accepted.min()
-
-
-# --- the draw -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab_size", [30, 1025, 8193, 20_000])
@@ -216,8 +207,6 @@ def test_log_probs_are_those_of_the_target(backend: str) -> None:
     )
     assert emitted.sum() > 8
 
-
-# --- trees ----------------------------------------------------------------------------------------
 
 BUSHY = (-1, 0, 0, 1, 1, 2, 5)
 
@@ -314,9 +303,6 @@ def test_a_long_chain_and_a_broad_root(backend: str) -> None:
     logits[:, 0, :63] = -INF  # the last child but one is the first that is possible
     verdict = verify([logits], draft, coins(1, 64, 0.0), Law(), parents=ints(*parents))
     assert verdict.path[0, 0] == 64
-
-
-# --- ragged and invalid drafts --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])
@@ -427,9 +413,6 @@ def test_an_empty_residual_leaves_the_target(backend: str) -> None:
     assert verdict.status.item() == Status.EMPTY_RESIDUAL
 
 
-# --- who proposed ---------------------------------------------------------------------------------
-
-
 def test_a_member_and_its_logits_apart_are_the_same_draft(backend: str) -> None:
     logits = [2 * torch.randn(6, 4, 30) for _ in range(2)]
     draft = torch.randint(0, 30, (6, 3))
@@ -514,9 +497,6 @@ def test_lenience(backend: str) -> None:
     assert all_kept.num_accepted.tolist() == [2] * batch
 
 
-# --- greedy ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("how", ["temperature", "rule"])
 def test_greedy_emits_the_argmax_whatever_the_draft(backend: str, how: str) -> None:
     batch, vocab_size = 6, 6
@@ -597,9 +577,6 @@ def test_greedy_and_sampled_rows_mix(backend: str) -> None:
         assert_same(together, alone, row)
 
 
-# --- degenerate logits ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_degenerate_rows(backend: str, temperature: float) -> None:
     logits = torch.zeros(4, 2, 2000)
@@ -645,9 +622,6 @@ def test_only_what_was_consulted_is_reported(backend: str) -> None:
     verdict = verify([logits], torch.tensor([[1, 4]]), coins(1, 2, 0.0), Law())
     assert verdict.num_accepted.item() == 1
     assert verdict.status.item() == 0
-
-
-# --- what must not matter -------------------------------------------------------------------------
 
 
 def test_a_row_does_not_depend_on_its_neighbours(backend: str) -> None:
@@ -727,8 +701,6 @@ def test_an_empty_batch(backend: str) -> None:
     assert verdict.path.shape == (0, 3)
 
 
-# --- the specification ----------------------------------------------------------------------------
-
 LAWS: list[tuple[tuple[float, ...], dict[str, Any]]] = [
     ((1.0,), {}),
     ((0.5, 0.3, 0.2), {"temperature": (0.7, 1.0, 1.3)}),
@@ -802,9 +774,6 @@ def test_a_weight_for_each_position_is_used_at_it(backend: str) -> None:
         law = laws.ensemble_law([member[0, row] for member in logits], row_weights)
         log_prob = law.log()[verdict.tokens[0, row]].float()
         torch.testing.assert_close(verdict.log_probs[0, row], log_prob, atol=1e-5, rtol=1e-5)
-
-
-# --- known log-sum-exps ---------------------------------------------------------------------------
 
 
 def known_lse(logits: list[Tensor], temperature: float = 1.0) -> Tensor:

@@ -6,11 +6,13 @@ backend through the public op, with numbers on the grid of 2^-24 that `uniforms`
 """
 
 import importlib.util
-import inspect
 import itertools
+import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -295,15 +297,26 @@ BUGS = {
 }
 
 
-def with_bug(line: str, instead: str) -> ModuleType:
-    """The specification with one line replaced, as a module of its own."""
-    source = inspect.getsource(reference)
-    assert source.count(line) == 1, "the specification has changed: this test must follow"
-    spec = importlib.util.spec_from_loader("specens_kernels.wrong", loader=None)
+@contextmanager
+def with_bug(line: str, instead: str, tmp_path: Path) -> Iterator[ModuleType]:
+    """The specification with one line replaced, as a package of its own."""
+    name, files = "specens_kernels.wrong", sorted(Path(reference.__path__[0]).glob("*.py"))
+    sources = {file.name: file.read_text() for file in files}
+    assert sum(source.count(line) for source in sources.values()) == 1, "this test must follow"
+    for file, source in sources.items():
+        (tmp_path / file).write_text(source.replace(line, instead))
+    spec = importlib.util.spec_from_file_location(
+        name, tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
+    )
     assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    exec(source.replace(line, instead), module.__dict__)
-    return module
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        for loaded in [each for each in sys.modules if each.startswith(name)]:
+            del sys.modules[loaded]
 
 
 def case_named(name: str) -> Case:
@@ -344,14 +357,13 @@ def test_the_public_op_decides_where_the_closed_form_says(backend: str, case: Ca
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_the_enumeration_sees_a_wrong_line(bug: str) -> None:
+def test_the_enumeration_sees_a_wrong_line(bug: str, tmp_path: Path) -> None:
     name, line, instead = BUGS[bug]
     case = case_named(name)
-    law, _ = laws.observed_law(case, in_float64(case, with_bug(line, instead)), 2.0**-12)
+    with with_bug(line, instead, tmp_path) as module:
+        law, _ = laws.observed_law(case, in_float64(case, module), 2.0**-12)
     assert laws.joint_distance(case, law) > 1e-3
 
-
-# --- every rule -----------------------------------------------------------------------------------
 
 ONE_OF_EACH = [
     Case(
@@ -368,7 +380,7 @@ ONE_OF_EACH = [
     )
     for name in ACCEPTANCE_RULES
     if name not in ("block", "greedy")
-    for parameters in rules.PARAMETERS.get(name, [{}])
+    for parameters in rules.DEFINITIONS[name].parameters
     for mode, seed in (("sampled", 1), ("sampled", 2), ("greedy", 3), ("greedy", 4))
 ]
 SIBLINGS = [
@@ -379,7 +391,7 @@ SIBLINGS = [
         proposers,
         (0.7, 0.3),
         acceptance=name,
-        parameters=rules.PARAMETERS.get(name, [{}])[0],
+        parameters=rules.DEFINITIONS[name].parameters[0],
         seed=5,
     )
     for name in ("k_seq", "cactus", "js", "entropy_veto", "cascade_v3")
@@ -428,8 +440,6 @@ def test_the_enumeration_sees_a_lossy_rule() -> None:
     law, _ = laws.observed_law(case, lossy, 2.0**-12)
     assert laws.joint_distance(case, law) > 1e-3
 
-
-# --- by drawing -----------------------------------------------------------------------------------
 
 # A narrow vocabulary and a draft that likes least what the target likes most: most drafts are
 # rejected, so the residual law carries the result.
@@ -492,8 +502,6 @@ def test_the_fit_has_power(wrong: str) -> None:
     assert laws.chi_square(counts, target).p_value < P_VALUE
 
 
-# --- from the draft sampler to the verifier, with one seed ----------------------------------------
-
 # Rejected drafts are mostly token 0, so where a residual reuses the draft's numbers it is drawn
 # with small ones only.
 DRAFT_PROBS = torch.tensor([0.6, 0.05, 0.2, 0.15])
@@ -546,9 +554,6 @@ def test_two_tokens_drafted_and_verified_with_one_seed_fit_the_target(
 def test_that_fit_rejects_numbers_shared_by_draft_and_residual(backend: str, count: int) -> None:
     counts, joint = two_tokens(count, Stream.VERIFY)
     assert laws.chi_square(counts, joint).p_value < P_VALUE
-
-
-# --- blocks ---------------------------------------------------------------------------------------
 
 
 def block_law(

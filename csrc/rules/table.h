@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Acceptance rules: the arithmetic of specens_kernels/acceptance.py, written once for CPU and CUDA,
+// Acceptance rules: the arithmetic of specens_kernels/acceptance/, written once for CPU and CUDA,
 // and the names under which Python finds it. To add a rule: its struct in the file of its kind, its
 // id, its line in `kRules` and in `with_rule`.
 #pragma once

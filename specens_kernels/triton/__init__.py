@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for CUDA and ROCm, under the signatures of the ops in `ops.py`.
+"""Triton kernels for CUDA and ROCm, under the signatures of the ops in `reference/`.
 
 The package imports without Triton; then `AVAILABLE` is false and `REASON` says why. Rules are
 device functions of the same names in `rules.py`. To add an op: its file here, with its kernels
-and the function that launches them; what two ops share is in `laws.py` and `stats.py`.
+and the function that launches them; what two ops share is in `parameters.py`, `logits.py`,
+`totals.py`, `draw.py` and `stats.py`, and how arguments reach a kernel in `launch.py`.
 """
 
 from collections.abc import Callable
@@ -14,16 +15,11 @@ from typing import Any
 
 import torch
 
-from specens_kernels.refusal import Unsupported
+from ..refusal import Unsupported
 
 AVAILABLE = find_spec("triton") is not None
 REASON = "" if AVAILABLE else "Triton is not installed"
 _OPS = ("mix", "sample", "uniforms", "verify")
-
-
-def acceptance_rules() -> list[str]:
-    """The acceptance rules that have a Triton kernel, on chains."""
-    return list(import_module(f"{__name__}.rules").RULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,24 +10,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .laws import (
-    clean,
-    is_greedy,
-    known_lse,
-    known_proposal_lse,
-    load_laws,
-    load_raw,
-    look,
-    mass_of,
-    measure,
-    member_row,
-    proposer_of,
-    reciprocal,
-    store_laws,
-    sub_tile_tokens,
-    weight_of,
-    yes,
-)
+from .draw import sub_tile_tokens
+from .logits import clean, load_raw, look, mass_of, member_row
+from .parameters import is_greedy, known_lse, known_proposal_lse, proposer_of, weight_of, yes
+from .totals import load_laws, normalise, reciprocal, store_laws
 
 INVALID_DRAFT = tl.constexpr(8)
 EMPTY_RESIDUAL = tl.constexpr(16)
@@ -101,7 +87,7 @@ def read_row(law, proposal, work, verdict, row, b, t):
     """What stands at a row: greedy, proposer, laws, empty, status, token, valid, emits."""
     greedy = is_greedy(law, b)
     proposer = proposer_of(law, proposal, b, t, greedy)
-    laws, empty, _lse, status, draft_status = measure(
+    laws, empty, _lse, status, draft_status = normalise(
         law, proposal, work, row, b, t, proposer, greedy
     )
     store_laws(law, work, row, laws)
@@ -115,9 +101,6 @@ def read_row(law, proposal, work, verdict, row, b, t):
     status |= tl.where(child & (valid == 0), INVALID_DRAFT, 0)
     status |= tl.where(valid & (proposer >= 0), draft_status, 0)
     return greedy, proposer, laws, empty, status, token, valid, emits
-
-
-# --- nearly equal laws ----------------------------------------------------------------------------
 
 
 @triton.jit

@@ -9,21 +9,15 @@ ten steps end on the value itself.
 import triton
 import triton.language as tl
 
-from .laws import (
-    clean,
+from .logits import clean, load_raw, member_row, proposal_row, scores
+from .parameters import (
     is_greedy,
-    load_raw,
-    member_laws,
-    member_row,
     member_temperature,
     own_temperature,
-    proposal_row,
     proposal_temperature,
     proposer_of,
-    scores,
-    term_laws,
-    with_source,
 )
+from .totals import member_laws, term_laws, with_source
 
 WARPS = 16
 TARGET_WARPS = 8
@@ -79,8 +73,8 @@ def _values(law, proposal, laws, b, t, proposer, start, FIELD: tl.constexpr):
                 if proposer == k:
                     values = clean(load_raw(member_row(law, b, t, k), offsets, mask))
     else:
-        found, _drafted = scores(law, None, laws, b, t, -1, offsets, mask, tl.float64)
-        values = tl.where(mask, found, -float("inf"))
+        combined, _drafted = scores(law, None, laws, b, t, -1, offsets, mask, tl.float64)
+        values = tl.where(mask, combined, -float("inf"))
     return values
 
 
@@ -194,13 +188,13 @@ def _find(
     law, proposal, laws, work, row, b, t, proposer, temperature, hard, greedy, FIELD: tl.constexpr
 ):  # fmt: skip
     top = _top(law, proposal, laws, b, t, proposer, FIELD)
-    found = _nothing(law, FIELD)
+    cutoff = _nothing(law, FIELD)
     if law.filtered:
         finite = (top > -float("inf")) & (top < float("inf"))
         if finite & (hard == 0) & (greedy == 0):
-            found = _cutoff(law, proposal, laws, b, t, proposer, top, temperature, FIELD)
+            cutoff = _cutoff(law, proposal, laws, b, t, proposer, top, temperature, FIELD)
     at = work.cutoffs + row * (law.members + 3)
-    tl.store(at + FIELD, found)
+    tl.store(at + FIELD, cutoff)
     if law.plausible and FIELD == 0:
         scale, _hard = member_temperature(law, b, 0, greedy)
         least = top.to(tl.float64) + scale.to(tl.float64) * law.log_plausibility

@@ -9,7 +9,7 @@ whole chain. `rules.py` holds the arithmetic of each rule and knows no kernel.
 import triton
 import triton.language as tl
 
-from . import rules
+from . import mentored, rules
 from .chain import (
     BEST,
     DENSE,
@@ -24,7 +24,9 @@ from .chain import (
     refined_laws,
 )
 from .cutoffs import halved
-from .laws import is_greedy, log_prob, look, most_probable, no, yes
+from .draw import most_probable
+from .logits import log_prob, look
+from .parameters import is_greedy, no, yes
 
 BLOCK = tl.constexpr(1024)
 
@@ -65,9 +67,6 @@ def _sum(law, proposal, verdict, laws, b, t, proposer, token, bound):
     return tl.sum(sums, 0)
 
 
-# --- the most probable tokens ---------------------------------------------------------------------
-
-
 @triton.jit
 def _side(p, q, OF_DRAFT: tl.constexpr):
     if OF_DRAFT:
@@ -92,11 +91,11 @@ def _least_of_top(law, proposal, laws, b, t, proposer, token, count, OF_DRAFT: t
         below = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, law.vocab_size, BLOCK):
             p, q = _look_at_block(law, proposal, laws, b, t, proposer, token, start)
-            found = _side(p, q, OF_DRAFT)
-            beyond = found > edge
+            side = _side(p, q, OF_DRAFT)
+            beyond = side > edge
             sums += tl.where(beyond, 1.0, 0.0)
-            above = tl.minimum(above, tl.where(beyond, found, 1.0))
-            below = tl.maximum(below, tl.where(beyond, 0.0, found))
+            above = tl.minimum(above, tl.where(beyond, side, 1.0))
+            below = tl.maximum(below, tl.where(beyond, 0.0, side))
         enough = tl.sum(sums, 0) < count
         high = tl.where(enough, tl.maximum(tl.max(below, 0), low), high)
         low = tl.where(enough, low, tl.minimum(tl.min(above, 0), high))
@@ -171,9 +170,6 @@ def _best_but(law, laws, b, t, token):
     return tl.min(first, 0)
 
 
-# --- the law nearest to the draft's ---------------------------------------------------------------
-
-
 @triton.jit
 def _clipped_sums(law, proposal, laws, b, t, proposer, token, log_a, log_b):
     lower, upper = tl.exp(log_a), tl.exp(log_b)
@@ -183,7 +179,7 @@ def _clipped_sums(law, proposal, laws, b, t, proposer, token, log_a, log_b):
     nats = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, law.vocab_size, BLOCK):
         p, q = _look_at_block(law, proposal, laws, b, t, proposer, token, start)
-        terms = rules.clipped_terms(p, q, lower, upper)
+        terms = mentored.clipped_terms(p, q, lower, upper)
         below += terms[0]
         above += terms[1]
         drafted += terms[2]
@@ -195,21 +191,18 @@ def _clipped_sums(law, proposal, laws, b, t, proposer, token, log_a, log_b):
 def _mentored(law, proposal, verdict, laws, b, t, proposer, token, p, q, nats):
     """What x keeps, and the scale of what is left, where KL(p || q) is known."""
     divergence = rules.number(verdict.parameters[0])
-    log_a, log_b, a_low, a_high, b_low, b_high, undecided = rules.mentor_start(divergence)
+    log_a, log_b, a_low, a_high, b_low, b_high, undecided = mentored.start(divergence)
     # As a is at most 1, what the target likes no less is kept whatever a is.
     asks = (nats > divergence) & ((p < q) | (q == 0))
-    sweeps = tl.where(asks, rules.MOST_MENTOR_SWEEPS, 0)
+    sweeps = tl.where(asks, mentored.MOST_SWEEPS, 0)
     while sweeps > 0:
         sums = _clipped_sums(law, proposal, laws, b, t, proposer, token, log_a, log_b)
-        log_a, log_b, a_low, a_high, b_low, b_high, undecided, found = rules.mentor_step(
+        log_a, log_b, a_low, a_high, b_low, b_high, undecided, ends = mentored.step(
             log_a, log_b, a_low, a_high, b_low, b_high, undecided, sums, divergence
         )
-        sweeps = tl.where(found, 0, sweeps - 1)
-    kept, scale = rules.mentored(p, q, log_a, log_b)
+        sweeps = tl.where(ends, 0, sweeps - 1)
+    kept, scale = mentored.kept_and_scale(p, q, log_a, log_b)
     return tl.where(nats > divergence, kept, q), tl.where(nats > divergence, scale, 0.0)
-
-
-# --- one row --------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -227,18 +220,18 @@ def judgement(law, proposal, work, verdict, laws, row, b, t, proposer, token, gr
     bound = tl.full((), 0.0, tl.float64)
     if verdict.rule.bound is not None:
         bound = verdict.rule.bound(p, best, verdict.parameters)
-    found = tl.full((), 0.0, tl.float64)
+    statistic = tl.full((), 0.0, tl.float64)
     if verdict.rule.narrows and verdict.parameters[-1] > 0:
-        found = _narrowed_sum(law, proposal, verdict, laws, b, t, proposer, token)
+        statistic = _narrowed_sum(law, proposal, verdict, laws, b, t, proposer, token)
     elif verdict.rule.term is not None:
-        found = _sum(law, proposal, verdict, laws, b, t, proposer, token, bound)
+        statistic = _sum(law, proposal, verdict, laws, b, t, proposer, token, bound)
     kept, scale, bound, trusted = verdict.rule.judge(
-        p, q, best, draft_best, bound, found, memory, verdict.parameters
+        p, q, best, draft_best, bound, statistic, memory, verdict.parameters
     )
     if verdict.rule.mentors and verdict.parameters[0] > 0:
-        if (draft_best > 0) | (found <= rules.number(verdict.parameters[0])):
+        if (draft_best > 0) | (statistic <= rules.number(verdict.parameters[0])):
             kept, scale = _mentored(
-                law, proposal, verdict, laws, b, t, proposer, token, p, q, found
+                law, proposal, verdict, laws, b, t, proposer, token, p, q, statistic
             )
     if verdict.rule.vetoes:
         if _vetoes(law, proposal, verdict, laws, b, t, proposer, token, p):
@@ -278,10 +271,10 @@ def _judge_row(law, proposal, work, verdict, b, t, memory):
                 best = _best_but(law, laws, b, t, token)
         tl.store(verdict.scalars + row * 2, scale)
         tl.store(verdict.scalars + row * 2 + 1, bound)
-    found = tl.full((), 0.0, tl.float64)
+    kept_log_prob = tl.full((), 0.0, tl.float64)
     if kept:
-        found = log_prob(law, laws, b, t, token)
-        tl.store(verdict.draft_log_probs + row, found.to(tl.float32))
+        kept_log_prob = log_prob(law, laws, b, t, token)
+        tl.store(verdict.draft_log_probs + row, kept_log_prob.to(tl.float32))
     outcome = tl.full((), 0, tl.int32) + TARGET
     if verdict.rule.left is not None:
         outcome = tl.where(valid & (empty == 0), tl.where(proposer >= 0, DENSE, POINT), TARGET)
@@ -290,10 +283,7 @@ def _judge_row(law, proposal, work, verdict, b, t, memory):
     tl.store(verdict.outcomes + row, tl.where(kept, KEPT, outcome))
     tl.store(verdict.best + row, best)
     tl.store(verdict.statuses + row, status)
-    return kept, found
-
-
-# --- rules that go from row to row ----------------------------------------------------------------
+    return kept, kept_log_prob
 
 
 @triton.jit
@@ -304,9 +294,9 @@ def _walk(law, proposal, work, verdict, b):
     t = tl.full((), 0, tl.int32)
     going = yes()
     while going:
-        kept, found = _judge_row(law, proposal, work, verdict, b, t, memory)
+        kept, kept_log_prob = _judge_row(law, proposal, work, verdict, b, t, memory)
         if verdict.rule.judge == rules.likelihood:
-            memory = rules.remember(memory, found, verdict.parameters[1])
+            memory = rules.remember(memory, kept_log_prob, verdict.parameters[1])
         t += 1
         going = kept & (t < law.rows)
 
@@ -366,8 +356,8 @@ def _judge_block(law, proposal, work, verdict, b):
             outcome = tl.where(valid & (empty == 0), tl.where(proposer >= 0, DENSE, POINT), TARGET)
             if valid:
                 tl.store(verdict.outcomes + row, KEPT)
-                found = log_prob(law, laws, b, t, token)
-                tl.store(verdict.draft_log_probs + row, found.to(tl.float32))
+                kept_log_prob = log_prob(law, laws, b, t, token)
+                tl.store(verdict.draft_log_probs + row, kept_log_prob.to(tl.float32))
                 threshold, next_reach = _block_step(
                     law, proposal, work, laws, row, b, t, proposer, token, reach
                 )

@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specens_kernels.law import LawTensors
-
-from .arguments import law_arguments, workspace
-from .laws import is_greedy, load_laws, log_probs, measure, store_laws
+from ..law import LawTensors
+from .launch import law_arguments, workspace
+from .logits import log_probs
+from .parameters import is_greedy
 from .stats import NARROW_WARPS, tile_tokens
 from .sweep import sweep
+from .totals import load_laws, normalise, store_laws
 
 
 @triton.jit
@@ -19,7 +20,7 @@ def totals(law, work, statuses):
     """Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     b, t = row // law.rows, row % law.rows
-    laws, _empty, _lse, status, _draft_status = measure(
+    laws, _empty, _lse, status, _draft_status = normalise(
         law, None, work, row, b, t, -1, is_greedy(law, b)
     )
     store_laws(law, work, row, laws)
@@ -32,21 +33,21 @@ def write(law, work, results):
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, t = row // law.rows, row % law.rows
     offsets, mask = tile_tokens(law, tile, law.narrow)
-    found = log_probs(law, load_laws(law, work, row), b, t, offsets, mask)
-    tl.store(results + row * law.vocab_size + offsets, found.to(tl.float32), mask=mask)
+    values = log_probs(law, load_laws(law, work, row), b, t, offsets, mask)
+    tl.store(results + row * law.vocab_size + offsets, values.to(tl.float32), mask=mask)
 
 
 def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
     """See `reference.mix`."""
-    made = law_arguments(logits, law)
+    arguments = law_arguments(logits, law)
     batch, device = logits[0].shape[0], logits[0].device
-    work = workspace(made, batch)
-    shape = (batch, made.rows, law.vocab_size)
+    work = workspace(arguments, batch)
+    shape = (batch, arguments.rows, law.vocab_size)
     results = torch.empty(shape, dtype=torch.float32, device=device)
     statuses = torch.empty(shape[:2], dtype=torch.int32, device=device)
-    if batch > 0 and made.rows > 0:
-        sweep(made, None, work, batch)
-        totals[(batch * made.rows,)](made, work, statuses, num_warps=4)
-        grid = (batch * made.rows, made.sub_tiles // made.narrow.value)
-        write[grid](made, work, results, num_warps=NARROW_WARPS)
+    if batch > 0 and arguments.rows > 0:
+        sweep(arguments, None, work, batch)
+        totals[(batch * arguments.rows,)](arguments, work, statuses, num_warps=4)
+        grid = (batch * arguments.rows, arguments.sub_tiles // arguments.narrow.value)
+        write[grid](arguments, work, results, num_warps=NARROW_WARPS)
     return results, statuses

@@ -5,10 +5,9 @@ The simplest rules say what x keeps of its p and q alone, and leave what `reject
 others a row's scalars, at most one of them a sum over the vocabulary, make a judgement, (kept,
 scale, bound, trusted): what x keeps, two numbers that say what is left of any token, and whether x
 is kept at temperature 0 though it is not the target's best. Numbers are float64. To add one: its
-entry in `acceptance.py`, then the same arithmetic here, named in `RULES`.
+entry in `acceptance/`, then the same arithmetic here, named in `RULES`.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import triton
@@ -30,9 +29,6 @@ def number(value):
     return tl.full((), value, tl.float64)
 
 
-# --- what x keeps ---------------------------------------------------------------------------------
-
-
 @triton.jit
 def rejection(target, draft, lenience):
     return tl.minimum(target, draft)
@@ -48,7 +44,6 @@ def greedy(target, draft, lenience):
     return target
 
 
-# --- what is left of a token ----------------------------------------------------------------------
 # drafted: whether the token is x.
 
 
@@ -80,34 +75,31 @@ def left_unless_vetoed(p, q, drafted, scale, bound):
     return tl.where(bound > 0, tl.where(drafted, 0.0, p), tl.maximum(p - q, 0.0))
 
 
-# --- terms of a sum over the vocabulary -----------------------------------------------------------
-
-
 @triton.jit
-def _kl(p, q):
+def kl(p, q):
     return tl.where(p > 0, tl.where(q > 0, p * tl.log(p / q), float("inf")), 0.0)
 
 
 @triton.jit
 def term_js_fsd(p, q, bound):
     middle = (p + q) / 2
-    return (_kl(middle, p) + _kl(middle, q)) / 2
+    return (kl(middle, p) + kl(middle, q)) / 2
 
 
 @triton.jit
 def term_js(p, q, bound):
     middle = (p + q) / 2
-    return (_kl(p, middle) + _kl(q, middle)) / 2
+    return (kl(p, middle) + kl(q, middle)) / 2
 
 
 @triton.jit
 def term_kl(p, q, bound):
-    return _kl(p, q)
+    return kl(p, q)
 
 
 @triton.jit
 def term_reverse_kl(p, q, bound):
-    return _kl(q, p)
+    return kl(q, p)
 
 
 @triton.jit
@@ -135,7 +127,6 @@ def term_below_draft(p, q, bound):
     return tl.where(q < bound, q, 0.0)
 
 
-# --- bounds ---------------------------------------------------------------------------------------
 # Of what a term or what is left compares with. best: the target's highest probability.
 
 
@@ -154,18 +145,17 @@ def bound_ratio(p, best, parameters):
     return least((1.0 - number(parameters[0])) * best)
 
 
-# --- judgements -----------------------------------------------------------------------------------
-# best, draft_best: the highest probabilities. found: the sum. memory: of the tokens before.
+# best, draft_best: the highest probabilities. statistic: the sum. memory: of the tokens before.
 
 
 @triton.jit
-def plain(p, q, best, draft_best, bound, found, memory, parameters):
+def plain(p, q, best, draft_best, bound, statistic, memory, parameters):
     one = tl.full((), 1.0, tl.float64)
     return tl.minimum(p, q), one, bound, p < 0
 
 
 @triton.jit
-def cactus(p, q, best, draft_best, bound, found, memory, parameters):
+def cactus(p, q, best, draft_best, bound, statistic, memory, parameters):
     others = 1.0 - p
     spread = p * others
     variance = tl.where(spread > 0, 2.0 * number(parameters[0]) * tl.maximum(spread, 1e-300), 0.0)
@@ -183,18 +173,18 @@ def _row_cascade(p, q, draft_best, bound, least_best):
 
 
 @triton.jit
-def cascade_chow(p, q, best, draft_best, bound, found, memory, parameters):
+def cascade_chow(p, q, best, draft_best, bound, statistic, memory, parameters):
     return _row_cascade(p, q, draft_best, bound, 1.0 - number(parameters[0]))
 
 
 @triton.jit
-def cascade_diff(p, q, best, draft_best, bound, found, memory, parameters):
+def cascade_diff(p, q, best, draft_best, bound, statistic, memory, parameters):
     return _row_cascade(p, q, draft_best, bound, best - number(parameters[0]))
 
 
 @triton.jit
-def cascade_opt(p, q, best, draft_best, bound, found, memory, parameters):
-    return _row_cascade(p, q, draft_best, bound, best - number(parameters[0]) * found)
+def cascade_opt(p, q, best, draft_best, bound, statistic, memory, parameters):
+    return _row_cascade(p, q, draft_best, bound, best - number(parameters[0]) * statistic)
 
 
 @triton.jit
@@ -205,13 +195,13 @@ def _token_cascade(p, q, bound, deferred, trusted):
 
 
 @triton.jit
-def cascade_by_draft(p, q, best, draft_best, bound, found, memory, parameters):
-    return _token_cascade(p, q, bound, found, q >= bound)
+def cascade_by_draft(p, q, best, draft_best, bound, statistic, memory, parameters):
+    return _token_cascade(p, q, bound, statistic, q >= bound)
 
 
 @triton.jit
-def cascade_by_target(p, q, best, draft_best, bound, found, memory, parameters):
-    return _token_cascade(p, q, bound, found, p >= bound)
+def cascade_by_target(p, q, best, draft_best, bound, statistic, memory, parameters):
+    return _token_cascade(p, q, bound, statistic, p >= bound)
 
 
 @triton.jit
@@ -221,19 +211,19 @@ def _gate(q, bound, is_open):
 
 
 @triton.jit
-def divergence_gate(p, q, best, draft_best, bound, found, memory, parameters):
-    return _gate(q, bound, found <= number(parameters[0]))
+def divergence_gate(p, q, best, draft_best, bound, statistic, memory, parameters):
+    return _gate(q, bound, statistic <= number(parameters[0]))
 
 
 @triton.jit
-def typical(p, q, best, draft_best, bound, found, memory, parameters):
-    most = tl.minimum(tl.exp(-found) * number(parameters[1]), number(parameters[0]))
+def typical(p, q, best, draft_best, bound, statistic, memory, parameters):
+    most = tl.minimum(tl.exp(-statistic) * number(parameters[1]), number(parameters[0]))
     return _gate(q, bound, p > most)
 
 
 @triton.jit
-def top_k(p, q, best, draft_best, bound, found, memory, parameters):
-    return _gate(q, bound, found < number(parameters[0]))
+def top_k(p, q, best, draft_best, bound, statistic, memory, parameters):
+    return _gate(q, bound, statistic < number(parameters[0]))
 
 
 @triton.jit
@@ -243,102 +233,9 @@ def remember(memory, log_prob, smoothing):
 
 
 @triton.jit
-def likelihood(p, q, best, draft_best, bound, found, memory, parameters):
+def likelihood(p, q, best, draft_best, bound, statistic, memory, parameters):
     surprise = remember(memory, tl.log(p), parameters[1])
     return _gate(q, bound, surprise <= number(parameters[0]))
-
-
-# --- the law nearest to the draft's ---------------------------------------------------------------
-# `MentorSearch` of csrc/rules.h once more, which says why.
-
-MOST_MENTOR_SWEEPS = tl.constexpr(64)
-_MOST_LOG_B = tl.constexpr(29.0)
-_LEAST_INVERSE_B = tl.constexpr(math.exp(-29.0))
-_LEAST_LOG_A = tl.constexpr(-700.0)
-_CLOSE = tl.constexpr(1e-7)
-_FINE = tl.constexpr(1e-10)
-_ROUNDING = tl.constexpr(1e-14)
-
-
-@triton.jit
-def clipped_terms(p, q, a, b):
-    """Of h = median(p / b, q, p / a): p where q is too large, or small; q of both; else nats."""
-    below, above = p < a * q, p > b * q
-    inside = (below | above) == 0
-    nats = _kl(tl.where(inside, p, 0.0), tl.where(inside, q, 0.0))
-    return tl.where(below, p, 0.0), tl.where(above, p, 0.0), tl.where(inside, 0.0, q), nats
-
-
-@triton.jit
-def mentor_start(divergence):
-    """What `mentor_step` moves: log a, log b, the bounds of both, and undecided steps."""
-    log_b = 1.3 * tl.minimum(tl.sqrt(2.0 * divergence), 1.0)
-    undecided = tl.full((), 0, tl.int32)
-    none, least_a, most_b = number(0.0), number(_LEAST_LOG_A), number(_MOST_LOG_B)
-    return -log_b, log_b, least_a, none, none, most_b, undecided
-
-
-@triton.jit
-def _b_alone(log_b, above, excess):
-    """Newton's b for this a, which from below does not pass it."""
-    inverse = tl.exp(-log_b) - excess / tl.where(above > 0, above, 1.0)
-    alone = -tl.log(tl.minimum(tl.maximum(inverse, _LEAST_INVERSE_B), 1.0))
-    without = tl.where(excess > 0, log_b * 0.0 + _MOST_LOG_B, log_b / 2.0)
-    return tl.where(above > 0, alone, without)
-
-
-@triton.jit
-def mentor_step(log_a, log_b, a_low, a_high, b_low, b_high, undecided, sums, divergence):
-    """The same after a sweep that found `sums` of `clipped_terms`; and whether it is found."""
-    below, above, drafted, nats = sums
-    inverse_a, inverse_b = tl.exp(-log_a), tl.exp(-log_b)
-    # Not the sum less 1: normalisers are good to single precision.
-    excess = below * inverse_a + above * inverse_b - drafted
-    nats = below * log_a + above * log_b + nats - divergence
-    alone = _b_alone(log_b, above, excess)
-    sums_to_1 = tl.abs(alone - log_b) < _FINE
-    as_0 = (below == 0) & sums_to_1 & (nats <= 0)
-
-    far, near = nats >= -_ROUNDING, nats <= _ROUNDING
-    more, less = excess >= -_ROUNDING, (excess <= _ROUNDING) & (below > 0)
-    rises = (more & (far | (log_b >= b_high))) | (sums_to_1 & far)
-    falls = (rises == 0) & ((less & (near | (log_b <= b_low))) | sums_to_1)
-    a_low = tl.where(rises, log_a, a_low)
-    a_high = tl.where(falls, log_a, a_high)
-    b_high = tl.where(rises & far, tl.minimum(b_high, log_b), b_high)
-    b_low = tl.where(falls & near, tl.maximum(b_low, log_b), b_low)
-    decided = rises | falls
-    undecided = tl.where(decided, 0, undecided + 1)
-    narrow = a_high - a_low < _FINE
-
-    slope = inverse_a - inverse_b
-    regular = (below > 0) & (above > 0) & (slope > 0)
-    by_a = (excess + nats * inverse_b) / tl.where(regular, below * slope, 1.0)
-    by_b = -(excess + nats * inverse_a) / tl.where(regular, above * slope, 1.0)
-    ends = regular & (tl.abs(by_a) < _CLOSE) & (tl.abs(by_b) < _CLOSE)
-    to_a, to_b = log_a + by_a, log_b + by_b
-    known = (to_a > tl.maximum(a_low, 3.0 * log_a - 1.0) - _FINE) & (to_a < a_high + _FINE)
-    known = known & (to_b > b_low - _FINE) & (to_b < b_high + _FINE)
-    steps = ends | (regular & known & (undecided < 2))
-
-    half_a = tl.maximum((a_low + a_high) / 2.0, 2.0 * log_a)
-    half_b = tl.where(b_high < _MOST_LOG_B, (b_low + b_high) / 2.0, tl.maximum(b_low, log_b))
-    alone_b = tl.minimum(tl.maximum(alone, tl.where(below > 0, b_low, 0.0)), b_high)
-    to_a = tl.where(steps, to_a, tl.where(decided, half_a, log_a))
-    to_b = tl.where(steps, to_b, tl.where(decided, half_b, alone_b))
-    to_a = tl.where(as_0 | narrow, log_a, tl.minimum(to_a, 0.0))
-    to_b = tl.where(as_0, alone, tl.where(narrow, log_b, tl.maximum(to_b, 0.0)))
-    found = as_0 | narrow | ends
-    return to_a, to_b, a_low, a_high, b_low, b_high, undecided, found
-
-
-@triton.jit
-def mentored(p, q, log_a, log_b):
-    """What x keeps, and the scale of what is left."""
-    return tl.minimum(p * tl.exp(-log_a), q), tl.exp(-log_b)
-
-
-# --- several tokens at once -----------------------------------------------------------------------
 
 
 @triton.jit
@@ -352,9 +249,6 @@ def block_threshold(reach, mass_left):
     """Chance that a block ends no earlier than here."""
     share = mass_left / tl.where(mass_left > 0, mass_left + (1.0 - reach), 1.0)
     return tl.where(mass_left > 0, share, tl.where(reach >= 1.0, 1.0, 0.0))
-
-
-# --- names ----------------------------------------------------------------------------------------
 
 
 class Rule(NamedTuple):

@@ -6,22 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specens_kernels.law import LawTensors
-
-from .arguments import law_arguments, workspace
-from .laws import (
-    SUB_TILE,
-    is_greedy,
-    log_prob,
-    look,
-    measure,
-    most_probable,
-    pick,
-    pick_sub_tile,
-    sub_tile_masses,
-    sub_tile_tokens,
-)
+from ..law import LawTensors
+from .draw import most_probable, pick, pick_sub_tile, sub_tile_tokens
+from .launch import law_arguments, workspace
+from .logits import log_prob, look
+from .parameters import SUB_TILE, is_greedy
 from .sweep import sweep
+from .totals import normalise, sub_tile_masses
 
 WARPS = 4
 
@@ -32,7 +23,7 @@ def draw(law, work, numbers, batch_stride, row_stride, word, tokens, log_probs, 
     row = tl.program_id(0).to(tl.int64)
     b, t = row // law.rows, row % law.rows
     greedy = is_greedy(law, b)
-    laws, empty, lse, status, _draft_status = measure(law, None, work, row, b, t, -1, greedy)
+    laws, empty, lse, status, _draft_status = normalise(law, None, work, row, b, t, -1, greedy)
     token = tl.full((), 0, tl.int32)
     if empty == 0:
         if greedy:
@@ -54,15 +45,17 @@ def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
-    made = law_arguments(logits, law, member)
+    arguments = law_arguments(logits, law, member)
     batch, rows, _ = numbers.shape
-    work = workspace(made, batch)
+    work = workspace(arguments, batch)
     results = tuple(
         torch.empty(batch, rows, dtype=dtype, device=numbers.device)
         for dtype in (torch.int64, torch.float32, torch.float32, torch.int32)
     )
     if batch > 0 and rows > 0:
-        sweep(made, None, work, batch)
-        draw[(batch * rows,)](made, work, numbers, *numbers.stride(), *results, num_warps=WARPS)
+        sweep(arguments, None, work, batch)
+        draw[(batch * rows,)](
+            arguments, work, numbers, *numbers.stride(), *results, num_warps=WARPS
+        )
     tokens, log_probs, lses, statuses = results
     return tokens, log_probs, lses, statuses

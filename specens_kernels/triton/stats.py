@@ -10,39 +10,38 @@ the sub-tiles that do not hold the row's largest value.
 import triton
 import triton.language as tl
 
-from .laws import (
-    INFINITE_LOGITS,
-    NAN_LOGITS,
-    SUB_TILE,
+from .logits import (
     clean,
-    coefficient_of,
     flags_of,
     fold_in,
     folded_value,
+    load_raw,
+    mass_below,
+    member_row,
+    proposal_row,
+    scores,
+)
+from .parameters import (
+    INFINITE_LOGITS,
+    NAN_LOGITS,
+    SUB_TILE,
+    coefficient_of,
     given,
-    is_bare,
     is_greedy,
     is_late,
     is_unswept,
     least_plausible,
-    load_raw,
-    mass_below,
-    member_laws,
-    member_row,
     member_temperature,
     no,
     own_temperature,
-    proposal_row,
     proposal_temperature,
     proposer_of,
-    scores,
-    source_at,
     stored_cutoff,
     target_cutoff,
     weight_of,
-    with_source,
     yes,
 )
+from .totals import is_identity, member_laws, source_at, with_source
 
 WARPS = 16
 NARROW_WARPS = 8
@@ -225,7 +224,7 @@ def warped_stats(law, work):
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, t = row // law.rows, row % law.rows
     greedy = is_greedy(law, b)
-    if is_bare(law, b, greedy) == 0:
+    if is_identity(law, b, greedy) == 0:
         laws, _empty, _status = member_laws(law, None, work, row, b, t, greedy)
         zero = tl.full((), 0.0, tl.float64)
         laws = with_source(laws, zero, zero, zero, zero)

@@ -2,10 +2,10 @@
 """The launches that every op begins with: thresholds where the law has filters, then the sweep."""
 
 from . import cutoffs, stats
-from .arguments import Law, Proposal, Workspace
+from .launch import LawArguments, Proposal, Workspace
 
 
-def sweep(law: Law, proposal: Proposal | None, work: Workspace, batch: int) -> None:
+def sweep(law: LawArguments, proposal: Proposal | None, work: Workspace, batch: int) -> None:
     """Fill the workspace: one launch for most laws."""
     rows, tiles = batch * law.rows, law.sub_tiles // law.width.value
     members, by_member = law.members.value, law.by_member.value

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_device
+from .launch import check_device
 
 BLOCK = 128
 

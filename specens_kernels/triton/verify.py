@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specens_kernels.acceptance import ACCEPTANCE_RULES
-from specens_kernels.call import VerifyCall
-from specens_kernels.refusal import Unsupported
-
+from ..acceptance import ACCEPTANCE_RULES
+from ..call import VerifyCall
+from ..refusal import Unsupported
 from . import rules
-from .arguments import Law, Proposal, law_arguments, proposal_arguments, workspace
 from .chain import (
     BEST,
     DENSE,
@@ -37,33 +35,31 @@ from .chain import (
     read_row,
     refined_laws,
 )
+from .draw import most_probable, pick, pick_sub_tile, sub_tile_tokens
 from .judge import judge, judgement
-from .laws import (
+from .launch import LawArguments, Proposal, law_arguments, proposal_arguments, workspace
+from .logits import flagged_look, log_prob, look
+from .parameters import (
     EMPTY_LAW,
     INFINITE_LOGITS,
     NAN_LOGITS,
     SUB_TILE,
-    flagged_look,
     is_greedy,
-    known_flags,
-    load_laws,
-    log_prob,
-    look,
-    maximum,
-    measure,
-    most_probable,
-    pick,
-    pick_sub_tile,
     proposer_of,
-    store_laws,
-    sub_tile_ids,
-    sub_tile_masses,
-    sub_tile_tokens,
-    total,
     yes,
 )
 from .stats import NARROW_WARPS, late_peaks, tile_tokens
 from .sweep import sweep
+from .totals import (
+    known_flags,
+    load_laws,
+    maximum,
+    normalise,
+    store_laws,
+    sub_tile_ids,
+    sub_tile_masses,
+    total,
+)
 
 # Chosen so that nothing spills, or little with eight members; benchmarks/gpu_report.py shows it.
 DECIDE_WARPS = 16
@@ -102,8 +98,8 @@ def decide(law, proposal, work, verdict):
     if valid & (collapses == 0):
         kept = _is_kept(law, proposal, verdict, laws, b, t, proposer, token)
     if kept:
-        found = log_prob(law, laws, b, t, token)
-        tl.store(verdict.draft_log_probs + row, found.to(tl.float32))
+        kept_log_prob = log_prob(law, laws, b, t, token)
+        tl.store(verdict.draft_log_probs + row, kept_log_prob.to(tl.float32))
     outcome = tl.where(valid & (empty == 0), tl.where(proposer >= 0, DENSE, POINT), TARGET)
     outcome = tl.where(collapses, BEST, outcome)
     outcome = tl.where(emits, outcome, NOTHING)
@@ -172,9 +168,6 @@ def residual(law, proposal, work, verdict):
             tl.store(verdict.flags + at, flags)
 
 
-# --- nearly equal laws ----------------------------------------------------------------------------
-
-
 @triton.jit
 def _measure_again(law, proposal, work, verdict, row, b, t, proposer, token):
     """Normalisers, scalars and residual of one row in double precision."""
@@ -192,9 +185,6 @@ def _measure_again(law, proposal, work, verdict, row, b, t, proposer, token):
         target, draft = look(law, proposal, laws, b, t, proposer, offsets, mask, tl.float64)
         left = verdict.rule.left(target, draft, offsets == token, scale, bound)
         tl.store(verdict.residuals + b * law.sub_tiles + sub_tile, tl.sum(left, 0))
-
-
-# --- the token after the accepted ones ------------------------------------------------------------
 
 
 @triton.jit
@@ -298,7 +288,7 @@ def emit(law, proposal, work, verdict):
         proposer = proposer_of(law, proposal, b, stop, greedy)
         if law.late:
             if (stop == proposal.nodes) & (outcome == TARGET):
-                laws, _empty, _lse, _status, _bits = measure(
+                laws, _empty, _lse, _status, _bits = normalise(
                     law, None, work, row, b, stop, -1, greedy
                 )
                 store_laws(law, work, row, laws)
@@ -347,31 +337,31 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         raise Unsupported.unknown("triton", "acceptance", call.acceptance, rules.RULES)
     rule = rules.RULES[call.acceptance]
     batch, nodes = call.draft_tokens.shape
-    made = law_arguments(call.logits, call.law, lse=call.lse)
+    arguments = law_arguments(call.logits, call.law, lse=call.lse)
     proposal = proposal_arguments(call)
     is_greedy_rule = ACCEPTANCE_RULES[call.acceptance].greedy
     if rule.judge is None and not is_greedy_rule and nodes > 0:
         puts_off = call.lse is not None or (call.bonus and _is_dense(proposal))
-        late = puts_off and made.kind.value == "mixture" and not made.filtered.value
-        made = made._replace(late=tl.constexpr(late))
-    work = workspace(made, batch)
-    verdict = _verdict(made, call, rule)
+        late = puts_off and arguments.kind.value == "mixture" and not arguments.filtered.value
+        arguments = arguments._replace(late=tl.constexpr(late))
+    work = workspace(arguments, batch)
+    verdict = _verdict(arguments, call, rule)
     many = len(call.logits) > 3
-    if batch > 0 and made.rows > 0:
-        sweep(made, proposal, work, batch)
+    if batch > 0 and arguments.rows > 0:
+        sweep(arguments, proposal, work, batch)
         warps = WARPS_OF_MANY if many else DECIDE_WARPS
         if rule.judge is None:
-            decide[(batch * made.rows,)](made, proposal, work, verdict, num_warps=warps)
+            decide[(batch * arguments.rows,)](arguments, proposal, work, verdict, num_warps=warps)
         else:
-            rows = 1 if rule.walks else made.rows
-            judge[(batch, rows)](made, proposal, work, verdict, num_warps=JUDGE_WARPS)
+            rows = 1 if rule.walks else arguments.rows
+            judge[(batch, rows)](arguments, proposal, work, verdict, num_warps=JUDGE_WARPS)
         leaves = _is_dense(proposal) and rule.left is not None and not is_greedy_rule
-        if leaves or made.late.value:
-            tiles = made.sub_tiles // made.narrow.value
-            residual[(batch, tiles)](made, proposal, work, verdict, num_warps=NARROW_WARPS)
+        if leaves or arguments.late.value:
+            tiles = arguments.sub_tiles // arguments.narrow.value
+            residual[(batch, tiles)](arguments, proposal, work, verdict, num_warps=NARROW_WARPS)
     if batch > 0:
         warps = WARPS_OF_MANY if many or call.lse is not None else EMIT_WARPS
-        emit[(batch,)](made, proposal, work, verdict, num_warps=warps)
+        emit[(batch,)](arguments, proposal, work, verdict, num_warps=warps)
     return verdict.tokens, verdict.log_probs, verdict.num_accepted, verdict.path, verdict.status
 
 
@@ -384,7 +374,7 @@ def _constants(values: Any) -> tuple[Any, ...]:
     return tuple(None if value is None else tl.constexpr(value) for value in values)
 
 
-def _verdict(law: Law, call: VerifyCall, rule: rules.Rule) -> Verdict:
+def _verdict(law: LawArguments, call: VerifyCall, rule: rules.Rule) -> Verdict:
     numbers, memory = call.uniforms, call.memory
     batch, nodes = call.draft_tokens.shape
     device = numbers.device

@@ -44,7 +44,7 @@ from specens_kernels import (
     sample,
     verify,
 )
-from specens_kernels.acceptance import remember
+from specens_kernels.acceptance.gates import remember
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@
 `specens tune` asks this of the rules that the user names, at every position of a text: the chance
 that a draft is kept, and the total variation between the law of what then stands at its place and
 the target's. A rule is judged by its entry in `ACCEPTANCE_RULES` alone, one token at a time: rules
-that judge whole blocks, or remember tokens before, are refused. Of a new rule whose judgement
-depends on the drafted token, add the name to `BY_TOKEN`.
+that judge whole blocks, or remember tokens before, are refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +18,10 @@ from specens.schedules import Speculative
 from specens.tuning.agreement import chunks, curves, law_of
 from specens.tuning.measure import Endless, Sweep, up_to_ends
 from specens_kernels import Acceptance, Refusal
-from specens_kernels.acceptance import Judgement, Situation
+from specens_kernels.acceptance.rules import Judgement, Situation
 
-# Rules whose masses depend on the drafted token: those are judged draft by draft, for as many of
-# the most probable drafts, which stand for the rest.
-BY_TOKEN = frozenset({"cactus", "typical", "top_k", "entropy_veto"})
+# Rules whose masses depend on the drafted token are judged draft by draft, for as many of the most
+# probable drafts, which stand for the rest.
 _CANDIDATES = 64
 # Tokens of a proposal where a lossy rule writes.
 _PROPOSED = 4
@@ -129,7 +127,7 @@ def _judged(
     """Judgements, and the (T, V) shares of the drafts that each is about; all shares sum to 1."""
     memory = draft.new_zeros(len(draft))
     best = draft.topk(min(_CANDIDATES, draft.shape[-1]), -1)
-    if acceptance.rule.name not in BY_TOKEN:
+    if not acceptance.rule.by_token:
         at = Situation(target, draft, best.indices[:, 0], memory)
         yield draft.double(), acceptance.rule.judge(at, *acceptance.parameters)
         return

@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specens_kernels.acceptance import ACCEPTANCE_RULES
-from specens_kernels.call import VerifyCall
-from specens_kernels.law import LawTensors
-from specens_kernels.reference import SUB_TILE, TILE
-from specens_kernels.refusal import Unsupported
+from ..acceptance import ACCEPTANCE_RULES
+from ..call import VerifyCall
+from ..law import LawTensors
+from ..reference import SUB_TILE, TILE
+from ..refusal import Unsupported
 
 MAX_MEMBERS = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Law(NamedTuple):
+class LawArguments(NamedTuple):
     """M members' logits and how they become one law.
 
     sources: M + 1, or M + 2 where there is one that is warped as a whole.
@@ -136,7 +136,7 @@ def check_device(device: torch.device) -> None:
 
 def law_arguments(
     logits: Sequence[Tensor], law: LawTensors, member: int = -1, lse: Tensor | None = None
-) -> Law:
+) -> LawArguments:
     """The law of all members, or of one alone."""
     check_device(logits[0].device)
     batch, rows = logits[0].shape[:2]
@@ -163,7 +163,7 @@ def law_arguments(
     if tiles == 1:
         width = triton.next_power_of_2(triton.cdiv(law.vocab_size, SUB_TILE))
     plausible = law.plausibility > 0 and not alone
-    return Law(
+    return LawArguments(
         logits=tuple(logits),
         batch_strides=tuple(tensor.stride(0) for tensor in logits),
         row_strides=tuple(tensor.stride(1) for tensor in logits),
@@ -204,7 +204,7 @@ def law_arguments(
     )
 
 
-def workspace(law: Law, batch: int) -> Workspace:
+def workspace(law: LawArguments, batch: int) -> Workspace:
     """Uninitialised memory for a call."""
     device = law.logits[0].device
     members = law.members.value

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation runs an op: the backends, and each op's registration with torch.
+
+PyTorch's dispatcher picks by device: the reference is registered for every one, and for the CPU and
+CUDA a function that asks the backends in order. A schema follows from the annotations of the op's
+reference. To add an op: its fake and a line at the end here, and its public function in `ops.py`.
+To add a backend: a module with `AVAILABLE`, `REASON` and the ops, and its name in the two tables.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from . import cuda, native, reference, triton
+from .call import VerifyCall
+from .eager import is_eager_call
+from .law import LawTensors
+from .refusal import Refusal, Unsupported
+
+# For each type of device, the backends that "auto" tries, the best first.
+PREFERRED = {"cpu": ("native",), "cuda": ("cuda", "triton")}
+MODULES: dict[str, ModuleType] = {"native": native, "triton": triton, "cuda": cuda}
+BACKENDS = ("auto", *MODULES, "reference")
+
+_logger = logging.getLogger("specens_kernels")
+
+
+def _backend_from_environment() -> str:
+    name = os.environ.get("SPECENS_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise Refusal.unknown("environment", "SPECENS_BACKEND", name, BACKENDS)
+    return name
+
+
+_initial = _backend_from_environment()
+# Of a thread, or of a task: two of them may each choose one at a time.
+_backend = ContextVar("specens_backend", default=_initial)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the implementation of every op inside the block, for this thread or task.
+
+    SPECENS_BACKEND chooses for the whole process: it is what every thread begins with.
+
+    Args:
+        name: "auto": on a CPU native, on a GPU cuda or else triton, and the reference for what
+            these cannot do. "reference". "native", "triton", "cuda": that one; raises
+            NotImplementedError for what it cannot do, such as tensors on another device. Devices
+            other than cpu and cuda have the reference alone, whatever is chosen.
+    """
+    if name not in BACKENDS:
+        raise Refusal.unknown("backend", "name", name, BACKENDS)
+    if name in MODULES:
+        _available(name)
+    before = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(before)
+
+
+def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The implementation of one op on one type of device; what a backend refuses goes to the next.
+
+    Why a backend was left is said once, in the log.
+    """
+    logged: set[str] = set()
+
+    def run(*arguments: Any) -> Any:
+        chosen = _backend.get()
+        if chosen == "reference":
+            return reference_op(*arguments)
+        if chosen != "auto":
+            return getattr(_available(chosen), name)(*arguments)
+        for each in PREFERRED[device]:
+            module = MODULES[each]
+            if not module.AVAILABLE:
+                continue
+            try:
+                return getattr(module, name)(*arguments)
+            except Unsupported as reason:
+                if str(reason) not in logged:
+                    logged.add(str(reason))
+                    _logger.warning("%s: %s; another backend runs instead", name, reason)
+        return reference_op(*arguments)
+
+    return run
+
+
+def _available(name: str) -> ModuleType:
+    if not MODULES[name].AVAILABLE:
+        raise Unsupported(
+            "backend", "name", "a backend that runs here", f"{name!r}: {MODULES[name].REASON}"
+        )
+    return MODULES[name]
+
+
+_library: Any = torch.library.Library  # untyped
+_lib = _library("specens", "DEF")
+# Graphs that inductor captures by itself count all memory of a warm-up as theirs, and would find a
+# stream's workspace unaccounted for. A graph that the caller captures may hold the ops.
+_define = partial(_lib.define, tags=(torch.Tag.cudagraph_unsafe,))
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    Sequence[Tensor]: "Tensor[]",
+    Sequence[float]: "float[]",
+    str: "str",
+    float: "float",
+    int: "int",
+    bool: "bool",
+}
+# What crosses the dispatcher as its fields, and their types.
+_FIELDS: dict[Any, dict[str, Any]] = {
+    LawTensors: {name: kind for name, kind in get_type_hints(LawTensors).items() if name != "flat"},
+    VerifyCall: get_type_hints(VerifyCall),
+}
+
+
+def _schema(kinds: Mapping[str, Any]) -> str:
+    """The arguments of an op in the dispatcher's language, from annotations."""
+    return ", ".join(
+        _schema(_FIELDS[kind]) if kind in _FIELDS else f"{_TYPES[kind]} {name}"
+        for name, kind in kinds.items()
+    )
+
+
+def flattened(arguments: Iterable[Any]) -> list[Any]:
+    """Arguments of a backend's op as its schema has them."""
+    flat: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, VerifyCall):
+            flat += flattened(argument)
+        elif isinstance(argument, LawTensors):
+            flat += argument.arguments
+        else:
+            flat.append(argument)
+    return flat
+
+
+def _rebuilt(kinds: Iterable[Any], flat: Iterator[Any]) -> list[Any]:
+    """The way back: arguments of these types from their fields."""
+    return [
+        kind(*_rebuilt(_FIELDS[kind].values(), flat)) if kind in _FIELDS else next(flat)
+        for kind in kinds
+    ]
+
+
+def _fake_uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
+    shape = (seeds.shape[0], positions.shape[1], 4)
+    return torch.empty(shape, dtype=torch.float32, device=positions.device)
+
+
+def _fake_mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
+    batch, rows = logits[0].shape[0], logits[0].shape[1]
+    wide = any(tensor.dtype == torch.float64 for tensor in logits)
+    dtype = torch.float64 if wide else torch.float32
+    log_probs = logits[0].new_empty((batch, rows, law.vocab_size), dtype=dtype)
+    return log_probs, logits[0].new_empty((batch, rows), dtype=torch.int32)
+
+
+def _fake_sample(
+    logits: list[Tensor], uniforms: Tensor, law: LawTensors, member: int
+) -> tuple[Tensor, ...]:
+    dtypes = (torch.int64, torch.float32, torch.float32, torch.int32)
+    return tuple(uniforms.new_empty(uniforms.shape[:2], dtype=dtype) for dtype in dtypes)
+
+
+def _fake_verify(call: VerifyCall) -> tuple[Tensor, ...]:
+    batch, nodes = call.draft_tokens.shape
+    results: tuple[tuple[tuple[int, ...], torch.dtype], ...] = (
+        ((batch, nodes + 1), torch.int64),
+        ((batch, nodes + 1), torch.float32),
+        ((batch,), torch.int32),
+        ((batch, nodes), torch.int32),
+        ((batch,), torch.int32),
+    )
+    return tuple(call.draft_tokens.new_empty(shape, dtype=dtype) for shape, dtype in results)
+
+
+def _register(name: str, reference_op: Callable[..., Any], fake: Any) -> Callable[..., Any]:
+    """Register one op under the schema of its reference; returns the function to call."""
+    kinds = get_type_hints(reference_op)
+    returned = kinds.pop("return")
+    results = ", ".join("Tensor" for _ in get_args(returned) or (returned,))
+    _define(f"{name}({_schema(kinds)}) -> ({results})")
+    reference_op = torch.no_grad()(reference_op)
+
+    def rebuilding(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *flat: implementation(*_rebuilt(kinds.values(), iter(flat)))
+
+    _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    _lib.impl(name, rebuilding(reference_op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"specens::{name}", rebuilding(fake), lib=_lib)
+    runs = {device: _first_that_can(name, reference_op, device) for device in PREFERRED}
+    for device, run in runs.items():
+        _lib.impl(name, rebuilding(run), device.upper())
+    op: Callable[..., Any] = getattr(torch.ops.specens, name).default
+
+    def call(*arguments: Any) -> Any:
+        tensors = _tensors(arguments)
+        # The dispatcher would only call one of our functions, at twice a small call's cost.
+        if tensors[0].device.type in runs and is_eager_call(tensors):
+            return runs[tensors[0].device.type](*arguments)
+        return op(*flattened(arguments))
+
+    return call
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    """All of them, but a law's own."""
+    tensors: list[Tensor] = []
+    for argument in arguments:
+        if argument is None:
+            continue
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+        elif isinstance(argument, list):
+            tensors += argument
+        elif isinstance(argument, VerifyCall):
+            tensors += _tensors(argument)
+        elif isinstance(argument, LawTensors) and argument.flat is None:
+            tensors += _tensors(argument[:5])
+    return tensors
+
+
+call_uniforms = _register("uniforms", reference.uniforms, _fake_uniforms)
+call_mix = _register("mix", reference.mix, _fake_mix)
+call_sample = _register("sample", reference.sample, _fake_sample)
+call_verify = _register("verify", reference.verify, _fake_verify)
+
+if not native.AVAILABLE:
+    _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)

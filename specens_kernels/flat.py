@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled module, and calls as the flat lists that it takes.
+
+An op's tensors become addresses and strides in one list, in the order that csrc/ reads them in, and
+its results are allocated. Lists go on with what only the CPU's kernels take (threads) or only
+CUDA's (a workspace and a stream). What no compiled kernel takes raises `Unsupported`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, empty, float32, int32, int64
+
+from .call import VerifyCall
+from .law import LawTensors
+from .refusal import Unsupported
+
+# torch has loaded the OpenMP runtime that `_C` needs, so `_C` comes after it.
+try:
+    from . import _C
+except ImportError as error:
+    MODULE: Any = None
+    REASON = f"the native kernels are not built ({error})"
+    RULES: dict[str, int] = {}
+    _MAX_MEMBERS = 0
+else:
+    MODULE = _C
+    REASON = ""
+    RULES = _C.rules()
+    _MAX_MEMBERS = _C.MAX_MEMBERS
+
+_SPACES = {"probabilities": 0, "logits": 1}  # as csrc/ numbers them
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_NO_VALUES = (0, 0, 0, 0)
+_MAX_PARAMETERS = 4  # of a rule, in csrc/
+
+
+def flattened_uniforms(
+    seeds: Tensor, positions: Tensor, stream: int, index: int
+) -> tuple[list[Any], Tensor]:
+    """Arguments and result of `uniforms`."""
+    batch, rows = seeds.shape[0], positions.shape[1]
+    out = empty(batch, rows, 4, dtype=float32, device=positions.device)
+    batch_stride, row_stride = positions.stride()
+    if positions.shape[0] == 1:
+        batch_stride = 0
+    flat = [seeds.data_ptr(), seeds.stride(0), 0, 0]
+    flat += positions.data_ptr(), batch_stride, row_stride, 0
+    flat += stream, index, batch, rows, out.data_ptr()
+    return flat, out
+
+
+def flattened_mix(logits: list[Tensor], law: LawTensors) -> tuple[list[Any], tuple[Tensor, Tensor]]:
+    """Arguments and results of `mix`."""
+    flat = flattened_logits(logits) + _law(law)
+    batch, rows = logits[0].shape[:2]
+    device = logits[0].device
+    log_probs = empty(batch, rows, law.vocab_size, dtype=float32, device=device)
+    status = empty(batch, rows, dtype=int32, device=device)
+    flat += batch, rows, log_probs.data_ptr(), status.data_ptr()
+    return flat, (log_probs, status)
+
+
+def flattened_sample(
+    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
+) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Arguments and results of `sample`."""
+    flat = flattened_logits(logits) + _law(law)
+    batch, rows, _ = numbers.shape
+    device = numbers.device
+    tokens = empty(batch, rows, dtype=int64, device=device)
+    log_probs = empty(batch, rows, dtype=float32, device=device)
+    lse = empty(batch, rows, dtype=float32, device=device)
+    status = empty(batch, rows, dtype=int32, device=device)
+    flat += member, batch, rows, numbers.data_ptr()
+    flat += numbers.stride()
+    flat += tokens.data_ptr(), log_probs.data_ptr(), lse.data_ptr(), status.data_ptr()
+    return flat, (tokens, log_probs, lse, status)
+
+
+def flattened_verify(
+    call: VerifyCall,
+) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Arguments and results of a `verify` that `refuse` has let pass."""
+    law, lse, draft_lse = call.law, call.lse, call.draft_lse
+    flat = flattened_logits(call.logits) + _law(law)
+    draft = _NO_VALUES if call.draft_logits is None else _logits(call.draft_logits)
+    temperature = law.temperature if call.draft_temperature is None else call.draft_temperature
+    batch, nodes = call.draft_tokens.shape
+    device = call.draft_tokens.device
+    tokens = empty(batch, nodes + 1, dtype=int64, device=device)
+    log_probs = empty(batch, nodes + 1, dtype=float32, device=device)
+    num_accepted = empty(batch, dtype=int32, device=device)
+    path = empty(batch, nodes, dtype=int32, device=device)
+    status = empty(batch, dtype=int32, device=device)
+    flat.append(RULES[call.acceptance])
+    flat += *call.parameters, *(0.0,) * (_MAX_PARAMETERS - len(call.parameters))
+    flat += _NO_VALUES if call.memory is None else _per_row(call.memory)
+    flat += call.bonus, batch, nodes
+    flat += _integers(call.draft_tokens)
+    flat += _NO_VALUES if call.proposers is None else _integers(call.proposers)
+    flat.append(call.uniforms.data_ptr())
+    flat += call.uniforms.stride()
+    flat += draft
+    flat += _per_row(temperature)
+    flat += _NO_VALUES if lse is None else (lse.data_ptr(), *lse.stride())
+    flat += _NO_VALUES if draft_lse is None else (draft_lse.data_ptr(), *draft_lse.stride(), 0)
+    flat += tokens.data_ptr(), log_probs.data_ptr(), num_accepted.data_ptr(), path.data_ptr()
+    flat.append(status.data_ptr())
+    return flat, (tokens, log_probs, num_accepted, path, status)
+
+
+def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Address, dtype and strides over batch and row of (B, T, V)."""
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise Unsupported("kernels", "logits", "bfloat16, float16 or float32", tensor.dtype)
+    if tensor._is_zerotensor():
+        raise Unsupported("kernels", "logits", "tensors with memory", "a zero tensor")
+    batch_stride, row_stride, _ = tensor.stride()
+    return tensor.data_ptr(), dtype, batch_stride, row_stride
+
+
+def flattened_logits(logits: Sequence[Tensor]) -> list[Any]:
+    """How many members, and of each its address, dtype and strides over batch and row."""
+    if len(logits) > _MAX_MEMBERS:
+        raise Unsupported("kernels", "logits", f"at most {_MAX_MEMBERS} members", len(logits))
+    flat: list[Any] = [len(logits)]
+    for tensor in logits:
+        flat += _logits(tensor)
+    return flat
+
+
+def _law(law: LawTensors) -> list[Any]:
+    if law.flat:
+        return law.flat
+    flat: list[Any] = [*_weights(law.weights), *_per_row(law.temperature)]
+    for value in (law.top_k, law.top_p, law.min_p):
+        flat += _NO_VALUES if value is None else _per_row(value)
+    flat += _SPACES[law.space], law.scope == "member", law.plausibility, law.vocab_size
+    if law.flat is not None:
+        law.flat[:] = flat  # at once: threads may share a law
+    return flat
+
+
+def _weights(weights: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides over batch, row and member of (M,), (B, M) or (B, T, M)."""
+    if weights.dtype != float32:
+        raise Unsupported("kernels", "weights", "float32", weights.dtype)
+    strides = weights.stride()
+    if len(strides) == 1:
+        return weights.data_ptr(), 0, 0, strides[0]
+    if len(strides) == 2:
+        return weights.data_ptr(), strides[0], 0, strides[1]
+    return weights.data_ptr(), strides[0], strides[1], strides[2]
+
+
+def _per_row(value: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides over batch and member of (B or 1,) or (B or 1, M or 1)."""
+    shape, strides = value.shape, value.stride()
+    batch_stride = strides[0] if shape[0] != 1 else 0
+    member_stride = strides[1] if len(shape) == 2 and shape[1] != 1 else 0
+    return value.data_ptr(), batch_stride, 0, member_stride
+
+
+def _integers(value: Tensor) -> tuple[int, bool, int, int]:
+    """Address, width and strides of (B or 1, columns)."""
+    batch_stride, column_stride = value.stride()
+    if value.shape[0] == 1:
+        batch_stride = 0
+    return value.data_ptr(), value.dtype == int64, batch_stride, column_stride
+
+
+def refuse(backend: str, call: VerifyCall) -> None:
+    """Raise `Unsupported` for a verification that no compiled kernel takes."""
+    if call.parents is not None:
+        raise Unsupported(backend, "parents", "None", "a tree")
+    if call.acceptance not in RULES:
+        raise Unsupported.unknown(backend, "acceptance", call.acceptance, RULES)
+    call.law.refuse_fold(backend)

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify`: a walk from the root of a draft tree to the emitted token, one sequence at a time."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from ..acceptance.blocks import block_step, block_threshold
+from ..acceptance.gates import remember
+from ..acceptance.rules import Judgement, Situation
+from ..call import VerifyCall
+from ..law import LawTensors
+from .draw import draw
+from .laws import collapse, first_argmax, greedy_rows, proposal_law, target_law
+
+PADDING = -1
+# A residual of less mass than this, of a target of mass 1, is rounding: it is empty.
+LEAST_RESIDUAL = 2.0**-40
+
+# Status bits beside those of laws.py.
+INVALID_DRAFT = 8  # a draft id outside [0, vocab_size); it was rejected
+EMPTY_RESIDUAL = 16  # rejected, yet target <= kept everywhere; the target stays the law
+
+
+class _Step(NamedTuple):
+    """What happened at one row of the walk: the child kept, or the law that is drawn from."""
+
+    child: int | None
+    emits_from: Tensor | None  # (V,) float64 mass
+    log_probs: Tensor  # (V,) float64 of the target, for the log-probability of what is emitted
+    status: int
+
+
+class _Target(NamedTuple):
+    """The target at one row."""
+
+    log_probs: Tensor  # (V,) float64, not collapsed
+    status: int
+    unread: int  # what is reported where a token is drawn only
+    at_zero: bool  # the row's temperature is 0: the law is the one at temperature 1, unfiltered
+    greedy: bool  # its most probable token is what is emitted
+
+
+class _Sequence(NamedTuple):
+    """One batch row of `verify`: tensors keep a leading dimension of 1."""
+
+    logits: list[Tensor]
+    tokens: list[int]  # token of node i at i - 1
+    parents: list[int]
+    proposers: list[int]  # of node i at i - 1; a member, or PADDING for a point mass
+    coins: Tensor  # (N + 1,) float64
+    draft_logits: Tensor | None
+    draft_temperature: Tensor
+    lse: Tensor | None
+    draft_lse: Tensor | None
+    law: LawTensors
+    rule: AcceptanceRule
+    parameters: Sequence[float]
+
+    def target(self, row: int) -> _Target:
+        here = slice(row, row + 1)
+        lse = None if self.lse is None else self.lse[:, here]
+        law = target_law([t[:, here] for t in self.logits], _at_row(self.law, row), lse)
+        at_zero = bool(law.greedy)
+        greedy = at_zero or self.rule.greedy
+        return _Target(law.log_probs[0, 0], int(law.status), int(law.unread), at_zero, greedy)
+
+    def children(self, row: int) -> list[int]:
+        return [
+            node
+            for node, parent in enumerate(self.parents)
+            if node > 0 and parent == row and self.tokens[node - 1] != PADDING
+        ]
+
+    def step(self, row: int, memory: Tensor, bonus: bool) -> _Step | None:
+        """Try the children of `row` in order; None if there is none to try and no bonus token."""
+        children = self.children(row)
+        if not children and not bonus:
+            return None
+        target = self.target(row)
+        log_probs, status = target.log_probs, target.status
+        mass = log_probs.exp()
+        for child in children:
+            draft, bits = self.proposal(child, row, target)
+            status |= bits
+            if draft is None:
+                continue
+            token = torch.tensor(self.tokens[child - 1], device=mass.device)
+            at = Situation(mass, draft, token, memory, len(children))
+            if self.keeps(child, at, judgement := self.judge(at), target):
+                return _Step(child, None, log_probs, status)
+            left, bits = self.left(mass, judgement, target)
+            status |= bits
+            if not self.rule.independent or child == children[-1]:
+                mass = left
+        if target.greedy:
+            mass = collapse(mass.log()).exp()
+        return _Step(None, mass, log_probs, status | target.unread)
+
+    def judge(self, at: Situation) -> Judgement:
+        return self.rule.judge(at, *self.parameters)
+
+    def keeps(self, child: int, at: Situation, judgement: Judgement, target: _Target) -> bool:
+        token, coin = at.token, self.coins[child]
+        if not target.greedy:
+            return bool(coin * at.draft[token] < judgement.kept[token])
+        if coin >= 1 or (judgement.vetoed is not None and bool(judgement.vetoed)):
+            return False
+        if target.at_zero and judgement.trusted is not None and bool(judgement.trusted):
+            return True
+        return bool(at.target.sum() > 0) and bool(token == first_argmax(at.target.log()))
+
+    def left(self, mass: Tensor, judgement: Judgement, target: _Target) -> tuple[Tensor, int]:
+        """What the next child, or the draw, has for its target, and the status bits."""
+        if target.greedy:
+            vetoed = judgement.vetoed is not None and bool(judgement.vetoed)
+            return (judgement.left if vetoed else mass), 0
+        residual = judgement.left
+        if residual.sum() > LEAST_RESIDUAL * mass.sum():
+            return residual / residual.sum(), 0
+        return mass, EMPTY_RESIDUAL if mass.sum() > 0 else 0
+
+    def proposal(self, child: int, row: int, target: _Target) -> tuple[Tensor | None, int]:
+        """The (V,) law that `child` was drawn from, None if it is invalid, and the status bits."""
+        token, proposer = self.tokens[child - 1], self.proposers[child - 1]
+        known_proposer = PADDING <= proposer < len(self.logits)
+        if not 0 <= token < self.law.vocab_size or not known_proposer:
+            return None, INVALID_DRAFT
+        is_point = proposer == PADDING and self.draft_logits is None
+        if is_point or (target.greedy and not (target.at_zero and self.rule.needs_draft)):
+            point = torch.zeros(self.law.vocab_size, dtype=torch.float64, device=self.coins.device)
+            point[token] = 1.0
+            return point, 0
+        lse = None
+        if self.draft_logits is not None:
+            logits, temperature = self.draft_logits, self.draft_temperature
+            lse = self.draft_lse
+        else:
+            logits = self.logits[proposer]
+            temperature = self.law.temperature.double().expand(1, len(self.logits))[:, proposer]
+            lse = None if self.lse is None else self.lse[..., proposer]
+        here = slice(row, row + 1)
+        at_zero = torch.full((1,), target.at_zero, device=logits.device)
+        alone, status = proposal_law(
+            logits[:, here],
+            temperature.double(),
+            self.law,
+            at_zero,
+            None if lse is None else lse[:, here],
+        )
+        return alone.log_probs[0, 0].exp(), int(status)
+
+    def block(self, bonus: bool) -> tuple[int, _Step | None, list[Tensor], int]:
+        """Judge a chain as a whole: drafts kept, what is emitted after them, laws, status bits.
+
+        Draft i is the last one kept with probability h_i, from the last to the first; c_i, the
+        probability that the path so far is kept at all, caps how much of the target is left.
+        """
+        status = 0
+        targets: list[Tensor] = []
+        unread: list[int] = []
+        drafts: list[Tensor] = []
+        for row in range(len(self.tokens)):
+            if self.tokens[row] == PADDING:
+                break
+            target = self.target(row)
+            draft, bits = self.proposal(row + 1, row, target)
+            status |= bits | target.status
+            targets.append(target.log_probs)
+            unread.append(target.unread)
+            if draft is None:
+                break
+            drafts.append(draft)
+        count, reach, kept, kept_reach = len(drafts), 1.0, 0, 1.0
+        if len(targets) == count and bonus:
+            target = self.target(count)
+            status |= target.status
+            targets.append(target.log_probs)
+            unread.append(target.unread)
+        for i, draft in enumerate(drafts):
+            token = self.tokens[i]
+            ratio = targets[i][token].exp() / draft[token] if draft[token] > 0 else 0.0
+            reach = block_step(reach, float(ratio))
+            threshold = reach
+            if i + 1 < count:
+                mass_left = (reach * targets[i + 1].exp() - drafts[i + 1]).clamp(min=0).sum()
+                threshold = block_threshold(reach, float(mass_left))
+            if self.coins[i + 1] < threshold:
+                kept, kept_reach = i + 1, reach
+        if kept == len(targets):  # everything was kept, and no bonus token is asked for
+            return kept, None, targets, status
+        mass = targets[kept].exp()
+        if kept < count:
+            residual = (kept_reach * mass - drafts[kept]).clamp(min=0)
+            if residual.sum() > LEAST_RESIDUAL:
+                mass = residual / residual.sum()
+            elif mass.sum() > 0:
+                status |= EMPTY_RESIDUAL
+        status |= unread[kept]
+        return kept, _Step(None, mass, targets[kept], status), targets, status
+
+
+def _walk(sequence: _Sequence, memory: Tensor | None, bonus: bool) -> Iterator[_Step]:
+    """The steps from the root to the emitted token."""
+    if sequence.rule.block and not bool(greedy_rows(sequence.law, 1)):
+        kept, last, targets, status = sequence.block(bonus)
+        for row in range(kept):
+            yield _Step(row + 1, None, targets[row], status)
+        if last is not None:
+            yield last
+        return
+    device = sequence.coins.device
+    seen = (
+        torch.zeros((), dtype=torch.float64, device=device) if memory is None else memory.double()
+    )
+    row = 0
+    while (step := sequence.step(row, seen, bonus)) is not None:
+        yield step
+        if step.child is None:
+            return
+        row = step.child
+        if sequence.rule.remembers:
+            log_prob = step.log_probs[sequence.tokens[row - 1]]
+            seen = remember(seen, log_prob, sequence.parameters[-1])
+
+
+def _at_batch(law: LawTensors, b: int) -> LawTensors:
+    """The law of batch row b, whose weights are (1, 1 or T, M)."""
+
+    def of_row(value: Tensor | None) -> Tensor | None:
+        return value if value is None or len(value) == 1 else value[b : b + 1]
+
+    weights = law.weights
+    weights = weights[None] if weights.dim() == 1 else weights[b : b + 1]
+    return law._replace(
+        weights=weights if weights.dim() == 3 else weights[:, None],
+        temperature=law.temperature if len(law.temperature) == 1 else law.temperature[b : b + 1],
+        top_k=of_row(law.top_k),
+        top_p=of_row(law.top_p),
+        min_p=of_row(law.min_p),
+    )
+
+
+def _at_row(law: LawTensors, row: int) -> LawTensors:
+    weights = law.weights
+    return law if weights.shape[1] == 1 else law._replace(weights=weights[:, row : row + 1])
+
+
+def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities, accepted counts, path and status; see `ops.verify`."""
+    law, numbers = call.law, call.uniforms
+    batch, nodes = call.draft_tokens.shape
+    device = call.draft_tokens.device
+    host = torch.device("cpu")
+    tokens = torch.full((batch, nodes + 1), PADDING, dtype=torch.int64, device=host)
+    log_probs = torch.zeros(batch, nodes + 1, dtype=torch.float32, device=host)
+    num_accepted = torch.zeros(batch, dtype=torch.int32, device=host)
+    path = torch.full((batch, nodes), PADDING, dtype=torch.int32, device=host)
+    status = torch.zeros(batch, dtype=torch.int32, device=host)
+    parents, proposers, temperature = call.parents, call.proposers, call.draft_temperature
+    if parents is None:  # a chain is a tree in which node i hangs off node i - 1
+        parents = torch.arange(-1, nodes, device=host)[None]
+    if proposers is None:
+        proposers = torch.full((1, nodes), PADDING, device=host)
+    if temperature is None:
+        temperature = law.temperature[:, 0]
+    for b in range(batch):
+        here = slice(b, b + 1)
+        sequence = _Sequence(
+            logits=[tensor[here] for tensor in call.logits],
+            tokens=call.draft_tokens[b].tolist(),
+            parents=parents.expand(batch, nodes + 1)[b].tolist(),
+            proposers=proposers.expand(batch, nodes)[b].tolist(),
+            coins=numbers[b, :, 0].double(),
+            draft_logits=None if call.draft_logits is None else call.draft_logits[here],
+            draft_temperature=temperature.expand(batch)[here],
+            lse=None if call.lse is None else call.lse[here],
+            draft_lse=None if call.draft_lse is None else call.draft_lse[here],
+            law=_at_batch(law, b),
+            rule=ACCEPTANCE_RULES[call.acceptance],
+            parameters=call.parameters,
+        )
+        memory = None if call.memory is None else call.memory[b]
+        for accepted, step in enumerate(_walk(sequence, memory, call.bonus)):
+            status[b] |= step.status
+            if step.child is not None:
+                token = sequence.tokens[step.child - 1]
+                path[b, accepted] = step.child
+                num_accepted[b] = accepted + 1
+            else:
+                assert step.emits_from is not None
+                row = int(path[b, accepted - 1]) if accepted > 0 else 0
+                token = int(draw(step.emits_from, numbers[b, row, 1:]))
+            tokens[b, accepted] = token
+            log_probs[b, accepted] = step.log_probs[token]
+    return (
+        tokens.to(device),
+        log_probs.to(device),
+        num_accepted.to(device),
+        path.to(device),
+        status.to(device),
+    )
