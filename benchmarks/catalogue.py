@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pages take from the registries: methods, rules, schedules, public names.
 
-A place of a page calls one of these functions (report.py), so that a page cannot tell otherwise than
-the code. To show another registry, add its function to `LISTED`, or to `MEASURED` if it is shown
+A place of a page calls one of these functions (report.py), so that no page tells otherwise than the
+code. To show another registry, add its function to `LISTED`, or to `MEASURED` if it is shown
 beside results.
 """
 
@@ -18,6 +18,7 @@ from statements import Results, markdown, source
 
 import specens
 import specens_kernels
+from specens.loop.named import Named
 from specens.methods import METHODS, Method
 from specens.schedules import SCHEDULES, STOPS
 from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES
@@ -122,35 +123,34 @@ def _names(method: Method) -> list[str]:
 
 
 def schedules() -> str:
-    """Every schedule with its arguments, as they are written in a shell."""
-    rows = []
-    for name, schedule in SCHEDULES.items():
-        given = [field for field in dataclasses.fields(schedule)]
-        arguments = "; ".join(
-            f"`{field.name}`: {field.metadata['kind'].range}, default {_default(field.default)}"
-            for field in given
+    """Every schedule, and the models outside the ensemble that it takes."""
+    rows = [
+        (f"`{name}`", schedule.summary, schedule.drafts_in_words.strip(",").replace("None", "-"))
+        for name, schedule in SCHEDULES.items()
+    ]
+    return f"{markdown(('schedule', 'what it does', 'models besides'), rows, words=True)}\n"
+
+
+def arguments(known: Mapping[str, type[Named]]) -> str:
+    """The arguments of schedules or stops, as they are written in Python and in a shell."""
+    rows = [
+        (
+            f"`{name}`",
+            f"`{field.name}`",
+            field.metadata["kind"].range,
+            f"`{field.default}`",
+            field.metadata["description"],
         )
-        drafts = schedule.drafts_in_words.strip(",")
-        rows.append((f"`{name}`", schedule.summary, "-" if drafts == "None" else drafts, arguments))
-    columns = ("schedule", "what it does", "models besides", "arguments")
-    return f"{markdown(columns, rows, words=True)}\n"
+        for name, each in known.items()
+        for field in dataclasses.fields(each)
+    ]
+    return f"{markdown(('of', 'argument', 'range', 'default', 'meaning'), rows, words=True)}\n"
 
 
 def stops() -> str:
     """When a proposer ends before its number of tokens."""
-    rows = [
-        (
-            f"`{name}`",
-            stop.summary,
-            "; ".join(f"`{f.name}`: {f.metadata['kind'].range}" for f in dataclasses.fields(stop)),
-        )
-        for name, stop in STOPS.items()
-    ]
-    return f"{markdown(('stop', 'it ends where', 'arguments'), rows, words=True)}\n"
-
-
-def _default(value: Any) -> str:
-    return "by the models" if value is None else f"`{value}`"
+    rows = [(f"`{name}`", stop.summary) for name, stop in STOPS.items()]
+    return f"{markdown(('stop', 'it ends where'), rows, words=True)}\n"
 
 
 def ensembles() -> str:
@@ -174,7 +174,9 @@ LISTED: Mapping[str, Callable[[], str]] = {
     "lossy_methods": partial(methods, exact=False),
     **{f"rule.{name}": partial(rule, name) for name in ACCEPTANCE_RULES},
     "schedules": schedules,
+    "schedule_arguments": partial(arguments, SCHEDULES),
     "stops": stops,
+    "stop_arguments": partial(arguments, STOPS),
     "ensembles": ensembles,
     "api.specens": partial(public, specens),
     "api.specens_kernels": partial(public, specens_kernels),
