@@ -9,7 +9,7 @@ SANITIZE := build/sanitize
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-native gpu-report on-card lint format bench lines
+.PHONY: help dev demo test test-fast test-native gpu-report on-card lint format docs bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,10 @@ format: dev  ## Rewrite the sources in the house style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+docs: dev  ## Write the generated parts of the pages, and build them as a site in build/site
+	$(BIN)/python benchmarks/report.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: dev  ## Run the benchmarks
 	$(BIN)/python benchmarks/bench_verify.py
 	$(BIN)/python benchmarks/bench_loop.py
@@ -73,6 +77,5 @@ bench: dev  ## Run the benchmarks
 	$(BIN)/python benchmarks/bench_traffic.py
 	$(BIN)/python benchmarks/bench_methods.py
 
-lines:  ## Count the lines of each part
-	@for part in specens_kernels python csrc tests benchmarks; do \
-	  [ ! -d $$part ] || printf '%-16s%6d\n' $$part $$(find $$part -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' | xargs cat | wc -l); done
+lines:  ## Print the lines of each part, and what is too long
+	@$(PYTHON) benchmarks/lines.py

@@ -1,91 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the result tables of the README and of docs/ from benchmarks/results/*.json.
+"""Write what the README and docs/ take from the results and from the registries.
 
-A benchmark saves small tables beside its rows, each under a name. A page gets the table of that
-name, where it was measured, and the file it came from, between `<!-- RESULTS:BEGIN name -->` and
-`<!-- RESULTS:END name -->`. `--check` changes nothing and fails if a page would change.
+A page gets it between `<!-- BEGIN name -->` and `<!-- END name -->`. A name is that of a table in a
+result file (benchmarks/results), which a benchmark saved beside its rows; of a sentence or a small
+table that is made of several results (statements.py); or of what a registry lists (catalogue.py).
+`--check` changes nothing and fails if a page would change. To add a place, mark it in a page.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import catalogue
+import statements
+from statements import Results
+
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(
-    r"(<!-- RESULTS:BEGIN (?P<name>[\w.-]+) -->\n).*?(<!-- RESULTS:END (?P=name) -->)", re.DOTALL
-)
+MARKED = re.compile(r"(<!-- BEGIN (?P<name>[\w.-]+) -->\n).*?(<!-- END (?P=name) -->)", re.DOTALL)
 
 
-def tables(results: Path) -> dict[str, str]:
-    """Markdown of every table in the result files, by name."""
-    found = {}
-    for path in sorted(results.glob("*.json")):
-        result = json.loads(path.read_text())
-        for name, table in result["tables"].items():
-            found[name] = f"{_markdown(table)}\n\n{_source(result, path.name)}\n"
-    return found
+def places(results: Results) -> dict[str, Callable[[], str]]:
+    """Markdown of every place that a page can have, by name."""
+    tables = {
+        name: partial(_table, table, result, file)
+        for file, result in results.items()
+        for name, table in result["tables"].items()
+    }
+    of_results = {name: partial(state, results) for name, state in statements.STATEMENTS.items()}
+    of_both = {name: partial(made, results) for name, made in catalogue.MEASURED.items()}
+    return {**tables, **of_results, **of_both, **catalogue.LISTED}
 
 
-def _markdown(table: dict[str, Any]) -> str:
-    columns = table["columns"]
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *table["rows"]]
-    escaped = ([str(cell).replace("|", r"\|") for cell in cells] for cells in lines)
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
+def _table(table: dict[str, Any], result: dict[str, Any], file: str) -> str:
+    text = statements.markdown(table["columns"], table["rows"])
     caption = table["caption"]
-    return f"{caption[:1].upper()}{caption[1:]}:\n\n{text}"
+    source = statements.source(result, file)
+    return f"{caption[:1].upper()}{caption[1:]}:\n\n{text}\n\n{source}\n"
 
 
-def _source(result: dict[str, Any], file: str) -> str:
-    machine, versions = result["machine"], result["versions"]
-    packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_isa']}; {packages}; "
-        f"{result['date'][:10]}, commit {result['commit']}. Medians; more, and their spread, in "
-        f"`benchmarks/results/{file}`."
-    )
-
-
-def fill(text: str, found: dict[str, str]) -> str:
+def fill(text: str, known: Mapping[str, Callable[[], str]]) -> str:
     """The text with its marked places filled.
 
     Raises:
-        ValueError: the text asks for a table that no result has.
+        ValueError: the text asks for what nothing is known of.
     """
 
-    def table(match: re.Match[str]) -> str:
+    def place(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in found:
-            known = ", ".join(sorted(found)) or "none"
-            raise ValueError(f"report: {name}: expected a saved table, got none; known: {known}")
-        return f"{match[1]}{found[name]}{match[3]}"
+        if name not in known:
+            names = ", ".join(sorted(known))
+            raise ValueError(f"report: {name}: expected one of {names}, got none")
+        return f"{match[1]}{known[name]()}{match[3]}"
 
-    return MARKED.sub(table, text)
+    return MARKED.sub(place, text)
+
+
+def pages() -> list[Path]:
+    """The pages with marked places."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fill, or check."""
-    parser = argparse.ArgumentParser(description="Fill the pages' tables from the results.")
+    parser = argparse.ArgumentParser(description="Fill the pages' marked places.")
     parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
     parser.add_argument("--page", type=Path, action="append", help="None is README.md and docs/")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
-    found = tables(options.results)
-    for page in options.page or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        before = page.read_text()
+    files = sorted(options.results.glob("*.json"))
+    known = places({path.name: json.loads(path.read_text(encoding="utf-8")) for path in files})
+    for page in options.page or pages():
+        before = page.read_text(encoding="utf-8")
         try:
-            after = fill(before, found)
+            after = fill(before, known)
         except ValueError as error:
-            print(error, file=sys.stderr)
+            print(f"{page.name}: {error}", file=sys.stderr)
             return 1
         if options.check and after != before:
             print(f"{page.name} is out of date: run benchmarks/report.py", file=sys.stderr)
             return 1
-        if not options.check:
-            page.write_text(after)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
     return 0
 
 

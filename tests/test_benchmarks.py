@@ -279,7 +279,7 @@ def test_report_fills_and_checks(
     assert json.loads((results / "sample.json").read_text())["rows"][0]["time"]["median"] == 1.0
 
     asked = [f"--page={readme}", f"--results={results}"]
-    text = "before\n<!-- RESULTS:BEGIN sample -->\nold\n<!-- RESULTS:END sample -->\nafter\n"
+    text = "before\n<!-- BEGIN sample -->\nold\n<!-- END sample -->\nafter\n"
     readme.write_text(text)
     assert report.main([*asked, "--check"]) == 1
     assert readme.read_text() == text
