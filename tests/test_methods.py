@@ -122,7 +122,9 @@ def test_what_build_refuses(loaded) -> None:
         build(METHODS["static"], [code, code], [code], [tokenizer] * 3)
     with pytest.raises(ValueError, match=r"draft_weight: expected a number in \[0, 1\], got 2"):
         build(METHODS["static"], [code], [code], tokenizers, draft_weight=2)
-    with pytest.raises(ValueError, match="method: weights: expected draft_weight for 'static'"):
+    with pytest.raises(
+        ValueError, match="method: weights: expected None and draft_weight= for 'static'"
+    ):
         build(METHODS["static"], [code], [code], tokenizers, weights=[0.5, 0.5])
     with pytest.raises(ValueError, match="method: ensemble: expected 'mixture', which the head"):
         build(METHODS["diversed"], [code], [models["draft"]], tokenizers, ensemble="product")

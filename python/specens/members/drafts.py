@@ -68,8 +68,7 @@ def quantised(model: Any) -> Any:
     Returns:
         A causal LM of the same class.
     Raises:
-        ImportError: torchao is not installed.
-        ValueError: not a causal LM, or its layers have no `torch.nn.Linear`.
+        Refusal: torchao is not installed; not a causal LM, or its layers have no `torch.nn.Linear`.
 
     Source: weight-only quantisation by torchao; ML-SpecQD, arXiv:2503.13565, drafts in this way.
     """
@@ -77,9 +76,8 @@ def quantised(model: Any) -> Any:
     try:
         quantization = import_module("torchao.quantization")
     except ImportError as error:
-        raise ImportError(
-            "quantised: torchao: expected it installed (pip install torchao), got none"
-        ) from error
+        expected = "it installed (pip install torchao)"
+        raise Refusal("quantised", "torchao", expected, "none") from error
     draft = _shared_copy(unwrapped(model))
     _, _, layers = _layers("quantised", draft)
     if not any(isinstance(module, torch.nn.Linear) for module in layers.modules()):
