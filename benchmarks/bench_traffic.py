@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the emulator and the guard
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the emulator
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "tools"))  # the guard
 
 import harness
 import simt

@@ -103,9 +103,9 @@ def parts(dry: bool) -> list[Part]:
     ]
 
 
-CONFORMANCE = ["--card", str(ROOT / "tests" / "test_conformance.py")]
+CONFORMANCE = ["--card", str(ROOT / "tests" / "kernels" / "test_conformance.py")]
 # Of the emulator and of Triton's interpreter, in seconds.
-DRY = [f"{ROOT}/tests/test_conformance.py::test_without_{what}" for what in ("nodes", "sequences")]
+DRY = [f"{CONFORMANCE[-1]}::test_without_{what}" for what in ("nodes", "sequences")]
 
 
 def _tests(name: str, backend: str, chosen: list[str], seconds: float, dry: bool) -> Part:
@@ -184,7 +184,8 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 def environment(scratch: Path) -> dict[str, str]:
     """Of every part: this repository's modules, no network, and files in `scratch` only."""
-    paths = [str(ROOT / name) for name in ("", "python", "tests", "benchmarks")]
+    folders = ("", "python", "tests", "tests/oracles", "tests/tools", "benchmarks")
+    paths = [str(ROOT / name) for name in folders]
     tools = [str(Path(sys.executable).parent), "/usr/local/cuda/bin"]
     given = {name: os.environ.get(name, "") for name in ("PYTHONPATH", "PATH")}
     own = {

@@ -18,7 +18,7 @@ target's most probable one or the rule trusts it.
 
 This file has the facts of every rule and needs no torch. To add a rule, write it in one of the
 files above and add its entry to `ACCEPTANCE_RULES`; for native speed, name it in csrc/, too.
-tests/rules.py asks for its definition.
+tests/oracles/rules.py asks for its definition.
 """
 
 from collections.abc import Callable, Mapping

@@ -2,8 +2,8 @@
 // One small kernel of each pattern that the CUDA backend lives by, on the emulator, with one bug of
 // choice: -DSPECENS_SEED_BUG=1 a missing barrier, 2 an overrun, 3 a missing fence, 4 a missing wait
 // for an asynchronous copy, 5 a barrier that not every thread reaches, 6 a missing wait for the
-// launch before; 0 none. tests/test_seeded_bugs.py builds each and expects the tests' tools to see
-// it. To add a bug: its number here and its line there.
+// launch before; 0 none. tests/kernels/test_seeded_bugs.py builds each and expects the
+// tests' tools to see it. To add a bug: its number here and its line there.
 #include <cmath>
 #include <cstdio>
 #include <vector>

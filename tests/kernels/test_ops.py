@@ -491,7 +491,7 @@ def test_the_native_kernels_take_every_rule_ensemble_and_scope() -> None:
                     verify(logits, draft, numbers, law, acceptance=acceptance)
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:

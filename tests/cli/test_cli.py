@@ -31,7 +31,7 @@ from specens.schedules import SCHEDULES
 from specens.tuning.compare import compare, sampling, total
 from specens_kernels import ENSEMBLES, Refusal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHORT = ("--max-new-tokens", "12", "--seed", "7")
 
 

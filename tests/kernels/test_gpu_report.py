@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from gpu_report import BUDGET, Row, excesses, occupancy  # noqa: E402
 
