@@ -137,7 +137,7 @@ def test_what_build_refuses(loaded) -> None:
     head = WeightHead(torch.zeros(320), torch.tensor(0.0), "mixture", 192, 128)
     with pytest.raises(ValueError, match=r"weights: expected a head for 128 \+ 192, got"):
         build(METHODS["diversed"], [code], [models["draft"]], tokenizers, head=head)
-    with pytest.raises(ValueError, match="method: expected one of plain, .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"method: expected one of plain, .*, got 'fast'"):
         method_named("fast")
 
 
