@@ -7,8 +7,6 @@ return models, for `SpeculativeDecoder(draft=...)`. To add a way to make a draft
 that returns a causal LM and leaves the user's as it was.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Iterable, Sequence
@@ -111,15 +109,15 @@ def _layers(op: str, model: Any) -> tuple[Any, str, torch.nn.ModuleList]:
 
 def _kept(keep: Any, count: int) -> list[int]:
     """Indices of the layers that stay."""
-    found: list[Any] = list(keep) if isinstance(keep, Iterable) else []
+    layers: list[Any] = list(keep) if isinstance(keep, Iterable) else []
     if isinstance(keep, int) and not isinstance(keep, bool) and keep <= count:
-        found = [round(i * (count - 1) / max(keep - 1, 1)) for i in range(keep)]
-    known = all(isinstance(i, Integral) for i in found) and set(found) <= set(range(count))
-    if not found or not known or found != sorted(set(found)):
+        layers = [round(i * (count - 1) / max(keep - 1, 1)) for i in range(keep)]
+    known = all(isinstance(i, Integral) for i in layers) and set(layers) <= set(range(count))
+    if not layers or not known or layers != sorted(set(layers)):
         raise Refusal(
             "layer_skip",
             "keep",
             f"1 to {count}, or some of 0 to {count - 1} in ascending order",
             repr(keep),
         )
-    return [int(i) for i in found]
+    return [int(i) for i in layers]
