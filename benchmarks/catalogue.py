@@ -66,19 +66,19 @@ def measured_methods(results: Results) -> str:
     of_file = {
         file: {row["method"]: row for row in results[file]["rows"] if "method" in row}
         for file in files
+        if any(key.startswith("methods") for key in results[file]["tables"])
     }
     parts = []
     for file, by_method in of_file.items():
         name = file.removeprefix("bench_methods").removesuffix(".json").strip("_")
-        options = results[file]["options"]
+        options, tables = results[file]["options"], results[file]["tables"]
         rows = [_measured(method, by_method.get(method)) for method in METHODS]
         columns = ("method", "speed-up", "10-90 %", "acceptance", "calls/token", "divergence")
-        what = (
-            f"{name or 'the shipped models'}: target `{options['target']}`, draft "
-            f"`{options['draft']}`, sampled, {options['tokens']} tokens for each of 3 prompts, "
-            f"threads: {options['threads'][0]}"
+        captions = [each["caption"] for key, each in tables.items() if key.startswith("methods")]
+        heading = (
+            f"**{name or 'shipped'}**, target `{options['target']}`, draft `{options['draft']}`: "
+            f"{captions[0]}:"
         )
-        heading = f"{what[:1].upper()}{what[1:]}:"
         parts.append(f"{heading}\n\n{markdown(columns, rows)}\n\n{source(results[file], file)}\n")
     return "\n".join(parts)
 

@@ -31,10 +31,9 @@ READING_PATH = (
 )
 AIM = 1_800
 PACKAGES = {"specens": ROOT / "python", "specens_kernels": ROOT}
-# The first line of a function's definition, which is neither a type, a statement nor a macro's use.
-DEFINITION = re.compile(
-    r"(?!namespace|struct|class|enum|union|extern|else|for|if|while|switch|do)\w"
-)
+# The first line of a function's definition, which is neither a type, a statement nor a directive.
+OTHERS = "namespace|struct|class|enum|union|extern|return|else|for|if|while|switch|do|using|case"
+DEFINITION = re.compile(rf"(?!(?:{OTHERS})\b)\w")
 
 
 class Function(NamedTuple):
@@ -66,24 +65,24 @@ def python_functions(text: str) -> Iterator[Function]:
 
 
 def cpp_functions(text: str) -> Iterator[Function]:
-    """Every function of a C++ file: at no indentation, and methods in a class."""
+    """Every function of a C++ file: at no indentation, and methods in a class there."""
     lines = text.splitlines()
-    for indent in ("", "  "):
-        starts = [
-            number
-            for number, line in enumerate(lines)
-            if line.startswith(indent) and DEFINITION.match(line[len(indent) :])
-        ]
-        for start in starts:
-            end = start
-            while end < len(lines) and not lines[end].endswith(("{", ";", "}")):
-                end += 1
-            signature = " ".join(lines[start : end + 1])
-            if not signature.endswith("{") or "(" not in signature or "= [" in signature:
-                continue
-            last = next(n for n in range(end, len(lines)) if lines[n].startswith(f"{indent}}}"))
-            name = re.search(r"([\w:~]+)\(", signature)
-            yield Function(name[1] if name else signature, last - start + 1)
+    in_class = False
+    for start, line in enumerate(lines):
+        if re.match(r"(?:template\b.*)?(?:struct|class)\b.*\{$", line):
+            in_class = True
+        elif line.startswith("}"):
+            in_class = False
+        indent = "  " if in_class else ""
+        if not line.startswith(indent) or not DEFINITION.match(line[len(indent) :]):
+            continue
+        opening = next((n for n in range(start, len(lines)) if lines[n][-1:] in "{;}"), start)
+        signature = " ".join(lines[start : opening + 1])
+        if not signature.endswith("{") or "(" not in signature or "= {" in signature:
+            continue
+        closed = (n for n in range(opening, len(lines)) if lines[n].startswith(f"{indent}}}"))
+        name = re.search(r"([\w:~]+)\(", signature)
+        yield Function(name[1] if name else signature, next(closed, opening) - start + 1)
 
 
 def functions(path: Path) -> list[Function]:

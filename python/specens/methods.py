@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from specens import family
-from specens_kernels import Refusal
+from specens_kernels import ACCEPTANCE_RULES, Refusal
 
 if TYPE_CHECKING:
     from specens.decoder import SpeculativeDecoder
@@ -57,8 +57,6 @@ class Method:
     @property
     def law(self) -> str:
         """The law of the text: "ensemble" or "target" where it is exact."""
-        from specens_kernels import ACCEPTANCE_RULES
-
         return self.own_law or ACCEPTANCE_RULES[self.acceptance[-1].partition(":")[0]].law
 
     @property
@@ -90,125 +88,12 @@ def _quantised(model: Any) -> Any:
 
 
 # Name, rule, when to use it, source: one draft, one target, judged by a lossy rule.
-_RELAXED = (
-    (
-        "fsd",
-        "js_fsd:threshold=0.4",
-        "drafts whose laws are near the target's, in nats of JS",
-        "arXiv:2502.20704",
-    ),
-    (
-        "js",
-        "js:threshold=0.2",
-        "drafts whose laws are near the target's, at most ln 2 apart",
-        "cf. arXiv:2502.20704",
-    ),
-    (
-        "kl",
-        "kl:threshold=0.5",
-        "drafts that cover what the target may say",
-        "cf. arXiv:2502.20704",
-    ),
-    (
-        "reverse_kl",
-        "reverse_kl:threshold=0.5",
-        "drafts that say nothing the target would not",
-        "arXiv:2601.04766",
-    ),
-    (
-        "tv",
-        "tv:threshold=0.4",
-        "drafts that would often be kept anyway",
-        "cf. arXiv:2502.20704",
-    ),
-    (
-        "lenient",
-        "lenient:lenience=0.5",
-        "a little bias, bounded for each token",
-        "arXiv:2211.17192",
-    ),
-    (
-        "mentored",
-        "mentored:divergence=0.15",
-        "a bound on the KL divergence at each position",
-        "Tran-Thien 2023",
-    ),
-    (
-        "cactus",
-        "cactus:divergence=0.75",
-        "a bound on the KL divergence for each token",
-        "ICLR 2026",
-    ),
-    (
-        "cascade_chow",
-        "cascade_chow:alpha=0.3",
-        "drafts that are sure of themselves",
-        _CASCADES,
-    ),
-    (
-        "cascade_diff",
-        "cascade_diff:alpha=0.1",
-        "drafts that are as sure as the target",
-        _CASCADES,
-    ),
-    (
-        "cascade_opt",
-        "cascade_opt:alpha=0.3",
-        "drafts as sure as the target, weighed by their distance",
-        _CASCADES,
-    ),
-    (
-        "cascade_v1",
-        "cascade_v1:alpha=0.2",
-        "tokens that the draft finds as likely as the target's best",
-        _CASCADES,
-    ),
-    (
-        "cascade_v2",
-        "cascade_v2:alpha=0.3",
-        "tokens that the target finds nearly its best",
-        _CASCADES,
-    ),
-    (
-        "cascade_v3",
-        "cascade_v3:alpha=0.8",
-        "tokens that the target finds a share of its best",
-        _CASCADES,
-    ),
-    (
-        "typical",
-        "typical",
-        "tokens that are plausible for how sure the target is",
-        "Medusa, arXiv:2401.10774",
-    ),
-    (
-        "top_k",
-        "top_k:k=3",
-        "tokens among the target's best",
-        "cf. arXiv:2211.17192",
-    ),
-    (
-        "consultant",
-        "likelihood",
-        "drafts that the target finds likely on the whole",
-        "arXiv:2506.02391",
-    ),
-    (
-        "bild",
-        "likelihood:smoothing=0.0",
-        "tokens that the target finds likely",
-        "arXiv:2302.07863",
-    ),
-    (
-        "easd",
-        "entropy_veto",
-        "text other than what both prefer",
-        "arXiv:2512.23765",
-    ),
-)
+def _relaxed(name: str, rule: str, use: str, source: str) -> Method:
+    """One draft and one target, judged by a lossy rule."""
+    return Method(name, "", _PAIR, use, source, "speculative", (rule,))
+
 
 _METHODS = (
-    # --- the ensemble's own law ---
     Method(
         "plain",
         "ensemble",
@@ -260,7 +145,6 @@ _METHODS = (
         "speculative",
         models=_MEMBERS,
     ),
-    # --- one target's law ---
     Method(
         "speculative",
         "target",
@@ -371,7 +255,6 @@ _METHODS = (
         drafts=("draft", "code"),
         deep=True,
     ),
-    # --- relaxed: faster than the target allows ---
     Method(
         "static",
         "draft_weight of the draft, the rest of the target",
@@ -412,10 +295,101 @@ _METHODS = (
         models=_MEMBERS,
         drafts=("draft", "code"),
     ),
-    *(
-        Method(name, "", _PAIR, use, source, "speculative", (rule,))
-        for name, rule, use, source in _RELAXED
+    _relaxed(
+        "fsd",
+        "js_fsd:threshold=0.4",
+        "drafts whose laws are near the target's, in nats of JS",
+        "arXiv:2502.20704",
     ),
+    _relaxed(
+        "js",
+        "js:threshold=0.2",
+        "drafts whose laws are near the target's, at most ln 2 apart",
+        "cf. arXiv:2502.20704",
+    ),
+    _relaxed(
+        "kl",
+        "kl:threshold=0.5",
+        "drafts that cover what the target may say",
+        "cf. arXiv:2502.20704",
+    ),
+    _relaxed(
+        "reverse_kl",
+        "reverse_kl:threshold=0.5",
+        "drafts that say nothing the target would not",
+        "arXiv:2601.04766",
+    ),
+    _relaxed(
+        "tv", "tv:threshold=0.4", "drafts that would often be kept anyway", "cf. arXiv:2502.20704"
+    ),
+    _relaxed(
+        "lenient",
+        "lenient:lenience=0.5",
+        "a little bias, bounded for each token",
+        "arXiv:2211.17192",
+    ),
+    _relaxed(
+        "mentored",
+        "mentored:divergence=0.15",
+        "a bound on the KL divergence at each position",
+        "Tran-Thien 2023",
+    ),
+    _relaxed(
+        "cactus",
+        "cactus:divergence=0.75",
+        "a bound on the KL divergence for each token",
+        "ICLR 2026",
+    ),
+    _relaxed(
+        "cascade_chow", "cascade_chow:alpha=0.3", "drafts that are sure of themselves", _CASCADES
+    ),
+    _relaxed(
+        "cascade_diff", "cascade_diff:alpha=0.1", "drafts that are as sure as the target", _CASCADES
+    ),
+    _relaxed(
+        "cascade_opt",
+        "cascade_opt:alpha=0.3",
+        "drafts as sure as the target, weighed by their distance",
+        _CASCADES,
+    ),
+    _relaxed(
+        "cascade_v1",
+        "cascade_v1:alpha=0.2",
+        "tokens that the draft finds as likely as the target's best",
+        _CASCADES,
+    ),
+    _relaxed(
+        "cascade_v2",
+        "cascade_v2:alpha=0.3",
+        "tokens that the target finds nearly its best",
+        _CASCADES,
+    ),
+    _relaxed(
+        "cascade_v3",
+        "cascade_v3:alpha=0.8",
+        "tokens that the target finds a share of its best",
+        _CASCADES,
+    ),
+    _relaxed(
+        "typical",
+        "typical",
+        "tokens that are plausible for how sure the target is",
+        "Medusa, arXiv:2401.10774",
+    ),
+    _relaxed("top_k", "top_k:k=3", "tokens among the target's best", "cf. arXiv:2211.17192"),
+    _relaxed(
+        "consultant",
+        "likelihood",
+        "drafts that the target finds likely on the whole",
+        "arXiv:2506.02391",
+    ),
+    _relaxed(
+        "bild",
+        "likelihood:smoothing=0.0",
+        "tokens that the target finds likely",
+        "arXiv:2302.07863",
+    ),
+    _relaxed("easd", "entropy_veto", "text other than what both prefer", "arXiv:2512.23765"),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _METHODS})
 
@@ -423,7 +397,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 def method_named(name: str) -> Method:
     """The entry of `METHODS`; raises ValueError."""
     if name not in METHODS:
-        raise Refusal.unknown("generate", "--method", name, METHODS)
+        raise Refusal.unknown("method", "method", name, METHODS)
     return METHODS[name]
 
 
@@ -477,7 +451,8 @@ def build(
         if len(models) != 1:
             raise Refusal("method", "models", f"one target for {method.name!r}", len(models))
         if "weights" in overrides:
-            raise ValueError(f"method: weights: expected draft_weight for {method.name!r}")
+            expected = f"None and draft_weight= for {method.name!r}"
+            raise Refusal("method", "weights", expected, "numbers")
         options["weights"] = weights = _weights(method, draft_weight, head)
         if isinstance(weights, WeightHead):
             if overrides.get("ensemble", weights.ensemble) != weights.ensemble:

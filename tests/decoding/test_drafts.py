@@ -28,6 +28,7 @@ from specens.members.drafts import layer_skip, quantised
 from specens.members.translated import Translated
 from specens.members.vocabulary import shared_tokens
 from specens.schedules import Companion, Hierarchy, Speculative
+from specens_kernels import Refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -445,7 +446,7 @@ def test_vocabularies_that_cannot_be_shared_are_refused():
 def test_without_torchao_nothing_is_quantised(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ImportError, match="quantised: torchao: expected it installed"):
+    with pytest.raises(Refusal, match="quantised: torchao: expected it installed"):
         quantised(build("llama"))
 
 

@@ -4,9 +4,11 @@
 That its tokens are the reference's is the subject of test_conformance.py.
 """
 
+import ast
 import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,3 +148,21 @@ def test_what_has_no_kernel_is_refused() -> None:
         kernels.verify(VerifyCall([rows], tokens, numbers, law_tensors(1), torch.tensor([[-1]])))
     with pytest.raises(NotImplementedError, match=r"ensemble: expected fold=None, got .* 'median'"):
         kernels.mix([rows], law_tensors(1)._replace(fold="median@1"))
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(kernels.__file__).parent.glob("*.py")), ids=lambda file: file.stem
+)
+def test_whether_a_tuple_is_given_is_asked_as_every_triton_can(file: Path) -> None:
+    """Triton 3.6, which torch 2.10 and 2.11 ask for, compiles no `tuple is None`: ask `given`."""
+    asked = [
+        f"{function.name}: {ast.unparse(comparison)}"
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        and any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+        for comparison in ast.walk(function)
+        if isinstance(comparison, ast.Compare)
+        and isinstance(comparison.left, ast.Name)
+        and isinstance(comparison.ops[0], (ast.Is, ast.IsNot))
+    ]
+    assert not asked

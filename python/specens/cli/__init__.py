@@ -7,7 +7,6 @@ imported inside the commands, so that help and mistakes are answered at once. To
 write its function into a file of this folder and name it here.
 """
 
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +19,6 @@ from specens_kernels import Refusal
 
 # The class is public in click, but typer has a copy of click that does not export it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-# How refusals that are no `Refusal` are worded.
-_ABOUT_AN_ARGUMENT = re.compile(r"(?P<op>\w+): (?P<argument>.*?): (?P<rest>(expected|unknown) .*)")
 
 
 class _Group(TyperGroup):
@@ -49,11 +46,6 @@ class _Command(TyperCommand):
         except Refusal as refusal:
             rest = f"expected {refusal.expected}, got {refusal.got}"
             _fail(_sentence(ctx, refusal.op, refusal.argument, rest))
-        except (ValueError, ImportError, NotImplementedError) as error:
-            worded = _ABOUT_AN_ARGUMENT.match(" ".join(str(error).split()))
-            if worded is None:
-                raise
-            _fail(_sentence(ctx, worded["op"], worded["argument"], worded["rest"]))
 
 
 def _sentence(context: Any, op: str, argument: str, rest: str) -> str:

@@ -18,7 +18,7 @@ from specens.cli import loading, options
 from specens.loop.profile import Candidate
 from specens.methods import METHODS, method_named
 from specens.schedules import read_schedule, with_tokens
-from specens_kernels import Refusal
+from specens_kernels import Acceptance, Ensemble, Refusal
 
 if TYPE_CHECKING:
     from specens.decoder import SpeculativeDecoder
@@ -175,6 +175,7 @@ def _way(
 
     law, asked: of the decoder. mixing: of methods that mix draft and target.
     """
+    Ensemble.of(law["ensemble"])  # a name that is not known is answered before anything is loaded
     given = {name: value for name, value in asked.items() if value is not None}
     mixed = {name: value for name, value in mixing.items() if value is not None}
     if auto or config is not None:
@@ -200,8 +201,6 @@ def _way(
 
 def _rules(texts: Sequence[str]) -> Any:
     """One rule, or one per draft."""
-    from specens_kernels import Acceptance
-
     rules = [Acceptance.parse(text) for text in texts]
     return rules[0] if len(rules) == 1 else rules
 

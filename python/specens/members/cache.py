@@ -6,8 +6,6 @@ lengths[b], lengths[b] + 1, …, so a rollback is one integer: rejected slots ar
 mask and overwritten later. A new kind of attention layer is one more entry in `REACH`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

@@ -7,8 +7,6 @@ return models, for `SpeculativeDecoder(draft=...)`. To add a way to make a draft
 that returns a causal LM and leaves the user's as it was.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Iterable, Sequence
@@ -68,8 +66,7 @@ def quantised(model: Any) -> Any:
     Returns:
         A causal LM of the same class.
     Raises:
-        ImportError: torchao is not installed.
-        ValueError: not a causal LM, or its layers have no `torch.nn.Linear`.
+        Refusal: torchao is not installed; not a causal LM, or its layers have no `torch.nn.Linear`.
 
     Source: weight-only quantisation by torchao; ML-SpecQD, arXiv:2503.13565, drafts in this way.
     """
@@ -77,9 +74,8 @@ def quantised(model: Any) -> Any:
     try:
         quantization = import_module("torchao.quantization")
     except ImportError as error:
-        raise ImportError(
-            "quantised: torchao: expected it installed (pip install torchao), got none"
-        ) from error
+        expected = "it installed (pip install torchao)"
+        raise Refusal("quantised", "torchao", expected, "none") from error
     draft = _shared_copy(unwrapped(model))
     _, _, layers = _layers("quantised", draft)
     if not any(isinstance(module, torch.nn.Linear) for module in layers.modules()):
@@ -113,15 +109,15 @@ def _layers(op: str, model: Any) -> tuple[Any, str, torch.nn.ModuleList]:
 
 def _kept(keep: Any, count: int) -> list[int]:
     """Indices of the layers that stay."""
-    found: list[Any] = list(keep) if isinstance(keep, Iterable) else []
+    layers: list[Any] = list(keep) if isinstance(keep, Iterable) else []
     if isinstance(keep, int) and not isinstance(keep, bool) and keep <= count:
-        found = [round(i * (count - 1) / max(keep - 1, 1)) for i in range(keep)]
-    known = all(isinstance(i, Integral) for i in found) and set(found) <= set(range(count))
-    if not found or not known or found != sorted(set(found)):
+        layers = [round(i * (count - 1) / max(keep - 1, 1)) for i in range(keep)]
+    known = all(isinstance(i, Integral) for i in layers) and set(layers) <= set(range(count))
+    if not layers or not known or layers != sorted(set(layers)):
         raise Refusal(
             "layer_skip",
             "keep",
             f"1 to {count}, or some of 0 to {count - 1} in ascending order",
             repr(keep),
         )
-    return [int(i) for i in found]
+    return [int(i) for i in layers]

@@ -6,8 +6,6 @@ must give the logits of a plain forward over the same tokens. The first that doe
 test a new kind, add it to `_candidates`.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +79,7 @@ class Probe:
     reason: str = ""
     layout: dict[Signature, int] = field(default_factory=dict, compare=False, repr=False)
 
-    def member(self, model: PreTrainedModel) -> Member:
+    def member(self, model: "PreTrainedModel") -> Member:
         """A member of the kind this probe found exact."""
         if self.mode == "slot":
             return SlotMember(
@@ -100,7 +98,7 @@ class Probe:
 _probes: WeakKeyDictionary[Any, dict[tuple[Any, ...], Probe]] = WeakKeyDictionary()
 
 
-def probe(model: PreTrainedModel, *, mode: str = "auto") -> Probe:
+def probe(model: "PreTrainedModel", *, mode: str = "auto") -> Probe:
     """Test in a few short forwards how this model can be run exactly; remembered per model.
 
     The model, its flags and the global random state are left as they were.
@@ -121,7 +119,7 @@ def probe(model: PreTrainedModel, *, mode: str = "auto") -> Probe:
     return known[key]
 
 
-def member(model: PreTrainedModel, *, mode: str = "auto") -> Member:
+def member(model: "PreTrainedModel", *, mode: str = "auto") -> Member:
     """A member for this model: the fastest kind that reproduces the model's own logits.
 
     Args:
@@ -135,7 +133,7 @@ def member(model: PreTrainedModel, *, mode: str = "auto") -> Member:
     return probe(model, mode=mode).member(model)
 
 
-def _examine(model: PreTrainedModel, mode: str) -> Probe:
+def _examine(model: "PreTrainedModel", mode: str) -> Probe:
     name = model_name(model)
     # A rounding that sends a token to other experts is no fault of the mode and happens with
     # some inputs; a wrong mask is wrong for all.
@@ -173,7 +171,7 @@ def _examine(model: PreTrainedModel, mode: str) -> Probe:
     )
 
 
-def _candidates(model: PreTrainedModel, blank: Probe) -> Iterator[Probe]:
+def _candidates(model: "PreTrainedModel", blank: Probe) -> Iterator[Probe]:
     """Every way to run a model, fastest first."""
     config = text_config(model)
     # A model that wants a dict may take one tensor too, and is then wrong beyond its window.
@@ -189,7 +187,7 @@ def _candidates(model: PreTrainedModel, blank: Probe) -> Iterator[Probe]:
 class _Game:
     """Two rows of random tokens, the logits a plain forward gives them, and moves to test."""
 
-    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+    def __init__(self, model: "PreTrainedModel", seed: int) -> None:
         self.model = model
         self.vocab_size = vocab_size(model)
         self.prompt = 8
@@ -324,7 +322,7 @@ class _Game:
         return "all"
 
 
-def _is_coarse(model: PreTrainedModel) -> bool:
+def _is_coarse(model: "PreTrainedModel") -> bool:
     return torch.finfo(model.dtype).eps > torch.finfo(torch.float32).eps
 
 
@@ -340,7 +338,7 @@ def _window(config: Any) -> int | None:
 
 
 @contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+def _undisturbed(model: "PreTrainedModel") -> Iterator[None]:
     """Evaluation mode without gradients or warnings; every module's flag is put back."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -4,8 +4,6 @@
 The decoder wraps a draft in it where `draft_vocabulary="shared"`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +43,7 @@ class Translated(Member):
         pairs = shared_tokens(target_tokenizer, draft_tokenizer, vocab_size, inner.vocab_size)
         self._spellings = {theirs: [ours] for theirs, ours in pairs.items()}
         for special in ("bos_token_id", "eos_token_id"):
-            theirs, ours = (getattr(one, special, None) for one in self._tokenizers)
+            theirs, ours = (getattr(tokenizer, special, None) for tokenizer in self._tokenizers)
             if theirs is not None and ours is not None:
                 self._spellings.setdefault(theirs, [ours])
         self._columns = torch.tensor([pairs.get(i, 0) for i in range(vocab_size)])
@@ -108,33 +106,31 @@ class Translated(Member):
         """The draft's tokens for one of the target's."""
         if token not in self._spellings:
             target, draft = self._tokenizers
-            found = draft.encode(target.decode([token]), add_special_tokens=False)
+            encoded = draft.encode(target.decode([token]), add_special_tokens=False)
+            spelling = [i for i in encoded if i < self._inner.vocab_size]
             unknown = [draft.unk_token_id, draft.eos_token_id, 0]
-            width = self._inner.vocab_size
-            found = [one for one in found if one < width]
-            self._spellings[token] = found or [next(one for one in unknown if one is not None)]
+            self._spellings[token] = spelling or [next(i for i in unknown if i is not None)]
         return self._spellings[token]
 
     def _run(self, tokens: list[list[int]], rows: Sequence[int], keep_last: int | None) -> Tensor:
         """The draft's logits after its own tokens, as `Member.forward` returns them."""
-        counts = [len(mine) for mine in tokens]
+        counts = [len(of_row) for of_row in tokens]
         width = max(counts)
         room = self._inner.capacity - max(self._inner.lengths[row] for row in rows)
-        if (
-            len(rows) > 1 and width > room
-        ):  # where one row's tokens end, another's padding would not fit
+        if len(rows) > 1 and width > room:
+            # Where one row's tokens end, another's padding would not fit.
             alone = [
-                self._run([mine], [row], keep_last)
-                for mine, row in zip(tokens, rows, strict=True)
-                if mine
+                self._run([of_row], [row], keep_last)
+                for of_row, row in zip(tokens, rows, strict=True)
+                if of_row
             ]
             shape = (len(rows), width if keep_last is None else keep_last, alone[0].shape[-1])
             logits = alone[0].new_zeros(shape)
-            going = [k for k, mine in enumerate(tokens) if mine]
-            for k, one in zip(going, alone, strict=True):
-                logits[k, : one.shape[1]] = one[0]
+            going = [k for k, of_row in enumerate(tokens) if of_row]
+            for k, row_logits in zip(going, alone, strict=True):
+                logits[k, : row_logits.shape[1]] = row_logits[0]
             return logits
-        padded = [mine + [0] * (width - len(mine)) for mine in tokens]
+        padded = [of_row + [0] * (width - len(of_row)) for of_row in tokens]
         subset = None if len(rows) == len(self._inner.lengths) else rows
         return self._inner.forward(torch.tensor(padded), counts, subset, keep_last=keep_last)
 

@@ -57,10 +57,10 @@ def shared_tokens(target: Any, draft: Any, target_size: int, draft_size: int) ->
     """
     ids = {_string(token): i for token, i in draft.get_vocab().items() if i < draft_size}
     strings = {i: _string(token) for token, i in target.get_vocab().items() if i < target_size}
-    found = {i: ids[string] for i, string in strings.items() if string in ids}
-    if not found:
+    shared = {i: ids[string] for i, string in strings.items() if string in ids}
+    if not shared:
         raise Refusal("decoder", "draft_vocabulary", "tokens that both tokenizers have", "none")
-    return found
+    return shared
 
 
 def _string(token: str) -> str:

@@ -113,22 +113,22 @@ class Speculative(Schedule):
             seconds, tokens = min(
                 (cls.stopped_seconds(profile, stopped, n), n) for n in range(2, max(most, 2) + 1)
             )
-            made = cls._of(profile, stopped.model, tokens, seconds, stop=stopped.stop)
-            made = replace(made, name=f"{made.name} {stopped.stop.name} stop")
-            _keep_faster(best, stopped.stop.name, made)
+            candidate = cls._of(profile, stopped.model, tokens, seconds, stop=stopped.stop)
+            candidate = replace(candidate, name=f"{candidate.name} {stopped.stop.name} stop")
+            _keep_faster(best, stopped.stop.name, candidate)
         for relaxed in profile.relaxed:
             seconds, tokens = min(
                 (cls.relaxed_seconds(profile, relaxed, n), n) for n in range(1, most + 1)
             )
-            made = cls._of(profile, relaxed.model, tokens, seconds)
-            made = replace(
-                made,
-                name=f"{made.name} {relaxed.acceptance}",
+            candidate = cls._of(profile, relaxed.model, tokens, seconds)
+            candidate = replace(
+                candidate,
+                name=f"{candidate.name} {relaxed.acceptance}",
                 acceptance=relaxed.acceptance,
                 law=relaxed.law,
                 divergence=relaxed.divergence,
             )
-            _keep_faster(best, relaxed.acceptance, made)
+            _keep_faster(best, relaxed.acceptance, candidate)
         yield from best.values()
 
     @classmethod
