@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_schedules import HONEST, VOCAB_SIZE, WRONG, Case, p_values
+from cases import HONEST, VOCAB_SIZE, WRONG, Case, p_values
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor

@@ -9,8 +9,8 @@ import itertools
 
 import pytest
 import torch
+from cases import HONEST, VOCAB_SIZE, WRONG, p_values
 from laws import ensemble_law
-from test_schedules import HONEST, VOCAB_SIZE, WRONG, p_values
 from torch import Tensor
 from toys import noisy, prompts, toy
 
