@@ -110,7 +110,7 @@ def test_the_cheapest_member_drafts():
     fast = SpeculativeDecoder(members, schedule="speculative")
     assert fast.schedule == Speculative(4, 1)
     fast = SpeculativeDecoder(members, schedule=Speculative(proposer=2))
-    assert fast.schedule == Speculative(2, 4)
+    assert fast.schedule == Speculative(4, 2)
     fast = SpeculativeDecoder([small], schedule="speculative", draft=large)
     assert fast.schedule == Speculative(4, 1)
     assert SpeculativeDecoder(members).weights == (1 / 3, 1 / 3, 1 / 3)
