@@ -138,18 +138,11 @@ def law_arguments(
     logits: Sequence[Tensor], law: LawTensors, member: int = -1, lse: Tensor | None = None
 ) -> LawArguments:
     """The law of all members, or of one alone."""
-    check_device(logits[0].device)
+    columns, alone = len(logits), member >= 0
+    _refuse(logits, law, member)
     batch, rows = logits[0].shape[:2]
-    columns = len(logits)
-    if columns > MAX_MEMBERS:
-        raise Unsupported("triton", "logits", f"at most {MAX_MEMBERS} members", columns)
-    alone = member >= 0
     if alone:
         logits = logits[member : member + 1]
-    else:
-        law.refuse_fold("triton")
-    for tensor in logits:
-        _check_dtype(tensor)
     by_member = alone or law.scope == "member"
     kind = "mixture" if by_member else "warped"
     if law.space == "logits" and not alone:
@@ -202,6 +195,17 @@ def law_arguments(
         narrow=tl.constexpr(min(width, 2)),
         tiles=tl.constexpr(triton.next_power_of_2(tiles)),
     )
+
+
+def _refuse(logits: Sequence[Tensor], law: LawTensors, member: int) -> None:
+    """Raise `Unsupported` for what no kernel takes."""
+    check_device(logits[0].device)
+    if len(logits) > MAX_MEMBERS:
+        raise Unsupported("triton", "logits", f"at most {MAX_MEMBERS} members", len(logits))
+    if member < 0:
+        law.refuse_fold("triton")
+    for tensor in logits if member < 0 else logits[member : member + 1]:
+        _check_dtype(tensor)
 
 
 def workspace(law: LawArguments, batch: int) -> Workspace:

@@ -134,8 +134,6 @@ def _line() -> str:
     return "[?]"
 
 
-# --- counting -------------------------------------------------------------------------------------
-
 _counters: list[dict[str, Traffic]] = []
 _running: list[Launch] = []
 
@@ -149,9 +147,6 @@ def counted() -> Iterator[dict[str, Traffic]]:
         yield traffic
     finally:
         _counters.remove(traffic)
-
-
-# --- bfloat16 -------------------------------------------------------------------------------------
 
 
 def _widened(bits: Array) -> Array:
@@ -221,9 +216,6 @@ def _install_bfloat16() -> None:
             setattr(builder, name, _comparison(getattr(builder, name)))
     dot = builder.create_dot
     builder.create_dot = lambda self, a, b, *rest: dot(self, _as_float32(a), _as_float32(b), *rest)
-
-
-# --- bounds, races and traffic --------------------------------------------------------------------
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
