@@ -29,7 +29,7 @@ PYBIND11_MODULE(_C, module) {
   bind(module, "floor_sweep", &floor_sweep);
   module.def("cpu_isa", &cpu_isa);
   module.def("rules", [] { return names(kRules); });
-  module.def("ensembles", [] { return names(kEnsembles); });
+  module.def("spaces", [] { return names(kSpaces); });
 }
 
 }  // namespace specens

@@ -69,7 +69,7 @@ Id read_id(Reader& in, const Named<Id> (&table)[kSize]) {
   for (const Named<Id>& entry : table) {
     if (static_cast<int64_t>(entry.id) == id) return entry.id;
   }
-  throw std::runtime_error("_C: no ensemble or rule has the id " + std::to_string(id));
+  throw std::runtime_error("_C: no space or rule has the id " + std::to_string(id));
 }
 
 inline Reader& operator>>(Reader& in, Logits& logits) {
@@ -97,7 +97,7 @@ inline Reader& operator>>(Reader& in, Ensemble& ensemble) {
   read_members(in, ensemble.members, ensemble.num_members);
   in >> ensemble.weights >> ensemble.temperature;
   in >> ensemble.top_k >> ensemble.top_p >> ensemble.min_p;
-  ensemble.space = read_id(in, kEnsembles);
+  ensemble.space = read_id(in, kSpaces);
   return in >> ensemble.warp_members >> ensemble.plausibility >> ensemble.vocab_size;
 }
 

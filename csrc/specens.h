@@ -64,9 +64,9 @@ struct Integers {
 // What is summed over members: probabilities, or logits with one softmax afterwards.
 enum class Space : int { kProbabilities, kLogits };
 
-constexpr Named<Space> kEnsembles[] = {
-    {"mixture", Space::kProbabilities},
-    {"product", Space::kLogits},
+constexpr Named<Space> kSpaces[] = {
+    {"probabilities", Space::kProbabilities},
+    {"logits", Space::kLogits},
 };
 
 // M members' logits and how they become one law; reference.LawTensors.

@@ -23,14 +23,15 @@ except ImportError as error:
     MODULE: Any = None
     REASON = f"the native kernels are not built ({error})"
     RULES: dict[str, int] = {}
+    _SPACES: dict[str, int] = {}
     _MAX_MEMBERS = 0
 else:
     MODULE = _C
     REASON = ""
     RULES = _C.rules()
+    _SPACES = _C.spaces()
     _MAX_MEMBERS = _C.MAX_MEMBERS
 
-_SPACES = {"probabilities": 0, "logits": 1}  # as csrc/ numbers them
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_VALUES = (0, 0, 0, 0)
 _MAX_PARAMETERS = 4  # of a rule, in csrc/

@@ -157,9 +157,9 @@ def test_tensors_elsewhere_are_refused_before_their_addresses_are_taken() -> Non
 def test_an_id_that_no_table_has_is_refused(unknown: int) -> None:
     law = [1, *[0] * 24]  # one member's logits, weights, temperature and filters
     rest = [True, 0.0, 5]
-    with pytest.raises(RuntimeError, match=rf"^_C: no ensemble or rule has the id {unknown}$"):
+    with pytest.raises(RuntimeError, match=rf"^_C: no space or rule has the id {unknown}$"):
         native._C.mix([*law, unknown, *rest])
-    with pytest.raises(RuntimeError, match=rf"^_C: no ensemble or rule has the id {unknown + 90}$"):
+    with pytest.raises(RuntimeError, match=rf"^_C: no space or rule has the id {unknown + 90}$"):
         native._C.verify([*law, 0, *rest, unknown + 90])
 
 

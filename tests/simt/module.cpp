@@ -12,7 +12,6 @@ namespace py = pybind11;
 PYBIND11_MODULE(specens_simt, module) {
   specens::bind_cuda(module);
   module.def("rules", [] { return specens::names(specens::kRules); });
-  module.def("ensembles", [] { return specens::names(specens::kEnsembles); });
   // {kernel: (launches, bytes loaded, bytes stored)} since the last reset.
   module.def("traffic", [] {
     py::dict table;
