@@ -210,7 +210,7 @@ def shared(ids: dict[str, int], drafts: int = 1) -> dict[str, Any]:
 )
 def test_another_vocabulary_keeps_the_law(law, options):
     model = toy(0, VOCAB_SIZE)
-    size = 2 if options["schedule"] == "companion" else 1
+    size = 2 if isinstance(options["schedule"], Companion) else 1
     options = {**options, **shared(OTHER, size)}
     case = Case(law, 1, options.pop("schedule"), options, drafts=size)
     models = [model, *(renumbered(noisy(model, 1.0, seed), OTHER) for seed in range(size))]
