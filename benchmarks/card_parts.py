@@ -198,26 +198,24 @@ def ways(models: dict[str, Any], dry: bool) -> dict[str, Any]:
     from specens import SpeculativeDecoder
 
     members, draft = [models[name] for name in MEMBERS], models[DRAFT]
-    found: dict[str, dict[str, Any]] = {
-        "plain": {"schedule": "plain"},
-        "speculative": {"schedule": "speculative", "num_speculative_tokens": 2},
-        "speculative, draft": {
-            "schedule": "speculative",
-            "num_speculative_tokens": GAMMA,
-            "draft": draft,
-        },
-        "alternating": {"schedule": "alternating", "num_speculative_tokens": [GAMMA, 1]},
-        "lookup": {"schedule": "lookup"},
-        "lookahead": {"schedule": "lookahead"},
+    schedules = {
+        "plain": "plain",
+        "speculative": "speculative:tokens=2",
+        "alternating": f"alternating:tokens={GAMMA},1",
+        "lookup": "lookup",
+        "lookahead": "lookahead",
     }
     if dry:
-        found = {name: found[name] for name in ("plain", "alternating")}
-    decoders = {name: SpeculativeDecoder(members, **options) for name, options in found.items()}
+        schedules = {name: schedules[name] for name in ("plain", "alternating")}
+    decoders = {
+        name: SpeculativeDecoder(members, schedule=schedule) for name, schedule in schedules.items()
+    }
     if dry:
         return decoders
-    one = {"schedule": "speculative", "num_speculative_tokens": GAMMA, "draft": draft}
+    drafting = {"schedule": f"speculative:tokens={GAMMA}", "draft": draft}
+    decoders["speculative, draft"] = SpeculativeDecoder(members, **drafting)
     decoders["1 member, plain"] = SpeculativeDecoder(members[:1], schedule="plain")
-    decoders["1 member, draft"] = SpeculativeDecoder(members[:1], **one)
+    decoders["1 member, draft"] = SpeculativeDecoder(members[:1], **drafting)
     return decoders
 
 
