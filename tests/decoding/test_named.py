@@ -36,6 +36,7 @@ TEXTS = {
     ),
     "alternating:tokens=4,2,order=1,0": Alternating((4, 2), (1, 0)),
     "hierarchy:tokens=3,5": Hierarchy((3, 5)),
+    "hierarchy:tokens=4,": Hierarchy((4,)),
     "companion:token_cost=0.4,cut=token": Companion(token_cost=0.4, cut="token"),
     "lookahead:ahead=3": LookAhead(ahead=3),
     "lookup:longest=5": Lookup(longest=5),

@@ -62,8 +62,9 @@ def counts(least: int) -> Kind:
         return several
 
     def read(text: str) -> list[int] | int:
-        numbers = [int(part) for part in text.split(",")]
-        return numbers if len(numbers) > 1 else numbers[0]
+        # As in Python, a comma after a single number makes a list of it.
+        several = [int(part) for part in text.removesuffix(",").split(",")]
+        return several if "," in text else several[0]
 
     return Kind(f"integers >= {least}", accept, read)
 
@@ -148,7 +149,7 @@ def _written(value: Any) -> str:
         arguments = value._written()
         return f"{value.name}({arguments})" if arguments else value.name
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
     return str(value)
 
 
