@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import SHORT, complaint, environment, results, run
 
-from specens import family
+from specens import family, methods
 from specens.cli import output
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -25,6 +25,31 @@ def test_a_hierarchy_takes_any_number_of_drafts() -> None:
         assert len(found["statistics"]["members"]) == 2 + count
     line = complaint(run("generate", "x", "--method", "pyramid_fuzzy", "--draft", "family:draft"))
     assert "--draft: expected 2 for 'pyramid_fuzzy', got 1" in line
+
+
+@pytest.mark.parametrize(
+    ("method", "gamma", "written"),
+    [
+        ("block", "2", "speculative:tokens=2"),
+        ("confidence", "3", "speculative:tokens=3,stop=confidence"),
+        ("pyramid_fuzzy", "1,2", "hierarchy:tokens=1,2"),
+        ("static", "2", "speculative:tokens=2,proposer=0"),
+    ],
+)
+def test_gamma_takes_the_place_of_a_methods_own_tokens(
+    method: str, gamma: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedules: list[str] = []
+    build = methods.build
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        schedules.append(str(options["schedule"]))
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(methods, "build", noting)
+    (found,) = results("def f(x):", "--method", method, "--gamma", gamma)
+    assert found["statistics"]["num_tokens"] > 0
+    assert schedules == [written]
 
 
 def test_the_device_is_an_option_of_generate() -> None:

@@ -8,7 +8,7 @@ Who decodes is said in one of four ways: by options of the decoder, by a publish
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ import typer
 
 from specens.cli import loading, options
 from specens.loop.profile import Candidate
+from specens.loop.schedule import Schedule
 from specens.methods import METHODS, method_named
 from specens.schedules import read_schedule, with_tokens
 from specens_kernels import Acceptance, Ensemble, Refusal
@@ -218,13 +219,20 @@ def _published_way(
     method = method_named(name)
     _check_method(method, mixed, given)
     if tokens is not None:
-        given["schedule"] = read_schedule(with_tokens(method.schedule, tokens))
+        given["schedule"] = _with_tokens_instead(method.schedule, tokens)
     if law["ensemble"] == _LAW["ensemble"]:
         law = {name: value for name, value in law.items() if name != "ensemble"}  # a head knows it
     if not models:
         models = [loading.FAMILY_PREFIX + name for name in method.models]
         drafts = drafts or [loading.FAMILY_PREFIX + name for name in method.drafts]
     return _Way(models, drafts, given | law | mixed, method)
+
+
+def _with_tokens_instead(text: str, tokens: str) -> Schedule:
+    """The schedule that is written so, with other tokens than it says."""
+    schedule: Any = read_schedule(text)
+    default = {each.name: each.default for each in fields(schedule) if each.name == "tokens"}
+    return read_schedule(with_tokens(str(replace(schedule, **default)), tokens))
 
 
 def _check_method(method: "Method", mixed: Mapping[str, Any], given: Mapping[str, Any]) -> None:
