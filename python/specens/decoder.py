@@ -32,7 +32,7 @@ from specens.members.translated import Translated
 from specens.members.vocabulary import shared_vocabulary
 from specens.members.weight_head import WeightHead, hidden_size
 from specens.schedules import SCHEDULES, Component, read_schedule
-from specens_kernels import ENSEMBLES, Acceptance, Ensemble, Law, Refusal, Status
+from specens_kernels import Acceptance, Ensemble, Law, Refusal, Status
 
 __all__ = ["SpeculativeDecoder", "SpeculativeOutput"]
 
@@ -164,12 +164,10 @@ class SpeculativeDecoder:
                 known = [repr(name) for name, each in SCHEDULES.items() if each.by_position]
                 expected = f"{', '.join(known[:-1])} or {known[-1]} for such {argument}"
                 raise Refusal("decoder", "schedule", expected, repr(schedule.name))
-        ensemble = Ensemble.of(law.ensemble)
-        if self.head is not None and (
-            self.num_ensemble != 2 or ensemble is not ENSEMBLES[self.head.ensemble]
-        ):
-            expected = f"two members and ensemble {self.head.ensemble!r} for this head"
-            given = f"{self.num_ensemble} and {ensemble.name!r}"
+        head = self.head
+        if head is not None and not (self.num_ensemble == 2 and head.is_for(law.ensemble)):
+            expected = f"two members and ensemble {head.ensemble!r} for this head"
+            given = f"{self.num_ensemble} and {Ensemble.of(law.ensemble).name!r}"
             raise Refusal("decoder", "weights", expected, given)
 
     def _bind_members(self, draft_vocabulary: str, tokenizers: Sequence[Any] | None) -> None:

@@ -455,7 +455,7 @@ def build(
             raise Refusal("method", "weights", expected, "numbers")
         options["weights"] = weights = _weights(method, draft_weight, head)
         if isinstance(weights, WeightHead):
-            if overrides.get("ensemble", weights.ensemble) != weights.ensemble:
+            if not weights.is_for(overrides.get("ensemble", weights.ensemble)):
                 raise Refusal(
                     "method",
                     "ensemble",

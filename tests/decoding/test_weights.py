@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toys import toy
 
+from specens import SpeculativeDecoder
 from specens.members.weight_head import WeightHead, hidden_size, last_hidden
+from specens_kernels import Ensemble, Refusal
 
 DRAFT, TARGET = 3, 5
 
@@ -65,6 +67,20 @@ def test_autocast_leaves_float32() -> None:
     expected = head().draft_weight(draft, target)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head().draft_weight(draft, target), expected)
+
+
+def test_a_head_is_for_an_ensemble_by_what_it_is_not_by_its_name() -> None:
+    summed = Ensemble("mine", "logits")
+    folded = Ensemble("product", "logits", fold=lambda scores, weights: scores.amax(0))
+    assert head(ensemble="product").is_for("product")
+    assert head(ensemble="product").is_for(summed)
+    assert not head(ensemble="product").is_for(folded)
+    assert not head().is_for(summed)
+    both = [toy(0), toy(1)]
+    weights = WeightHead(torch.zeros(32), torch.tensor(0.0), "product")
+    assert SpeculativeDecoder(both, schedule="plain", weights=weights, ensemble=summed).head
+    with pytest.raises(Refusal, match="two members and ensemble 'product' for this head"):
+        SpeculativeDecoder(both, schedule="plain", weights=weights, ensemble=folded)
 
 
 @pytest.mark.parametrize("draft_weight", [0.0, 0.1, 0.5, 0.9, 1.0])

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specens_kernels import ENSEMBLES, Refusal
+from specens_kernels import ENSEMBLES, Ensemble, Refusal
 
 _WEIGHTS, _FACTS = "weight_head.safetensors", "weight_head.json"
 _UPSTREAM_WEIGHTS, _UPSTREAM_FACTS = "ensemble_head.bin", "ensemble_config.json"
@@ -60,6 +60,11 @@ class WeightHead:
             raise Refusal(
                 "weights", "delta", f"{sizes[0]} + {sizes[1]} numbers", self.delta.numel()
             )
+
+    def is_for(self, ensemble: Ensemble | str) -> bool:
+        """Whether the weights are for such an ensemble, whatever it is called."""
+        given = Ensemble.of(ensemble)
+        return given.fold is None and given.space == ENSEMBLES[self.ensemble].space
 
     def draft_weight(self, draft_hidden: Tensor, target_hidden: Tensor) -> Tensor:
         """The draft's share; the target's is one minus it.
