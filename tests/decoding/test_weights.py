@@ -218,7 +218,7 @@ SIZES = ("draft_hidden_size", "target_hidden_size")
 def test_a_broken_folder_is_refused(tmp_path: Path, fault: str) -> None:
     write, message = BROKEN[fault]
     write(tmp_path)
-    with pytest.raises(ValueError, match=r"^weights: ") as error:
+    with pytest.raises(ValueError, match=r"^head: ") as error:
         WeightHead.load(tmp_path)
     assert message in str(error.value)
 

@@ -49,17 +49,15 @@ class WeightHead:
     def __post_init__(self) -> None:
         """Check shapes and names; keep float32 whatever came."""
         if self.ensemble not in ENSEMBLES:
-            raise Refusal.unknown("weights", "ensemble", self.ensemble, ENSEMBLES)
+            raise Refusal.unknown("head", "ensemble", self.ensemble, ENSEMBLES)
         self.delta, self.bias = self.delta.float(), self.bias.float()
         if self.delta.dim() != 1 or self.delta.numel() == 0:
-            raise Refusal("weights", "delta", "(H_draft + H_target,)", tuple(self.delta.shape))
+            raise Refusal("head", "delta", "(H_draft + H_target,)", tuple(self.delta.shape))
         if self.bias.dim() != 0:
-            raise Refusal("weights", "bias", "()", tuple(self.bias.shape))
+            raise Refusal("head", "bias", "()", tuple(self.bias.shape))
         sizes = (self.draft_size, self.target_size)
         if None not in sizes and sum(size or 0 for size in sizes) != self.delta.numel():
-            raise Refusal(
-                "weights", "delta", f"{sizes[0]} + {sizes[1]} numbers", self.delta.numel()
-            )
+            raise Refusal("head", "delta", f"{sizes[0]} + {sizes[1]} numbers", self.delta.numel())
 
     def is_for(self, ensemble: Ensemble | str) -> bool:
         """Whether the weights are for such an ensemble, whatever it is called."""
@@ -80,14 +78,14 @@ class WeightHead:
         if sum(sizes) != self.delta.numel() or (None not in known and sizes != known):
             expected = self.delta.numel() if None in known else f"{known[0]} + {known[1]}"
             raise Refusal(
-                "weights",
+                "head",
                 "hidden states",
                 f"sizes {expected} of draft + target",
                 f"{sizes[0]} + {sizes[1]}",
             )
         if draft_hidden.shape[:-1] != target_hidden.shape[:-1]:
             shape = (*draft_hidden.shape[:-1], sizes[1])
-            raise Refusal("weights", "target_hidden", str(shape), tuple(target_hidden.shape))
+            raise Refusal("head", "target_hidden", str(shape), tuple(target_hidden.shape))
         draft_part, target_part = self.delta[: sizes[0]], self.delta[sizes[0] :]
         # Products and sums rather than a matmul: autocast and TF32 leave them in float32, and a
         # row's sum does not depend on the rows beside it.
@@ -106,11 +104,9 @@ class WeightHead:
     ) -> "WeightHead":
         """A head that says `draft_weight` everywhere: [0, 1]; where training starts."""
         if not 0.0 <= draft_weight <= 1.0:
-            raise Refusal("weights", "draft_weight", "a number in [0, 1]", draft_weight)
+            raise Refusal("head", "draft_weight", "a number in [0, 1]", draft_weight)
         if min(draft_size, target_size) < 1:
-            raise Refusal(
-                "weights", "hidden sizes", "counts >= 1", f"{draft_size} and {target_size}"
-            )
+            raise Refusal("head", "hidden sizes", "counts >= 1", f"{draft_size} and {target_size}")
         return cls(
             torch.zeros(draft_size + target_size),
             torch.logit(torch.tensor(draft_weight, dtype=torch.float64)).float(),
@@ -167,13 +163,13 @@ class WeightHead:
             head = _read_upstream(cls, folder)
         else:
             raise Refusal(
-                "weights",
+                "head",
                 "path",
                 f"a folder with {_WEIGHTS} or {_UPSTREAM_WEIGHTS}",
                 repr(str(path)),
             )
         if not bool(head.delta.isfinite().all()) or bool(head.bias.isnan()):
-            raise Refusal("weights", "delta", "finite numbers", "NaN or infinity")
+            raise Refusal("head", "delta", "finite numbers", "NaN or infinity")
         return head
 
 
@@ -182,14 +178,14 @@ def _read(cls: type[WeightHead], folder: Path) -> WeightHead:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise Refusal("weights", _WEIGHTS, "safetensors", error) from error
+        raise Refusal("head", _WEIGHTS, "safetensors", error) from error
     if sorted(tensors) != ["bias", "delta"]:
-        raise Refusal("weights", _WEIGHTS, "bias and delta", sorted(tensors))
+        raise Refusal("head", _WEIGHTS, "bias and delta", sorted(tensors))
     facts = _read_facts(folder / _FACTS)
     draft_size, target_size = _sizes(facts, _FACTS)
     metadata = facts.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise Refusal("weights", _FACTS, "an object as metadata", repr(metadata))
+        raise Refusal("head", _FACTS, "an object as metadata", repr(metadata))
     ensemble = str(facts.get("ensemble", "mixture"))
     return cls(tensors["delta"], tensors["bias"], ensemble, draft_size, target_size, metadata)
 
@@ -202,7 +198,7 @@ def _read_upstream(cls: type[WeightHead], folder: Path) -> WeightHead:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
         raise Refusal(
-            "weights",
+            "head",
             _UPSTREAM_WEIGHTS,
             "a state dict of tensors alone",
             next(iter(str(error).splitlines()), type(error).__name__),
@@ -214,7 +210,7 @@ def _read_upstream(cls: type[WeightHead], folder: Path) -> WeightHead:
     rows = shapes.get("summary.weight", ())
     if len(shapes) != 2 or len(rows) != 2 or rows[0] != 2 or shapes.get("summary.bias") != (2,):
         raise Refusal(
-            "weights",
+            "head",
             _UPSTREAM_WEIGHTS,
             "summary.weight (2, H) and summary.bias (2,)",
             shapes or type(state).__name__,
@@ -237,9 +233,9 @@ def _read_facts(file: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Refusal("weights", file.name, "a JSON file", error) from error
+        raise Refusal("head", file.name, "a JSON file", error) from error
     if not isinstance(facts, dict):
-        raise Refusal("weights", file.name, "an object", type(facts).__name__)
+        raise Refusal("head", file.name, "an object", type(facts).__name__)
     return facts
 
 
@@ -247,7 +243,7 @@ def _sizes(facts: Mapping[str, Any], file: str) -> tuple[int | None, int | None]
     sizes = facts.get("draft_hidden_size"), facts.get("target_hidden_size")
     for size in sizes:
         if size is not None and (not isinstance(size, int) or size < 1):
-            raise Refusal("weights", file, "counts as hidden sizes", repr(size))
+            raise Refusal("head", file, "counts as hidden sizes", repr(size))
     return sizes
 
 
@@ -260,9 +256,7 @@ def last_hidden(model: Any) -> Iterator[list[Tensor]]:
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise Refusal(
-            "weights", "model", "a causal LM", f"{type(model).__name__} without an LM head"
-        )
+        raise Refusal("head", "model", "a causal LM", f"{type(model).__name__} without an LM head")
     collected: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0]))
     try:
