@@ -70,6 +70,10 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
         "--schedule: expected none beside --method fsd",
     ),
     "head": (("generate", "x", "--method", "fsd", "--head", "h"), "--head: expected none for"),
+    "head's folder": (
+        ("generate", "x", "--method", "diversed", "--head", "/no/such"),
+        "generate: --head: path: expected a folder with weight_head.safetensors",
+    ),
     "draft weight": (
         ("generate", "x", "--method", "fsd", "--draft-weight", "0.5"),
         "--draft-weight: expected none for method 'fsd'",
@@ -99,6 +103,7 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     ),
     "temperature": (("generate", "x", "--temperature", "-1"), "--temperature"),
     "top-p": (("generate", "x", "--top-p", "0"), "--top-p: expected a mass in (0, 1]"),
+    "top-p of tune": (("tune", "--top-p", "7"), "tune: --top-p: expected a mass in (0, 1]"),
     "min-p": (("generate", "x", "--min-p", "1"), "--min-p: expected a ratio in [0, 1)"),
     "dtype": (("generate", "x", "--dtype", "float8"), "--dtype: expected one of auto, bfloat16"),
     "no such device": (

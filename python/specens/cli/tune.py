@@ -69,8 +69,9 @@ def tune(
 
     from specens.tuning.compare import sampling
     from specens.tuning.relaxation import check_lossy
-    from specens_kernels import Acceptance
+    from specens_kernels import Acceptance, Law
 
+    Law(**warp)  # else transformers would take a top_p above 1 for none
     rules = [check_lossy(Acceptance.parse(text)) for text in acceptance or []]
     loaded = loading.load_ensemble(models, drafts, how)
     call = sampling(max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
