@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import run
@@ -122,10 +123,17 @@ def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:
     result = run("generate", "x", "--config", file, "--max-new-tokens", "4")
     assert result.exit_code == 0, result.output
     whim = {"schedule": "speculative:stop=whim"}
-    for wrong in ({"drafts": [1]}, whim, {"acceptance": "typcal"}, {"extra": 0}):
-        file.write_text(json.dumps(whole | {"best": best | wrong}))
+    rules = ({"acceptance": "typcal"}, {"acceptance": 3})
+    wrong: list[dict[str, Any]] = [
+        {"best": best | entry} for entry in ({"drafts": [1]}, whim, *rules, {"extra": 0})
+    ]
+    wrong += [{"threads": "two"}, {"threads": -1}, {"models": [1]}]
+    laws = ([], {"sum": 1}, {"weights": "half"}, {"plausibility": "low"})
+    wrong += [{"law": law} for law in laws]
+    for facts in wrong:
+        file.write_text(json.dumps(whole | {"best": best} | facts))
         result = run("generate", "x", "--config", file)
-        assert result.exit_code == 2
+        assert result.exit_code == 2, (facts, result.exception)
         assert "--config: expected a file that `specens tune --output` wrote" in result.stderr
 
 

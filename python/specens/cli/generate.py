@@ -276,15 +276,20 @@ def _saved_way(path: Path) -> _Way:
 
 def _read_way(saved: Mapping[str, Any]) -> _Way:
     best = Candidate(**{**saved["best"], "schedule": read_schedule(saved["best"]["schedule"])})
+    law, threads = saved["law"], saved["threads"]
+    words = [best.acceptance, *saved["models"], *saved["drafts"]]
+    if not isinstance(law, dict) or not all(isinstance(word, str) for word in words):
+        raise TypeError("law, rule, models or drafts are of other types")
+    if not {*law} <= {"weights", *_LAW} or (threads is not None and not threads >= 1):
+        raise ValueError("its law or its number of threads is another than `tune` writes")
     _rules([best.acceptance])
-    names = [*saved["models"], *saved["drafts"]]
-    if not isinstance(saved["law"], dict) or not all(isinstance(name, str) for name in names):
-        raise TypeError("law, models or drafts are of other types")
+    for number in (law.get("plausibility", 0), *(law.get("weights") or ())):
+        float(number)
     if not {*best.drafts} <= {*range(len(saved["drafts"]))}:
         raise ValueError("its best candidate has drafts that are not listed")
     drafts = [saved["drafts"][i] for i in best.drafts]
     best = replace(best, drafts=tuple(range(len(drafts))))
-    return _Way(saved["models"], drafts, saved["law"], best=best, threads=saved["threads"])
+    return _Way(saved["models"], drafts, law, best=best, threads=threads)
 
 
 def _tune_shortly(
