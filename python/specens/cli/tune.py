@@ -60,7 +60,12 @@ def tune(
     prompts = loading.read_prompts_or_built_in(prompt, file, lines)
     shares = None if weights is None else options.numbers("weights", weights)
     law = {"weights": shares, "ensemble": ensemble, "scope": scope, "plausibility": plausibility}
-    warp = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    warp: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+    }
     how = loading.Loading(dtype, device, threads, trust_remote_code)
     loading.check_names("models", models)
     loading.check_names("drafts", drafts)
