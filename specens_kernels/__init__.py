@@ -5,7 +5,9 @@ Needs torch only. `Law` says how logits become one distribution; `uniforms`, `mi
 `verify` are the ops; `backend` chooses their implementation.
 
 Names are imported when they are first used: torch takes seconds, and a refusal or a rule's name
-needs none. To add a public name, add it to `_HOMES`, and for type checkers above it.
+needs none. The first op registers `torch.ops.specens`: a program that calls those by itself, such
+as an exported graph, imports `specens_kernels.ops`. To add a public name, add it to `_HOMES`, and
+for type checkers above it.
 """
 
 from importlib import import_module

@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the implementation that every op runs on.
 
-    Here "triton" is Triton\'s interpreter under our guard, and "cuda" the emulator of tests/simt;
+    Here "triton" is Triton's interpreter under our guard, and "cuda" the emulator of tests/simt;
     with --card both are the real ones.
     """
     name = request.param

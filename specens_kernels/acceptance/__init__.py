@@ -319,8 +319,8 @@ class Acceptance:
         parameters = {}
         for part in rest.split(",") if rest else []:
             key, equals, value = part.partition("=")
-            if not equals:
-                raise Refusal("acceptance", name, "name=number", repr(part))
+            if not equals or key.strip() in parameters:
+                raise Refusal("acceptance", name, "name=number, each name once", repr(part))
             parameters[key.strip()] = value
         return Acceptance(name, **parameters)
 

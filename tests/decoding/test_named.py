@@ -66,6 +66,7 @@ def test_a_stop_needs_no_brackets_and_blanks_do_not_count() -> None:
         ("speculative:tokens=0", "speculative: tokens: expected an integer >= 1, got 0"),
         ("speculative:stop=never", "stop: name: expected one of confidence, .*, got 'never'"),
         ("speculative:stop=entropy(scale=-1)", "entropy: scale: expected a number >= 0, got -1.0"),
+        ("speculative:stop=learned", "learned: coefficients: expected 4 numbers, not all 0"),
         (
             "speculative:stop=learned(coefficients=1,2)",
             "learned: coefficients: expected 4 numbers,",

@@ -306,7 +306,7 @@ def test_a_rule_is_read_from_a_command_line() -> None:
     [
         ("jz", r"acceptance: name: expected one of block, .*, got 'jz'"),
         ("js:thr=1", "acceptance: thr: expected threshold, top_k for 'js', got thr"),
-        ("js:0.3", "acceptance: js: expected name=number, got '0.3'"),
+        ("js:0.3", "acceptance: js: expected name=number, each name once, got '0.3'"),
         ("rejection:lenience=1", "expected no parameter for 'rejection'"),
         ("lenient:lenience=0", r"lenience: expected a number in \(0, 1\] for 'lenient', got 0"),
         ("lenient:lenience=nan", r"expected a number in \(0, 1\] for 'lenient', got nan"),

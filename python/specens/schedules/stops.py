@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from specens.loop.named import Kind, argument, number, numbers, read_named
 from specens.loop.schedule import DraftStop
+from specens_kernels import Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,12 @@ class LearnedStop(DraftStop):
         "`specens tune`.",
     )
     least: float = argument(0.5, _SHARE, "Chance of acceptance below which it stops.")
+
+    def __post_init__(self) -> None:
+        """Refuse a stop of which nothing has been learned: it would never stop."""
+        super().__post_init__()
+        if not any(self.coefficients):
+            raise Refusal(self.name, "coefficients", "4 numbers, not all 0", "none")
 
     def asks(self, log_probs: "Tensor", logits: "Tensor") -> list[bool]:
         """See `DraftStop`."""

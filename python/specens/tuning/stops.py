@@ -78,7 +78,7 @@ def draw(logits: Tensor, law: Tensor, target: Tensor, greedy: bool) -> Drawn:
 def asking_times(logits: Tensor) -> dict[str, float]:
     """Kind of stop -> seconds to ask it about one draft, from the logits (1, V) it came from."""
     log_probs = logits.new_zeros(1, 1).float()
-    stops: dict[str, DraftStop] = {**READY, LearnedStop.name: LearnedStop()}
+    stops: dict[str, DraftStop] = {**READY, LearnedStop.name: LearnedStop((1.0, 0.0, 0.0, 0.0))}
     seconds = {}
     for kind, stop in stops.items():
         began = time.perf_counter()
