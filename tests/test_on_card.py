@@ -230,9 +230,11 @@ def sample_tests(folder: Path, backend: str, until: float, done: list[str]) -> d
     given |= {f"CARD_{name}": str(folder / f"{name.lower()}.json") for name in ("DONE", "RESULT")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "card_tests", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(folder), "-c", os.devnull, "test_sample.py"]
-    paths = {"PYTHONPATH": str(ROOT / "benchmarks")}
+    given["PYTHONPATH"] = str(ROOT / "benchmarks")
+    # This process may be a worker of pytest-xdist; the one that it starts is none.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     process = subprocess.run(
-        command, cwd=folder, env={**os.environ, **given, **paths}, capture_output=True, check=False
+        command, cwd=folder, env=inherited | given, capture_output=True, check=False
     )
     result = json.loads((folder / "result.json").read_text())
     return {**result, "code": process.returncode}
