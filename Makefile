@@ -22,6 +22,7 @@ $(VENV)/.requirements: requirements-dev.txt
 	touch $@
 
 $(VENV)/.package: $(VENV)/.requirements pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES)
+	@echo "Building the package and its native kernels: minutes on a small machine"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e .
 	@ls specens_kernels/_C.*.so >/dev/null 2>&1 || echo "No native kernels were built; the reference will run. Why: touch setup.py && SPECENS_NATIVE=1 make dev"
 	touch $@

@@ -89,6 +89,7 @@ def test_a_mistake_in_a_text_has_a_name(text: str, message: str) -> None:
         (Speculative, {"tokens": 2.0}, "speculative: tokens: expected an integer >= 1, got 2.0"),
         (Speculative, {"tokens": [2]}, r"speculative: tokens: expected an integer >= 1, got \[2\]"),
         (Speculative, {"stop": 0.4}, "speculative: stop: expected a DraftStop, got 0.4"),
+        (Speculative, {"stop": ConfidenceStop}, "speculative: stop: expected a DraftStop, got <"),
         (Alternating, {"tokens": []}, r"alternating: tokens: expected integers >= 1, got \[\]"),
         (Alternating, {"order": [True, False]}, "alternating: order: expected integers >= 0, got"),
         (Companion, {"token_cost": math.inf}, "companion: token_cost: expected a number >= 0"),

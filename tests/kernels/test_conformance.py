@@ -139,9 +139,13 @@ def rules_of(backend: str) -> dict[str, Any]:
     return rules
 
 
+# Rules that run on the reference alone; each new one without kernels is named here.
+REFERENCE_ONLY: set[str] = set()
+
+
 @EVERY
 def test_every_rule_has_a_kernel(backend: str) -> None:
-    assert set(rules_of(backend)) == set(ACCEPTANCE_RULES)
+    assert set(ACCEPTANCE_RULES) - set(rules_of(backend)) == REFERENCE_ONLY
 
 
 @EVERY

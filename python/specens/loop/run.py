@@ -11,7 +11,7 @@ host once, in `_commit`. What a member has computed is counted by its cache alon
 * when a pending token is replaced, every cache goes back to at most `length - 1` tokens: an
   integer.
 
-The loop is `turn`, `_verify`, `_commit` and `_roll_back`; what stands before them is what a
+The loop is `turn`, `_verify`, `_commit` and `_forget`; what stands before them is what a
 schedule may ask. What only one schedule needs stands in the schedule's file.
 """
 

@@ -108,7 +108,7 @@ STOPS: Mapping[str, type[DraftStop]] = MappingProxyType(
 
 
 def _accept(value: Any) -> Any:
-    if not callable(getattr(value, "asks", None)):
+    if isinstance(value, type) or not callable(getattr(value, "asks", None)):
         raise TypeError
     return value
 
