@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("specens_kernels", "python", "csrc", "tests", "benchmarks")
+RESULTS = "benchmarks/results"
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml")
 SUFFIXES = (".py", ".pyi", ".h", ".cpp", ".inc", ".cu", ".cuh", ".json", ".safetensors")
 
@@ -39,7 +40,7 @@ def tree(root: Path = ROOT, folders: Sequence[str] = FOLDERS, files: Sequence[st
 
 def _sources(root: Path, folders: Sequence[str], files: Sequence[str]) -> Iterator[Path]:
     yield from (root / name for name in files if (root / name).is_file())
-    results = root / "benchmarks" / "results"
+    results = root / RESULTS
     for name in folders:
         for path in (root / name).rglob("*"):
             if path.suffix in SUFFIXES and path.is_file() and results not in path.parents:
@@ -47,14 +48,23 @@ def _sources(root: Path, folders: Sequence[str], files: Sequence[str]) -> Iterat
 
 
 def _described(root: Path) -> str:
-    """What git says of this very folder; empty without git, or inside another repository."""
-    git = ["git", "-C", str(root)]
+    """What git says of this very folder; empty without git, or inside another repository.
+
+    A result that was saved a moment ago does not make the sources of the next one dirty.
+    """
+    asked = (
+        ("rev-parse", "--show-toplevel"),
+        ("describe", "--always", "--abbrev=12"),
+        ("status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}"),
+    )
     answers = []
-    for asked in (["rev-parse", "--show-toplevel"], ["describe", "--always", "--dirty"]):
+    for words in asked:
         try:
-            command = [*git, *asked] + (["--abbrev=12"] if "describe" in asked else [])
+            command = ["git", "-C", str(root), *words]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return ""
         answers.append(done.stdout.strip())
-    return answers[1] if Path(answers[0]).resolve() == root.resolve() else ""
+    top, described, changed = answers
+    dirty = "-dirty" if changed else ""
+    return f"{described}{dirty}" if Path(top).resolve() == root.resolve() else ""

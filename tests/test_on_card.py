@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -167,6 +168,23 @@ def test_the_commit_is_found_without_git(tmp_path: Path, monkeypatch: pytest.Mon
     assert revision.commit(tmp_path) == "fedcba"
     monkeypatch.setenv("COMMIT", "abcdef")
     assert revision.commit(tmp_path) == "abcdef"
+
+
+def test_a_result_does_not_make_its_sources_dirty(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    revision = script("revision")
+    source, result = tmp_path / "setup.py", tmp_path / revision.RESULTS / "bench_x.json"
+    result.parent.mkdir(parents=True)
+    for path in (source, result):
+        path.write_text("1\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    described = revision.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", described)
+    result.write_text("2\n")
+    assert revision.commit(tmp_path) == described
+    source.write_text("2\n")
+    assert revision.commit(tmp_path) == f"{described}-dirty"
 
 
 # the build
