@@ -13,7 +13,7 @@ What is known before is told to ours alone, for no peer can be told: nothing, th
 the draft ("dense, lse": `sample` returns them) or of every row ("fused head": the LM head's
 epilogue does).
 
-* `eager`: the batched torch program of bench_verify.py; every operator of it is a launch.
+* `eager`: the batched torch program of verify_contestants.py; every operator of it is a launch.
 * `flashinfer-like`: a float32 softmax of every row of every law, the mixture of them, and a chain
   of speculative sampling that sweeps the rejected row twice.
 * `mrv2-like`: vLLM's second model runner, for M members: a processed float32 copy of every row,
@@ -39,11 +39,11 @@ import harness
 import simt
 import torch
 import triton_guard
-from bench_verify import _draw, straightforward
 from harness import WRONG
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from verify_contestants import draw, straightforward
 
 from specens_kernels import Law, backend, verify
 from specens_kernels.refusal import Unsupported
@@ -163,9 +163,6 @@ class Inputs:
         return rows * row
 
 
-# --- peers ----------------------------------------------------------------------------------------
-
-
 def eager(memory: Memory, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The batched program, operator by operator."""
     draft = inputs.draft_logits if inputs.draft_logits is not None else _one_hot(inputs)
@@ -220,7 +217,7 @@ def _chain(
         memory.load(mass)
         memory.load(drafted[rejected])
     numbers = inputs.uniforms[rows, num_accepted, 1:]
-    return _draw((mass - drafted).clamp(min=0), numbers), num_accepted
+    return draw((mass - drafted).clamp(min=0), numbers), num_accepted
 
 
 def mrv2_like(memory: Memory, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -260,9 +257,6 @@ PEERS: dict[str, Callable[[Memory, Inputs], tuple[Tensor, Tensor]]] = {
     "flashinfer-like": flashinfer_like,
     "mrv2-like": mrv2_like,
 }
-
-
-# --- ours -----------------------------------------------------------------------------------------
 
 
 def _verdict(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -305,9 +299,6 @@ def triton(memory: Memory, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 OURS = {"cuda": cuda, "triton": triton}
-
-
-# --- the program ----------------------------------------------------------------------------------
 
 
 def measure(members: int, batch: int, dense: bool, vocab_size: int) -> list[dict[str, Any]]:

@@ -72,9 +72,6 @@ def test_a_wrong_contestant_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert harness.WRONG in " ".join(verify.shown(row))
 
 
-# --- a CUDA device, without one ---
-
-
 class Card:
     """A device that does what it is told when it is told, and a log of that."""
 
@@ -152,7 +149,7 @@ def test_a_chain_with_its_own_numbers(
     members: int, situation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FlashInfer's signatures; seeds are found with which it keeps what the others keep."""
-    verify = bench("bench_verify")
+    verify, peers = bench("bench_verify"), bench("verify_contestants")
 
     def softmax(logits: Tensor) -> Tensor:
         assert logits.dim() == 2
@@ -183,11 +180,11 @@ def test_a_chain_with_its_own_numbers(
         return tokens, taken.sum(-1).int(), kept.int()
 
     fake = SimpleNamespace(softmax=softmax, chain_speculative_sampling=chain_speculative_sampling)
-    monkeypatch.setattr(verify, "find_spec", lambda name: name)
-    monkeypatch.setattr(verify, "import_module", lambda name: fake)
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers, "import_module", lambda name: fake)
     case = verify.Case(300, members, 2, "float32", situation)
     inputs = verify.Inputs.make(case)
-    run = verify.flashinfer(case, inputs)
+    run = peers.flashinfer(case, inputs)
     agrees = verify.gate(verify.ours(inputs)())
     assert agrees("flashinfer", run())
     assert not agrees("flashinfer", run()._replace(num_accepted=run().num_accepted + 1))
@@ -203,9 +200,6 @@ def test_no_device_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("bench_verify").main(["--backend", "triton,cuda"]) == 2
     line = "bench_verify: --backend: expected a CUDA device for triton, cuda, got none"
     assert capsys.readouterr() == ("", line + "\n")
-
-
-# --- the other benchmarks ---
 
 
 def test_loop_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:
