@@ -4,7 +4,8 @@
 A page gets it between `<!-- BEGIN name -->` and `<!-- END name -->`. A name is that of a table in a
 result file (benchmarks/results), which a benchmark saved beside its rows; of a sentence or a small
 table that is made of several results (statements.py); or of what a registry lists (catalogue.py).
-`--check` changes nothing and fails if a page would change. To add a place, mark it in a page.
+`--check` changes nothing and fails if a page would change. What a registry lists and no page shows
+is an error. To add a place, mark it in a page.
 """
 
 import argparse
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     files = sorted(options.results.glob("*.json"))
     known = places({path.name: json.loads(path.read_text(encoding="utf-8")) for path in files})
+    used: set[str] = set()
     for page in options.page or pages():
         before = page.read_text(encoding="utf-8")
         try:
@@ -81,12 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             print(f"{page.name}: {error}", file=sys.stderr)
             return 1
+        used.update(match["name"] for match in MARKED.finditer(before))
         if options.check and after != before:
             print(f"{page.name} is out of date: run benchmarks/report.py", file=sys.stderr)
             return 1
         if after != before:
             page.write_text(after, encoding="utf-8")
-    return 0
+    missing = set() if options.page else {*catalogue.LISTED} - used
+    if missing:
+        print(f"no page has a place for {', '.join(sorted(missing))}", file=sys.stderr)
+    return int(bool(missing))
 
 
 if __name__ == "__main__":
