@@ -70,9 +70,6 @@ class Row:
     wide_loads: int
 
 
-# --- occupancy ------------------------------------------------------------------------------------
-
-
 class Multiprocessor(NamedTuple):
     """Limits of one, from NVIDIA's table of compute capabilities."""
 
@@ -103,9 +100,6 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
         limits.shared // (-(-(shared + RESERVED_SHARED) // 128) * 128),
     )
     return blocks * warps / limits.warps
-
-
-# --- Triton ---------------------------------------------------------------------------------------
 
 
 class Launch(NamedTuple):
@@ -284,8 +278,6 @@ def triton_rows() -> Iterator[Row]:
         yield amd_row(launch.name, "gfx942", compiled)
 
 
-# --- CUDA -----------------------------------------------------------------------------------------
-
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "--Werror=all-warnings", "-Xptxas", "-v")
 _KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -356,9 +348,6 @@ def compiled_rows(
 
 
 SOURCES = (triton_rows, cuda_rows)
-
-
-# --- the program ----------------------------------------------------------------------------------
 
 
 def excesses(row: Row, budget: dict[str, Any] | None) -> Iterator[str]:

@@ -47,9 +47,6 @@ def assert_same(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
         assert torch.equal(old, new), name
 
 
-# --- without some layers --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_all_layers_are_the_model(kind):
     model, tokens = build(kind), torch.randint(3, 128, (2, 12))
@@ -160,8 +157,6 @@ def test_a_model_drafts_for_itself(deep):
     assert decoder.statistics.members == ["LlamaForCausalLM", "LlamaForCausalLM-1-of-3-layers"]
 
 
-# --- laws -----------------------------------------------------------------------------------------
-
 WORDS = {f"w{i}": i for i in range(VOCAB_SIZE)}
 
 
@@ -245,9 +240,6 @@ def test_a_model_without_layers_keeps_the_law(law, deep):
     models = [deep, layer_skip(deep, [0, 2])]
     found = p_values(case.texts(models), case.joint(models))
     assert min(found.values()) > HONEST, found
-
-
-# --- another vocabulary ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sample", [True, False])
@@ -438,9 +430,6 @@ def test_vocabularies_that_cannot_be_shared_are_refused():
         SpeculativeDecoder(
             [model, draft], **settings, draft_vocabulary="shared", tokenizers=[*both, both[1]]
         )
-
-
-# --- quantised ------------------------------------------------------------------------------------
 
 
 def test_without_torchao_nothing_is_quantised(monkeypatch):

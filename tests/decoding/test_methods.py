@@ -141,9 +141,6 @@ def test_what_build_refuses(loaded) -> None:
         method_named("fast")
 
 
-# --- weights at each position ---------------------------------------------------------------------
-
-
 def head_law(models: list, head: WeightHead, prompt: Tensor, length: int) -> Tensor:
     """(V,) * length: the joint law of the next tokens, every prefix read anew."""
     joint = torch.ones((), dtype=torch.float64)

@@ -58,9 +58,6 @@ def decoder(models: list[Any], size: int, schedule: Any, **options: Any) -> Spec
     return SpeculativeDecoder(models[:size], schedule=schedule, **draft, **options)
 
 
-# --- processors -----------------------------------------------------------------------------------
-
-
 def alternate(row: int, text: Tensor) -> list[int]:
     """Rows may write other tokens, and other ones at odd lengths than at even ones."""
     return list(range(2 + row, VOCAB_SIZE - len(text) % 2))
@@ -301,8 +298,6 @@ def test_scope_ensemble_takes_warpers_only(models):
         with pytest.raises(ValueError, match=rf"^{re.escape(message + names)}$"):
             fast.generate(**settings, **options)
 
-
-# --- warpers --------------------------------------------------------------------------------------
 
 PENALTY = RepetitionPenaltyLogitsProcessor(1.2)
 COLD, FEW, NUCLEUS, LIKELY = (
