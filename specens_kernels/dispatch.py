@@ -90,7 +90,10 @@ def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) ->
             except Unsupported as reason:
                 if str(reason) not in logged:
                     logged.add(str(reason))
-                    _logger.warning("%s: %s; another backend runs instead", name, reason)
+                    following = PREFERRED[device][PREFERRED[device].index(each) + 1 :]
+                    able = [other for other in following if MODULES[other].AVAILABLE]
+                    instead = able[0] if able else "the reference, which is slow,"
+                    _logger.warning("%s: %s; %s runs instead", name, reason, instead)
         return reference_op(*arguments)
 
     return run

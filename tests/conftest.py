@@ -59,7 +59,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["reference", "native", "triton", "cuda"])
+@pytest.fixture(params=["reference", *dispatch.MODULES])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the implementation that every op runs on.
 

@@ -11,8 +11,10 @@ import pytest
 from cases import HONEST, LAWS, LENGTH, VOCAB_SIZE, WRONG, Case, disagreeing, p_values
 from toys import prompts, sequence_law
 
+import specens
 from specens.schedules import (
     SCHEDULES,
+    STOPS,
     Alternating,
     Companion,
     Component,
@@ -85,6 +87,11 @@ CASES = [
 
 def test_every_schedule_has_a_case():
     assert {case.schedule.name for case in CASES} == set(SCHEDULES)
+
+
+def test_every_schedule_and_every_stop_is_public():
+    named = [*SCHEDULES.values(), *STOPS.values()]
+    assert all(getattr(specens, kind.__name__) is kind for kind in named)
 
 
 @pytest.mark.slow

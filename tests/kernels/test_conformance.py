@@ -21,16 +21,17 @@ from calls import COUNTED, DTYPES, ON_CARD, REAL, SMALL, TILES, Call, call, chec
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, flat
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, dispatch, flat
 
-EVERY = pytest.mark.parametrize("backend", ["native", "triton", "cuda"], indirect=True)
+KERNELS = sorted(dispatch.MODULES)
+EVERY = pytest.mark.parametrize("backend", KERNELS, indirect=True)
 
 
-# How many, by what an interpreter's operation, an emulator's thread and a kernel cost.
+# How many, by what a kernel costs, an emulator's thread and an interpreter's operation.
 COUNTS = {
-    "small": (SMALL, {"native": 2000, "cuda": 1000, "triton": 300}, 50),
-    "tiles": (TILES, {"native": 300, "cuda": 200, "triton": 45}, 15),
-    "real": (REAL, {"native": 40, "cuda": 5, "triton": 2}, 5),
+    "small": (SMALL, 2000, {"cuda": 1000, "triton": 300}, 50),
+    "tiles": (TILES, 300, {"cuda": 200, "triton": 45}, 15),
+    "real": (REAL, 40, {"cuda": 5, "triton": 2}, 5),
 }
 
 
@@ -41,8 +42,9 @@ def compiles(backend: str) -> bool:
 
 def random_calls() -> Iterator[Any]:
     """(backend, sizes, seeds) in portions."""
-    for place, (name, (sizes, counts, portion)) in enumerate(COUNTS.items()):
-        for backend, count in counts.items():
+    for place, (name, (sizes, most, fewer, portion)) in enumerate(COUNTS.items()):
+        for backend in KERNELS:
+            count = fewer.get(backend, most)
             size = 1 if compiles(backend) else portion
             for first in range(0, count, size):
                 seeds = range(first, min(first + size, count))
@@ -65,12 +67,14 @@ def test_calls_that_some_backend_once_got_wrong(backend: str) -> None:
 
 
 # Few of the calls may be too near a threshold to tell: of 10,000, 4 are.
-RULE_COUNTS = {"native": 2400, "cuda": 100, "triton": 30}
+RULE_COUNTS = {"cuda": 100, "triton": 30}  # else 2400
+PORTIONS = {"cuda": 50, "triton": 10}  # else 200
 
 
 def random_rule_calls() -> Iterator[Any]:
-    for backend, count in RULE_COUNTS.items():
-        portion = {"native": 200, "cuda": 50, "triton": 1 if compiles(backend) else 10}[backend]
+    for backend in KERNELS:
+        count = RULE_COUNTS.get(backend, 2400)
+        portion = 1 if compiles(backend) else PORTIONS.get(backend, 200)
         for first in range(0, count, portion):
             marks = [pytest.mark.slow] if backend == "triton" else []
             seeds = range(first, first + portion)
@@ -79,7 +83,7 @@ def random_rule_calls() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("backend", "seeds"), list(random_rule_calls()), indirect=["backend"])
 def test_random_calls_under_every_rule(backend: str, seeds: range) -> None:
-    names, near = sorted(ACCEPTANCE_RULES), 0
+    names, near = sorted(rules_of(backend)), 0
     for seed in seeds:
         sizes = TILES if seed % 4 == 0 else SMALL
         near += not check_but_near(backend, call(40_000 + seed, sizes, names))
@@ -132,7 +136,7 @@ def test_the_random_calls_see_a_wrong_parameter(backend: str) -> None:
 
 
 def rules_of(backend: str) -> dict[str, Any]:
-    """The rules that have a kernel."""
+    """The rules that have a kernel: those of the C++ code, where a backend has no other table."""
     if backend != "triton":
         return flat.RULES
     rules: dict[str, Any] = import_module("specens_kernels.triton.rules").RULES
@@ -227,9 +231,7 @@ HARD_CALLS = list(product(HARD_ROWS, DRAFTED, TEMPERATURES))
 def hard_rules(backend: str, place: int) -> list[Acceptance]:
     """All of them with all their parameters; where a call takes a second, each at one place."""
     names = sorted(ACCEPTANCE_RULES)
-    every = [
-        Acceptance(name, **one) for name in names for one in rules.DEFINITIONS[name].parameters
-    ]
+    every = [Acceptance(name, **one) for name in names for one in rules.parameters(name)]
     every += [Acceptance(name, divergence=at) for name, at in BOUNDLESS]
     return every[place :: len(HARD_CALLS)] if backend == "triton" else every
 

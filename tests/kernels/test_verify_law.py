@@ -29,6 +29,7 @@ from specens_kernels import (
     Acceptance,
     Law,
     Stream,
+    dispatch,
     reference,
     sample,
     uniforms,
@@ -331,21 +332,16 @@ def test_the_emitted_law_is_the_ensembles(case: Case) -> None:
     assert surprise <= FINE  # every decision flips within one step of the closed form
 
 
-# Triton's interpreter is slow.
-CASES_OF = {
-    "reference": CASES + FOLDED,
-    "native": CASES,
-    "triton": CASES[::4],
-    "cuda": CASES,
-}
+# Folds have no kernel, and Triton's interpreter is slow.
+CASES_OF = {"reference": CASES + FOLDED, "triton": CASES[::4]}
 
 
 @pytest.mark.parametrize(
     ("backend", "case"),
     [
         pytest.param(backend, case, id=f"{backend}-{case}")
-        for backend in ("reference", "native", "triton", "cuda")
-        for case in CASES_OF[backend]
+        for backend in ("reference", *dispatch.MODULES)
+        for case in CASES_OF.get(backend, CASES)
     ],
     indirect=["backend"],
 )
@@ -380,7 +376,7 @@ ONE_OF_EACH = [
     )
     for name in ACCEPTANCE_RULES
     if name not in ("block", "greedy")
-    for parameters in rules.DEFINITIONS[name].parameters
+    for parameters in rules.parameters(name)
     for mode, seed in (("sampled", 1), ("sampled", 2), ("greedy", 3), ("greedy", 4))
 ]
 SIBLINGS = [
@@ -400,7 +396,7 @@ SIBLINGS = [
 
 
 # Triton's interpreter takes minutes for one case: test_conformance.py compares its tokens instead.
-KERNELS = ["native", "cuda"]
+KERNELS = sorted({*dispatch.MODULES} - {"triton"})
 
 
 def mixed_draft(case: Case) -> Case:
@@ -424,7 +420,7 @@ def test_every_rule_emits_what_its_definition_says(case: Case) -> None:
         pytest.param(backend, mixed_draft(case), id=f"{backend}-{case}")
         for backend in KERNELS
         for case in ONE_OF_EACH
-        if backend == "native" or case.seed == 1  # the emulator is slow, too
+        if backend != "cuda" or case.seed == 1  # the emulator is slow, too
     ],
     indirect=["backend"],
 )

@@ -206,6 +206,11 @@ def _gate(closed: Callable[..., Kept], *parameters: dict[str, Any]) -> Definitio
     return Definition(closed, parameters, trusts=lambda *at, **given: closed(*at, **given)[0] == 1)
 
 
+def parameters(name: str) -> Sequence[dict[str, Any]]:
+    """With which a rule is tested; none where its definition is missing, which has its own test."""
+    return DEFINITIONS[name].parameters if name in DEFINITIONS else ()
+
+
 DEFINITIONS: dict[str, Definition] = {
     "rejection": _with_law(itself),
     "block": Definition(None),

@@ -3,7 +3,8 @@
 
 A call is a seed: the same seed gives the same arguments. What a backend returns is compared with
 the reference: tokens, counts, paths and status exactly, numbers up to single precision. To cover a
-new argument, draw it in `call`; a new parameter of a rule, in `Dice.acceptance`.
+new argument, draw it in `call`; of a new parameter of a rule, its default and the ends of its range
+are drawn, and what lies between in `Dice.acceptance`.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import specens_kernels
 from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, mix, sample, verify
+from specens_kernels.acceptance import Parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPS = {"mix": mix, "sample": sample, "verify": verify}
@@ -56,6 +58,13 @@ class Call(NamedTuple):
         with specens_kernels.backend(backend):
             answer = OPS[self.op](*arguments, **options)
         return tuple(value.cpu() for value in answer) if backend in ON_CARD else tuple(answer)
+
+
+def ordinary(parameter: Parameter) -> list[float]:
+    """Its default, and the finite ends of its range that it may take."""
+    low = [] if parameter.open_low else [parameter.low]
+    high = [parameter.high] if math.isfinite(parameter.high) else []
+    return [parameter.default, *low, *high]
 
 
 class Dice(random.Random):
@@ -157,7 +166,10 @@ class Dice(random.Random):
         }
         if rule.name == "likelihood":
             values["threshold"] = [0.5, 2.0, 8.0, 4 * self.random()]
-        drawn = {each.name: self.choice(values[each.name]) for each in rule.parameters}
+        drawn = {
+            each.name: self.choice(values.get(each.name) or ordinary(each))
+            for each in rule.parameters
+        }
         return Acceptance(rule.name, **drawn)
 
     def drafts(self, sources: Tensor, vocab_size: int) -> Tensor:
