@@ -9,6 +9,7 @@ and the first one changes from round to round. One that fails its gate has no ti
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -184,6 +185,7 @@ def finish(
 ) -> int:
     """Save if asked to, and print the headline as the last line. `tables` are for report.py."""
     asked = {key: value for key, value in vars(options).items() if key not in ("save", "results")}
+    asked = {key: None if value == math.inf else value for key, value in asked.items()}  # no limit
     result = {"benchmark": name, **surroundings(), "options": asked, "headline": dict(headline)}
     result |= {"tables": dict(tables), "rows": list(rows)}
     if options.save:

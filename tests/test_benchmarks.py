@@ -5,6 +5,7 @@ Speeds are not tested: they belong to a machine, these facts to the code.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -267,10 +268,13 @@ def test_report_fills_and_checks(
     readme, results = tmp_path / "README.md", tmp_path / "results"
     monkeypatch.setattr(harness, "RESULTS", results)
     options = harness.arguments("sample").parse_args(["--save"])
+    options.budget_s = math.inf
     table = {"caption": "a table", "columns": ["what", "ratio"], "rows": [["ours", "2.0"]]}
     spread = harness.Spread.of([1.0])
     harness.finish("sample", options, [{"time": spread}], {"sample": table}, {"ratio": 2.0})
-    assert json.loads((results / "sample.json").read_text())["rows"][0]["time"]["median"] == 1.0
+    saved = json.loads((results / "sample.json").read_text())
+    assert saved["rows"][0]["time"]["median"] == 1.0
+    assert saved["options"]["budget_s"] is None
 
     asked = [f"--page={readme}", f"--results={results}"]
     text = "before\n<!-- BEGIN sample -->\nold\n<!-- END sample -->\nafter\n"
