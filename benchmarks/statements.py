@@ -65,10 +65,11 @@ def _assisted(results: Results) -> list[float]:
 
 def _alternating(results: Results) -> dict[str, list[float]]:
     """The best ratio to the plain ensemble in every cell, by family."""
-    cells = results["bench_generate.json"]["headline"]["best_alternating_over_plain"]
     by_family: dict[str, list[float]] = {}
-    for cell, best in cells.items():
-        by_family.setdefault(cell.split()[0], []).extend(best.values())
+    for file, result in results.items():
+        if file.startswith("bench_generate"):
+            for cell, best in result["headline"]["best_alternating_over_plain"].items():
+                by_family.setdefault(cell.split()[0], []).extend(best.values())
     return by_family
 
 
