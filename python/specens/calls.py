@@ -135,10 +135,8 @@ def output_of(run: Run, width: int, generation_config: Any) -> Any:
             sequences[row.index, row.pad + row.length :] = 0 if pad is None else int(pad)
     if not generation_config.return_dict_in_generate:
         return sequences
-    log_probs = torch.full((len(rows), columns - width), torch.nan)
-    for row in rows:
-        of_row = torch.cat(run.log_probs[row.index]).cpu()
-        log_probs[row.index, : len(of_row)] = of_row
     return SpeculativeOutput(
-        sequences=cast(Any, sequences), log_probs=log_probs, statistics=run.statistics
+        sequences=cast(Any, sequences),
+        log_probs=run.text.log_probs[:, width:columns].to("cpu", copy=True),
+        statistics=run.statistics,
     )

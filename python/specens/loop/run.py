@@ -99,18 +99,14 @@ class Run:
         self.stopper, self.statistics = stopper, statistics
         self.device = input_ids.device
         width = input_ids.shape[1]
-        # Columns past max_length are proposals that can never be committed.
-        columns = stopper.max_length + plan.schedule.most_pending + 1
-        self.text = Text(input_ids, columns)
+        self.text = Text(input_ids)
         texts = input_ids.tolist()
         self.rows = [Row(b, width - n, n, texts[b][width - n :]) for b, n in enumerate(lengths)]
         self.finished: list[Row] = []
-        self.log_probs: list[list[Tensor]] = [[] for _ in self.rows]
         self.laws = [MemberLaws() for _ in self.members]
         self.scores = [MemberLaws() for _ in self.members]
         fresh = any(acceptance.rule.block for acceptance in self.acceptances)
-        span = columns - self.rows[0].pad - self.rows[0].length + 2
-        self.numbers = Numbers(seeds, self.rows, span, fresh=fresh)
+        self.numbers = Numbers(seeds, self.rows, fresh=fresh)
         self._owner_tensors: dict[tuple[int, ...], Tensor] = {}
         self._prefill(input_ids)
 
@@ -118,7 +114,10 @@ class Run:
         """Feed every member all but the last token of each prompt."""
         began = time.perf_counter()
         counts = [row.length - 1 for row in self.rows]
-        capacity = self.text.tokens.shape[1] + self.schedule.most_pending + 1
+        # No more can be pending than there is room. A row's tokens, and as many of padding beside
+        # one that is fed more, are what a member holds.
+        pending = min(self.schedule.most_pending, max(map(self.room, self.rows)))
+        capacity = self.stopper.max_length + 2 * (pending + 1)
         for model in self.members:
             model.start(len(self.rows), capacity)
             if max(counts) > 0:
@@ -336,9 +335,8 @@ class Run:
             for log_prob in log_probs.tolist():
                 row.memory = remember(row.memory, log_prob, self.acceptance.parameters[-1])
         # Of a token drawn from one member not all have said how likely it is.
-        self.log_probs[row.index].append(
-            log_probs if by_all else torch.full_like(log_probs, torch.nan)
-        )
+        if by_all:
+            self.text.note(row, row.length, log_probs)
 
     def _memory(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([row.memory for row in rows], device=self.device)
