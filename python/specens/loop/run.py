@@ -29,7 +29,7 @@ from specens.loop.numbers import Numbers
 from specens.loop.processors import processed
 from specens.loop.rows import Row
 from specens.loop.schedule import DraftStop, Schedule, Verification
-from specens.loop.statistics import Statistics
+from specens.loop.statistics import RowStatistics, Statistics
 from specens.loop.stopping import Stopper
 from specens.loop.text import Text
 from specens.loop.weights import PositionWeights
@@ -101,7 +101,11 @@ class Run:
         width = input_ids.shape[1]
         self.text = Text(input_ids)
         texts = input_ids.tolist()
-        self.rows = [Row(b, width - n, n, texts[b][width - n :]) for b, n in enumerate(lengths)]
+        statistics.rows = [RowStatistics.of(len(statistics.members)) for _ in lengths]
+        self.rows = [
+            Row(b, width - n, n, texts[b][width - n :], statistics.rows[b])
+            for b, n in enumerate(lengths)
+        ]
         self.finished: list[Row] = []
         self.laws = [MemberLaws() for _ in self.members]
         self.scores = [MemberLaws() for _ in self.members]
@@ -166,7 +170,7 @@ class Run:
         if tokens:
             self.text.write([row], [row.end], torch.tensor([tokens], device=self.device))
             row.pending += [POINT_MASS] * len(tokens)
-            self.statistics.drafted[POINT_MASS] += len(tokens)
+            row.statistics.drafted[POINT_MASS] += len(tokens)
 
     def feed(self, member: int, rows: Sequence[Row]) -> None:
         """One forward over all that the member's cache lacks of the rows' tokens."""
@@ -212,7 +216,7 @@ class Run:
         self.text.write(rows, ends, drawn.tokens)
         for row in rows:
             row.pending.append(member)
-        self.statistics.drafted[member] += len(rows)
+            row.statistics.drafted[member] += 1
         return drawn.log_probs
 
     def proposal(
@@ -292,8 +296,8 @@ class Run:
             if replaced:
                 self.text.write_one(row, row.length + num_accepted, verdict.tokens[k], num_accepted)
             kept, done = self.stopper.cut(new, self.text.tokens[row.index], row.pad + row.length)
-            self.statistics.test(row.pending[:drafts], num_accepted)
-            self.statistics.emit(kept, replaced and kept == len(new), status)
+            row.statistics.test(row.pending[:drafts], num_accepted)
+            row.statistics.emit(row.pending[: min(kept, num_accepted)], kept, status)
             self._note(row, verdict.log_probs[k, :kept], verification.by_all)
             emitted[row.index] = new[:kept]
             row.tokens += new[:kept]
