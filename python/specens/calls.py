@@ -5,16 +5,15 @@ Transformers hands over whatever its own `generate` prepares. What the loop woul
 what is empty or says what holds anyway is accepted. To accept another argument, see `_KNOWN`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specens.loop.named import integers
 from specens.loop.run import Run
 from specens.loop.statistics import Statistics
 from specens.members.facts import unwrapped
@@ -78,27 +77,96 @@ def prompt_lengths(
         raise Unsupported("generate", "generation_config", "greedy_search or sample", mode.value)
     if streamer is not None and len(input_ids) != 1:
         raise Refusal("generate", "streamer", "batch size 1", len(input_ids))
-    mask = model_kwargs.get("attention_mask")
-    width = input_ids.shape[1]
-    if mask is None:
-        lengths = [width] * len(input_ids)
-    else:
-        if mask.dim() != 2 or bool((mask.bool() != mask.bool().cummax(1).values).any()):
-            raise Refusal("generate", "attention_mask", "left padding only", "zeros after ones")
-        lengths = mask.sum(1).tolist()
-    if min(lengths, default=0) < 1:
-        raise Refusal("generate", "input_ids", "at least one token a row", "none")
-    position_ids = model_kwargs.get("position_ids")
+    lengths = _row_lengths(input_ids, model_kwargs.get("attention_mask"))
+    position_ids, width = model_kwargs.get("position_ids"), input_ids.shape[1]
     if position_ids is not None and not _are_implied(position_ids, lengths, width):
         raise Refusal("generate", "position_ids", "those that attention_mask implies", "others")
     return lengths
 
 
-def _are_implied(position_ids: Tensor, lengths: Sequence[int], width: int) -> bool:
+def _row_lengths(input_ids: Tensor, mask: Any) -> list[int]:
+    """Tokens of each row; the padding stands before them."""
+    batch, width = input_ids.shape
+    lengths = [width] * batch
+    if mask is not None:
+        _check_mask(mask, input_ids)
+        ones = mask == 1  # of any dtype
+        if not bool((ones | (mask == 0)).all()):
+            raise Refusal("generate", "attention_mask", "zeros and ones", "other numbers")
+        if bool((ones != ones.cummax(1).values).any()):
+            raise Refusal("generate", "attention_mask", "left padding only", "zeros after ones")
+        lengths = ones.sum(1).tolist()
+    if min(lengths, default=0) < 1:
+        raise Refusal("generate", "input_ids", "at least one token a row", "none")
+    return lengths
+
+
+def _check_mask(mask: Any, input_ids: Tensor) -> None:
+    """Refuse what is not of the prompts' shape; transformers drops a mask of ones, whatever its."""
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+        expected = f"a tensor (B={len(input_ids)}, S={input_ids.shape[1]})"
+        raise Refusal("generate", "attention_mask", expected, _described(mask))
+
+
+def check_ids(input_ids: Tensor, lengths: Sequence[int], size: int) -> None:
+    """Refuse ids that a member's embedding lacks; padding may be anything."""
+    places = torch.arange(-input_ids.shape[1], 0, device=input_ids.device)
+    ids = input_ids[places >= -torch.tensor(lengths, device=input_ids.device)[:, None]]
+    least, most = (int(bound) for bound in ids.aminmax())
+    if least < 0 or most >= size:
+        got = least if least < 0 else most
+        raise Refusal("generate", "input_ids", f"ids in [0, {size})", got)
+
+
+def check_types(inputs: Any, streamer: Any, options: Mapping[str, Any]) -> None:
+    """Refuse, before transformers takes them apart, values that are not of their types.
+
+    Args:
+        inputs, streamer: as `generate` was given them. options: its other arguments.
+    """
+    ids = inputs if inputs is not None else options.get("input_ids")
+    for name, given in (("inputs", inputs), ("input_ids", options.get("input_ids"))):
+        if given is not None and not _is_ids(given):
+            expected = "a tensor (B, S) of integers"
+            if isinstance(given, Mapping):
+                expected += " (what a tokenizer returns goes in as **inputs)"
+            raise Refusal("generate", name, expected, _described(given))
+    mask = options.get("attention_mask")
+    if mask is not None and ids is not None:
+        _check_mask(mask, ids)
+    methods = (getattr(streamer, name, None) for name in ("put", "end"))
+    if streamer is not None and not all(map(callable, methods)):
+        raise Refusal("generate", "streamer", "an object with put and end", _described(streamer))
+    for name in ("logits_processor", "stopping_criteria"):
+        given = options.get(name)
+        if given is not None and not (isinstance(given, list) and all(map(callable, given))):
+            raise Refusal("generate", name, "a list of functions", _described(given))
+    config = options.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise Refusal("generate", "generation_config", "a GenerationConfig", _described(config))
+
+
+def _is_ids(given: Any) -> bool:
+    """Whether it is (B, S) integers."""
+    if not isinstance(given, Tensor) or given.dim() != 2:
+        return False
+    return not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
+
+
+def _described(given: Any) -> str:
+    """A value of a wrong type, in a word or two."""
+    if isinstance(given, Tensor):
+        return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')}"
+    return repr(given) if isinstance(given, str | int | float) else type(given).__name__
+
+
+def _are_implied(position_ids: Any, lengths: Sequence[int], width: int) -> bool:
     """Whether every row counts from 0 at its first token; padding may have any position.
 
     position_ids: (B or 1, S), or (..., B or 1, S) where a model has several for a token.
     """
+    if not isinstance(position_ids, Tensor) or position_ids.dim() < 2:
+        return False
     if position_ids.shape[-1] != width or position_ids.shape[-2] not in (1, len(lengths)):
         return False
     pads = width - torch.tensor(lengths, device=position_ids.device)[:, None]
@@ -106,20 +174,17 @@ def _are_implied(position_ids: Tensor, lengths: Sequence[int], width: int) -> bo
     return bool(((position_ids == implied) | (implied < 0)).all())
 
 
-def seeds_of(seed: int | Sequence[int] | None, input_ids: Tensor) -> Tensor:
+def seeds_of(seed: int | list[int] | None, input_ids: Tensor) -> Tensor:
     """(B,) int64: one seed a row, on the device of the prompts."""
     batch = len(input_ids)
     if seed is None:
         seeds = torch.randint(2**63 - 1, (batch,))
+    elif isinstance(seed, int):
+        seeds = torch.tensor(seed, dtype=torch.int64) + torch.arange(batch)
+    elif len(seed) == batch:
+        seeds = torch.tensor(seed, dtype=torch.int64)
     else:
-        given = integers(seed)
-        if given is None:
-            raise Refusal("generate", "seed", f"an integer or {batch}, one a row", repr(seed))
-        seeds = torch.tensor(given, dtype=torch.int64)
-        if not isinstance(seed, Iterable):
-            seeds = seeds + torch.arange(batch)
-        if len(seeds) != batch:
-            raise Refusal("generate", "seed", f"{batch} seeds, one a row", len(seeds))
+        raise Refusal("generate", "seed", f"{batch} seeds, one a row", len(seed))
     return seeds.to(input_ids.device)
 
 
@@ -135,10 +200,8 @@ def output_of(run: Run, width: int, generation_config: Any) -> Any:
             sequences[row.index, row.pad + row.length :] = 0 if pad is None else int(pad)
     if not generation_config.return_dict_in_generate:
         return sequences
-    log_probs = torch.full((len(rows), columns - width), torch.nan)
-    for row in rows:
-        of_row = torch.cat(run.log_probs[row.index]).cpu()
-        log_probs[row.index, : len(of_row)] = of_row
     return SpeculativeOutput(
-        sequences=cast(Any, sequences), log_probs=log_probs, statistics=run.statistics
+        sequences=cast(Any, sequences),
+        log_probs=run.text.log_probs[:, width:columns].to("cpu", copy=True),
+        statistics=run.statistics,
     )

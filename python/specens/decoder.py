@@ -18,7 +18,26 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from specens.calls import SpeculativeOutput, output_of, prompt_lengths, seeds_of
+from specens.arguments import (
+    acceptances_of,
+    check_tokenizer,
+    drafts_of,
+    models_of,
+    number_of,
+    seed_of,
+    strings_of,
+    tokenizers_of,
+    weights_of,
+    word_of,
+)
+from specens.calls import (
+    SpeculativeOutput,
+    check_ids,
+    check_types,
+    output_of,
+    prompt_lengths,
+    seeds_of,
+)
 from specens.loop.processors import Warp, per_row, split
 from specens.loop.run import Plan, Run
 from specens.loop.schedule import Models, Schedule
@@ -26,7 +45,7 @@ from specens.loop.statistics import Statistics
 from specens.loop.stopping import Stopper
 from specens.loop.weights import PositionWeights
 from specens.members.by_row import ReplayMember
-from specens.members.facts import num_parameters
+from specens.members.facts import is_on_meta, num_parameters, vocab_size
 from specens.members.probe import member
 from specens.members.translated import Translated
 from specens.members.vocabulary import shared_vocabulary
@@ -40,22 +59,27 @@ _logger = logging.getLogger("specens")
 
 
 class _OneCall:
-    """Lets one call in at a time and refuses the next at once; a deep copy is open."""
+    """Lets one call in at a time and refuses the next at once; a deep copy is open.
+
+    caller: whose call is in, or None. Who is in leaves by setting it, which nothing interrupts.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.caller: object = None
 
     def __reduce__(self) -> tuple[type["_OneCall"], tuple[()]]:
         return _OneCall, ()
 
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                "generate: decoder: expected one call at a time, got another before it has ended"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    def enter(self, caller: object) -> None:
+        """Let a caller in; `caller` tells it whether an interrupt came before."""
+        with self._lock:
+            if self.caller is not None:
+                raise RuntimeError(
+                    "generate: decoder: expected one call at a time, got another before it has "
+                    "ended"
+                )
+            self.caller = caller
 
 
 class SpeculativeDecoder:
@@ -117,22 +141,15 @@ class SpeculativeDecoder:
         Raises:
             Refusal: an argument is out of range, or the vocabularies disagree. It is a ValueError.
         """
-        if isinstance(members, torch.nn.Module):
-            raise Refusal("decoder", "members", "a list of models", type(members).__name__)
-        if not members:
-            raise Refusal("decoder", "members", "at least one model", "none")
-        drafts = _drafts(draft)
-        self.models = [*members, *drafts]
-        self.num_ensemble = size = len(members)
+        ensemble_models, drafts = models_of("members", members), drafts_of(draft)
+        self.models = [*ensemble_models, *drafts]
+        self.num_ensemble = size = len(ensemble_models)
         self.head = weights if isinstance(weights, WeightHead) else None
-        numbers = None if isinstance(weights, WeightHead) else weights
-        self.weights = tuple([1 / size] * size if numbers is None else map(float, numbers))
-        if len(self.weights) != size:
-            raise Refusal("decoder", "weights", f"{size} numbers", len(self.weights))
-        if bonus not in ("ensemble", "last"):
-            raise Refusal("decoder", "bonus", "'ensemble' or 'last'", repr(bonus))
+        self.weights = weights_of(weights, size)
+        bonus = word_of("bonus", bonus, "ensemble", "last")
         self.bonus_weights = None if bonus == "ensemble" else (*[0.0] * (size - 1), 1.0)
-        self.ensemble, self.scope, self.plausibility = ensemble, scope, float(plausibility)
+        self.ensemble, self.scope = ensemble, scope
+        self.plausibility = number_of("plausibility", plausibility)
         self.vocab_size: int | None = None
         law = self._law(Warp())  # checks weights, ensemble, scope and plausibility
         unbound = read_schedule(schedule) if isinstance(schedule, str) else schedule
@@ -140,11 +157,11 @@ class SpeculativeDecoder:
             raise Refusal("decoder", "schedule", "a Schedule or its text", repr(schedule))
         self._check_schedule(unbound, drafts, law)
         levels = len(drafts) if unbound.verifies_drafts else 1
-        self.acceptances = _acceptances(acceptance, levels)
-        self.acceptance, self.seed = self.acceptances[-1], seed
+        self.acceptances = acceptances_of(acceptance, levels)
+        self.acceptance, self.seed = self.acceptances[-1], seed_of("decoder", seed)
         sizes = [num_parameters(model) for model in self.models]
         self.schedule = unbound.bind(Models(sizes, self.weights, self.acceptance.rule.name))
-        self._bind_members(draft_vocabulary, tokenizers)
+        self._bind_members(draft_vocabulary, tokenizers_of(tokenizers))
         if self.head is not None:
             self._bind_head(self.head)
         self._one_call = _OneCall()
@@ -153,6 +170,13 @@ class SpeculativeDecoder:
         """Refuse models, laws and weights that the schedule cannot serve."""
         if not schedule.fewest_drafts <= len(drafts) <= schedule.most_drafts:
             expected = f"{schedule.drafts_in_words} for schedule {schedule.name!r}"
+            if len(drafts) > schedule.most_drafts:
+                others = [
+                    repr(name)
+                    for name, each in SCHEDULES.items()
+                    if each.fewest_drafts <= len(drafts) <= each.most_drafts
+                ]
+                expected += f" ({' or '.join(others)} would take {len(drafts)})"
             names = ", ".join(type(model).__name__ for model in drafts)
             raise Refusal("decoder", "draft", expected, names or "none")
         if not schedule.suits(law):
@@ -176,8 +200,9 @@ class SpeculativeDecoder:
             draft_vocabulary, self.num_ensemble, len(self.models), tokenizers
         )
         self.vocab_size = shared_vocabulary(
-            self.models[:same], None if tokenizers is None else tokenizers[:same]
+            self.models[:same], None if tokenizers is None else tokenizers[:same], self.num_ensemble
         )
+        self._widths = [vocab_size(model) for model in self.models]
         self._tokenizer = None if tokenizers is None else tokenizers[0]
         self.members = [member(model) for model in self.models]
         for i in range(same, len(self.models)):
@@ -208,6 +233,7 @@ class SpeculativeDecoder:
         Returns:
             (B, S) int64 sequences, or a `SpeculativeOutput` with return_dict_in_generate=True.
         """
+        check_types(inputs, streamer, kwargs)
         if kwargs.get("assistant_model") is not None:  # transformers would drop it silently
             raise Refusal(
                 "generate",
@@ -251,26 +277,41 @@ class SpeculativeDecoder:
         streamer needs `decoder.generate`; given to `model.generate` it gets the prompt and nothing
         more, not even its end, and a reader of it waits for ever.
         """
-        if stop_strings:
-            stop = self._stop_at(stop_strings, tokenizer)
+        if strings := strings_of(stop_strings):
+            stop = self._stop_at(strings, tokenizer)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
-        with self._one_call:
-            try:
-                return self._write(
-                    model,
-                    input_ids,
-                    logits_processor,
-                    stopping_criteria,
-                    generation_config,
-                    streamer,
-                    seed if seed is not None else self.seed,
-                    model_kwargs,
-                )
-            finally:
-                for each in self.members:
-                    each.release()
+        caller = object()
+        try:
+            self._one_call.enter(caller)
+            return self._write(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+                self.seed if seed is None else seed_of("generate", seed),
+                model_kwargs,
+            )
+        finally:
+            # Nothing is called between the test and the last line, where an interrupt could come.
+            if self._one_call.caller is caller:
+                try:
+                    self._release()
+                finally:
+                    self._one_call.caller = None
 
-    def _stop_at(self, stop_strings: str | Sequence[str], tokenizer: Any) -> StopStringCriteria:
+    def _release(self) -> None:
+        """Give back the memory of all members."""
+        try:
+            for each in self.members:
+                each.release()
+        except BaseException:  # an interrupt that came just now
+            for each in self.members:
+                each.release()
+            raise
+
+    def _stop_at(self, strings: list[str], tokenizer: Any) -> StopStringCriteria:
         tokenizer = self._tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             expected = (
@@ -278,7 +319,7 @@ class SpeculativeDecoder:
                 "(model.generate does not hand it on)"
             )
             raise Refusal("generate", "tokenizer", expected, "None")
-        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        check_tokenizer("generate", "tokenizer", tokenizer)
         return StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
 
     def _write(
@@ -289,7 +330,7 @@ class SpeculativeDecoder:
         stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
         streamer: Any,
-        seed: int | Sequence[int] | None,
+        seed: int | list[int] | None,
         model_kwargs: Mapping[str, Any],
     ) -> Any:
         lengths = prompt_lengths(
@@ -300,6 +341,9 @@ class SpeculativeDecoder:
             streamer,
             model_kwargs,
         )
+        self._check_unchanged()
+        # Of drafts with tokenizers of their own, these are the members' ids.
+        check_ids(input_ids, lengths, min(each.vocab_size for each in self.members))
         warp, processors = split(logits_processor, do_sample=bool(generation_config.do_sample))
         law = self._law(warp)
         self._check_warp(warp, processors, law)
@@ -340,6 +384,15 @@ class SpeculativeDecoder:
             _logger.warning("generate: degenerate logits: %s", names)
         self.statistics = statistics
         return output_of(run, input_ids.shape[1], generation_config)
+
+    def _check_unchanged(self) -> None:
+        """Refuse models that are not what they were when the decoder was made."""
+        for each, model, width in zip(self.members, self.models, self._widths, strict=True):
+            if vocab_size(model) != width:
+                expected = f"{width} columns of logits, as when the decoder was made; make another"
+                raise Refusal("generate", "models", expected, f"{vocab_size(model)} of {each.name}")
+            if is_on_meta(model):
+                raise Refusal("generate", "models", "weights", f"{each.name} on device 'meta'")
 
     def _check_warp(self, warp: Warp, processors: Sequence[Any], law: Law) -> None:
         """Refuse warpers and processors that the law or the schedule cannot serve."""
@@ -397,19 +450,11 @@ class SpeculativeDecoder:
         )
 
 
-def _drafts(draft: Any) -> list[Any]:
-    if draft is None:
-        return []
-    return list(draft) if isinstance(draft, Sequence) else [draft]
-
-
 def _num_of_one_vocabulary(
     draft_vocabulary: str, num_members: int, num_models: int, tokenizers: Sequence[Any] | None
 ) -> int:
     """How many models' tokenizers must agree: the members', or the drafts' too."""
-    if draft_vocabulary not in ("same", "shared"):
-        raise Refusal("decoder", "draft_vocabulary", "'same' or 'shared'", repr(draft_vocabulary))
-    if draft_vocabulary == "same":
+    if word_of("draft_vocabulary", draft_vocabulary, "same", "shared") == "same":
         return num_models
     if num_models == num_members:
         raise Refusal("decoder", "draft_vocabulary", "'same' without a draft", "'shared'")
@@ -418,18 +463,3 @@ def _num_of_one_vocabulary(
         given = "None" if tokenizers is None else len(tokenizers)
         raise Refusal("decoder", "tokenizers", expected, given)
     return num_members
-
-
-def _acceptances(given: Any, levels: int) -> list[Acceptance]:
-    """One for each level; a single one is the last level's, the others' is "rejection"."""
-    if isinstance(given, (str, Acceptance)):
-        return [Acceptance()] * (levels - 1) + [Acceptance.of(given)]
-    if not isinstance(given, (list, tuple)):
-        raise Refusal("decoder", "acceptance", "a rule or a list of them", repr(given))
-    if len(given) != levels:
-        raise Refusal("decoder", "acceptance", f"one rule or a list of {levels}", len(given))
-    acceptances = [Acceptance.of(each) for each in given]
-    if any(each.rule.remembers for each in acceptances[:-1]):
-        expected = "a rule without a memory below the last level"
-        raise Refusal("decoder", "acceptance", expected, acceptances)
-    return acceptances

@@ -309,8 +309,12 @@ class Acceptance:
 
     @staticmethod
     def of(given: "Acceptance | str") -> "Acceptance":
-        """The rule itself, or the one of that name with its defaults."""
-        return given if isinstance(given, Acceptance) else _DEFAULTS.get(given) or Acceptance(given)
+        """The rule itself, or what its text says: "js", "js:threshold=0.3"."""
+        if isinstance(given, Acceptance):
+            return given
+        if not isinstance(given, str):
+            raise Refusal("acceptance", "name", "a rule or its text", repr(given))
+        return _DEFAULTS.get(given) or Acceptance.parse(given)
 
     @staticmethod
     def parse(text: str) -> "Acceptance":

@@ -51,11 +51,11 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     ),
     "gamma 0": (
         ("generate", "x", "--gamma", "0"),
-        "alternating: tokens: expected integers >= 1, got 0 (here: --gamma)",
+        "alternating: tokens: expected integers from 1 to 4096, got 0 (here: --gamma)",
     ),
     "gamma text": (
         ("generate", "x", "--gamma", "two"),
-        "alternating: tokens: expected integers >= 1, got 'two'",
+        "alternating: tokens: expected integers from 1 to 4096, got 'two'",
     ),
     "four gammas": (("generate", "x", "--gamma", "1,2,3,4"), "expected 1 or 3 integers"),
     "weights": (("generate", "x", "--weights", "0.5,0.3,0.3"), "sum to 1"),

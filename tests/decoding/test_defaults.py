@@ -11,7 +11,7 @@ from torch import Tensor
 from toys import prompts, toy
 
 from specens import SpeculativeDecoder
-from specens.schedules import Alternating, LookAhead, Speculative
+from specens.schedules import SCHEDULES, Alternating, LookAhead, Speculative
 from specens_kernels import Acceptance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +50,20 @@ def test_looking_ahead_goes_by_every_members_size():
     assert fixed.schedule == LookAhead(16, 0, 3)
     with pytest.raises(ValueError, match=r"^lookahead: token_cost: expected None beside ahead"):
         SpeculativeDecoder([cheap, *dear], schedule=LookAhead(ahead=3, token_cost=0.2))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_bound_can_be_bound_again(schedule, models):
+    """To the same models: in another decoder, and from its text."""
+    drafts = {"speculative": models[2], "companion": models[2:4], "hierarchy": models[2:4]}
+    options = {"draft": drafts.get(schedule)}
+    bound = SpeculativeDecoder(models[:2], schedule=schedule, **options).schedule
+    assert SpeculativeDecoder(models[:2], schedule=bound, **options).schedule == bound
+    assert SpeculativeDecoder(models[:2], schedule=str(bound), **options).schedule == bound
+    if schedule == "speculative":
+        assert bound.proposer == 2
+        with pytest.raises(ValueError, match=r"^speculative: proposer: expected None with a draft"):
+            SpeculativeDecoder(models[:1], schedule=bound, **options)
 
 
 def test_numbers_may_be_those_of_numpy(models):

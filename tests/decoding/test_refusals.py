@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": [1.0]}, "decoder: weights: expected 2 numbers, got 1"),
+        ({"weights": [1.0]}, "decoder: weights: expected 2 numbers, one per member, got 1"),
         (
             {"weights": [0.5, 0.6]},
             r"law: weights: expected numbers >= 0 that sum to 1 for 'mixture', got \[0.5, 0.6\]",
@@ -58,7 +58,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         *(
             (
                 {"schedule": f"alternating:tokens={tokens}"},
-                f"alternating: tokens: expected integers >= 1, got {shown}",
+                f"alternating: tokens: expected integers from 1 to 4096, got {shown}",
             )
             for tokens, shown in (("0", "0"), ("2,0", r"\[2, 0\]"), ("", "''"), ("2.0", "'2.0'"))
         ),
@@ -68,7 +68,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ),
         (
             {"schedule": "speculative:tokens=2,1"},
-            "speculative: tokens: expected an integer >= 1, got '2,1'",
+            "speculative: tokens: expected an integer from 1 to 4096, got '2,1'",
         ),
         *(
             (
@@ -83,7 +83,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ),
         (
             {"schedule": "speculative:proposer=-1"},
-            "speculative: proposer: expected an integer >= 0, got -1",
+            "speculative: proposer: expected an integer from 0 to 4096, got -1",
         ),
         ({"schedule": "plain:tokens=2"}, "plain: arguments: expected no arguments, got 'tokens'"),
         (
@@ -114,7 +114,8 @@ def test_wrong_models_are_refused(models):
     draft = {"draft": models[-1]}
     with pytest.raises(
         ValueError,
-        match=r"^decoder: draft: expected None for schedule 'alternating', got LlamaForCausalLM$",
+        match=r"^decoder: draft: expected None for schedule 'alternating' "
+        r"\('speculative' or 'hierarchy' would take 1\), got LlamaForCausalLM$",
     ):
         SpeculativeDecoder(models[:2], **draft)
     with pytest.raises(
@@ -138,7 +139,7 @@ def test_wrong_models_are_refused(models):
             (
                 {"seed": wrong},
                 ValueError,
-                f"generate: seed: expected an integer or 2, one a row, got {shown}",
+                f"generate: seed: expected an integer or a list of them, one a row, got {shown}",
             )
             for wrong, shown in ((1.5, "1.5"), (True, "True"), ([1, "a"], r"\[1, 'a'\]"))
         ),

@@ -98,6 +98,23 @@ def test_ids_that_disagree_are_named():
         shared_vocabulary(models[:2], [tokenizer(140), tokenizer(130)])
 
 
+def test_added_tokens_above_a_common_vocabulary_name_the_way_out():
+    """Two fine-tunes of one model, each with a token of its own for its chats."""
+    models = [toy(0, 144), toy(1, 144)]
+    own = [tokenizer(140, user=140), tokenizer(140, person=140)]
+    got = r"got 1 that differ between models 0 and 1 \(140: 'user' / 'person'\)$"
+    added = r"add what each tokenizer has added to the other, too, or to none"
+    with pytest.raises(ValueError, match=rf"^decoder: tokenizers: .* \({added}\), {got}"):
+        SpeculativeDecoder(models, tokenizers=own)
+    shared = r"or draft_vocabulary='shared' for a draft that has its own"
+    options = {"draft": models[1], "schedule": "speculative", "tokenizers": own}
+    with pytest.raises(ValueError, match=rf"^decoder: tokenizers: .* every id, {shared}, {got}"):
+        SpeculativeDecoder(models[:1], **options)
+    decoder = SpeculativeDecoder(models[:1], **options, draft_vocabulary="shared")
+    text = decoder.generate(**prompts([4], 140), max_new_tokens=5, do_sample=False)
+    assert torch.equal(text, models[0].generate(**prompts([4], 140), max_new_tokens=5))
+
+
 def test_different_widths_without_tokenizers_are_refused():
     models = [toy(0, 152), toy(1, 144)]
     expected = (

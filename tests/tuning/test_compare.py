@@ -13,6 +13,7 @@ from toys import toy
 from transformers import GenerationConfig, WatermarkingConfig
 
 from specens import SpeculativeDecoder, Statistics
+from specens.loop.statistics import RowStatistics
 from specens.tuning.compare import compare, sampling, total
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def counted(speed: float, log: list[str], name: str) -> Statistics:
     log.append(name)
-    return Statistics(["a"], num_tokens=10, decode_seconds=10 / speed)
+    row = RowStatistics([0], [0], [0], [0], num_tokens=10)
+    return Statistics(["a"], rows=[row], decode_seconds=10 / speed)
 
 
 def test_compare_interleaves_and_takes_ratios_within_a_round() -> None:
@@ -154,10 +156,14 @@ def test_compare_refuses_nothing_to_do() -> None:
 
 
 def test_total_adds_counts_and_refuses_other_members() -> None:
-    one = Statistics(["a", "b"], calls=[1, 2], by_position=[[3, 2]], num_tokens=4, status=1)
-    two = Statistics(["a", "b"], calls=[3, 4], by_position=[[1, 1], [1, 0]], turns=5, status=2)
+    first = RowStatistics([3, 0], [3, 0], [2, 0], [2, 0], [[3, 2]], num_tokens=4, status=1)
+    second = RowStatistics([2, 1], [2, 0], [1, 0], [0, 0], [[1, 1], [1, 0]], status=2)
+    one = Statistics(["a", "b"], [first], calls=[1, 2])
+    two = Statistics(["a", "b"], [second], calls=[3, 4], turns=5)
     whole = total([one, two])
     assert (whole.calls, whole.by_position) == ([4, 6], [[4, 3], [1, 0]])
     assert (whole.num_tokens, whole.turns, whole.status) == (4, 5, 3)
+    assert (whole.drafted, whole.accepted, whole.emitted) == ([5, 1], [3, 0], [2, 0])
+    assert whole.rows == [first, second]
     with pytest.raises(ValueError, match="calls with the same members"):
         total([one, Statistics(["c"])])

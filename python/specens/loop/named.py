@@ -8,7 +8,7 @@ takes. To add a kind of argument, add a `Kind` here. Needs no torch.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 from specens_kernels import Refusal
 
 _T = TypeVar("_T", bound="Named")
+# The largest count. As many tokens at a time have laws of gigabytes.
+MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,18 @@ def argument(default: Any, kind: Kind, description: str) -> Any:
 
 
 def count(least: int) -> Kind:
-    """An integer that is not below `least`."""
+    """An integer that is not below `least`, and within reason."""
 
     def accept(value: Any) -> int:
-        if not is_integer(value) or value < least:
+        if not is_integer(value) or not least <= value <= MOST:
             raise ValueError
         return int(value)
 
-    return Kind(f"an integer >= {least}", accept, int)
+    return Kind(f"an integer from {least} to {MOST}", accept, int)
 
 
 def counts(least: int) -> Kind:
-    """One integer that is not below `least`, or several."""
+    """One integer that is not below `least`, or several; each within reason."""
     single = count(least)
 
     def accept(value: Any) -> int | tuple[int, ...]:
@@ -66,14 +68,14 @@ def counts(least: int) -> Kind:
         several = [int(part) for part in text.removesuffix(",").split(",")]
         return several if "," in text else several[0]
 
-    return Kind(f"integers >= {least}", accept, read)
+    return Kind(f"integers from {least} to {MOST}", accept, read)
 
 
 def number(least: float, most: float = math.inf) -> Kind:
     """A finite number between `least` and `most`, both included."""
 
     def accept(value: Any) -> float:
-        if not isinstance(value, Real) or not least <= float(value) <= most:
+        if not is_number(value) or not least <= float(value) <= most:
             raise ValueError
         if not math.isfinite(value):
             raise ValueError
@@ -87,7 +89,10 @@ def numbers(size: int) -> Kind:
     """So many finite numbers."""
 
     def accept(values: Any) -> tuple[float, ...]:
-        listed = tuple(map(float, values))
+        given = tuple(values)
+        if not all(map(is_number, given)):
+            raise TypeError
+        listed = tuple(map(float, given))
         if len(listed) != size or not all(map(math.isfinite, listed)):
             raise ValueError
         return listed
@@ -161,11 +166,14 @@ def read_named(op: str, text: str, known: Mapping[str, type[_T]]) -> _T:
     Raises:
         Refusal: there is no such name or argument, or its value is none that it takes.
     """
+    text = text.strip()
     head = re.match(r"[^:(]*", text)
     assert head is not None, "any text begins so"
     name, opening, rest = head[0], text[head.end() : head.end() + 1], text[head.end() + 1 :]
+    if opening == "(" and not rest.endswith(")"):
+        raise Refusal(op, "arguments", "brackets in pairs", repr(text))
     if opening == "(":
-        rest = rest.removesuffix(")")
+        rest = rest[:-1]
     kind = known.get(name.strip())
     if kind is None:
         raise Refusal.unknown(op, "name", name.strip(), known)
@@ -193,7 +201,12 @@ def _parts(name: str, text: str) -> dict[str, str]:
             pieces[-1] += f",{part}"
         else:
             pieces.append(part)
-        depth += part.count("(") - part.count(")")
+        for bracket in re.findall(r"[()]", part):
+            depth += 1 if bracket == "(" else -1
+            if depth < 0:
+                raise Refusal(name, "arguments", "brackets in pairs", repr(text))
+    if depth > 0:
+        raise Refusal(name, "arguments", "brackets in pairs", repr(text))
     parts: dict[str, str] = {}
     for piece in pieces:
         key, equals, value = piece.partition("=")
@@ -208,8 +221,15 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> bool:
+    """A real one of any library; a bool measures nothing."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def integers(values: Any) -> list[int] | None:
-    """Of one integer or several; None if something else is among them."""
+    """Of one integer or several in order; None if something else is among them."""
+    if isinstance(values, Mapping | Set):
+        return None
     values = values.tolist() if hasattr(values, "tolist") else values
     listed = list(values) if isinstance(values, Iterable) else [values]
     return [int(value) for value in listed] if all(map(is_integer, listed)) else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specens.loop.rows import Row
+from specens.members.capacity import capacity_for
 from specens_kernels import Stream, uniforms
 
 # Where numbers may not be used again, how often a row was judged is in these bits of a position.
@@ -20,12 +21,11 @@ _JUDGED = 32
 class Numbers:
     """The random numbers of a call."""
 
-    def __init__(self, seeds: Tensor, rows: Sequence[Row], span: int, *, fresh: bool) -> None:
+    def __init__(self, seeds: Tensor, rows: Sequence[Row], *, fresh: bool) -> None:
         """For positions from each row's last prompt token on.
 
         Args:
             seeds: (B,) int64, on the device of the text. rows: B rows at their start.
-            span: positions of a row.
             fresh: whether a position that is judged again needs other numbers. A rule that judges
                 several tokens at once has looked at numbers of tokens that it did not keep: what
                 replaces them needs others.
@@ -33,9 +33,8 @@ class Numbers:
         self._seeds = seeds
         self._fresh = fresh
         self._begins = [row.length - 1 for row in rows]
-        begins = torch.tensor(self._begins, device=seeds.device)
-        self._positions = begins[:, None] + torch.arange(span, device=seeds.device)
-        self._blocks: dict[tuple[Stream, int], Sequence[Tensor]] = {}
+        # Positions, and the blocks of each row for them.
+        self._rows: dict[tuple[Stream, int], tuple[int, Sequence[Tensor]]] = {}
 
     def __call__(
         self, stream: Stream, index: int, rows: Sequence[Row], begins: list[int], count: int
@@ -46,16 +45,21 @@ class Numbers:
             positions = (torch.tensor(at)[:, None] + torch.arange(count)).to(self._seeds.device)
             indices = torch.tensor([row.index for row in rows], device=self._seeds.device)
             return uniforms(self._seeds[indices], positions, stream, index=index)
-        blocks = self._blocks.get((stream, index))
-        if blocks is None:
-            numbers = uniforms(self._seeds, self._positions, stream, index=index)
-            blocks = self._blocks[stream, index] = numbers[:, None].unbind()
+        places = [b - self._begins[row.index] for row, b in zip(rows, begins, strict=True)]
+        size = max(places) + count
+        known, blocks = self._rows.get((stream, index), (0, ()))
+        if size > known:
+            numbers = self.first(stream, index, size)
+            known, blocks = numbers.shape[1], numbers[:, None].unbind()
+            self._rows[stream, index] = known, blocks
         parts = [
-            blocks[row.index].narrow(1, begin - self._begins[row.index], count)
-            for row, begin in zip(rows, begins, strict=True)
+            blocks[row.index].narrow(1, place, count)
+            for row, place in zip(rows, places, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def whole_text(self, stream: Stream) -> Tensor:
-        """(B, span, 4) blocks of a stream for all positions of all rows."""
-        return uniforms(self._seeds, self._positions, stream)
+    def first(self, stream: Stream, index: int, size: int) -> Tensor:
+        """(B, S, 4) blocks of a stream for the first S >= `size` positions of all rows."""
+        begins = torch.tensor(self._begins, device=self._seeds.device)
+        positions = torch.arange(capacity_for(size), device=self._seeds.device)
+        return uniforms(self._seeds, begins[:, None] + positions, stream, index=index)

@@ -7,6 +7,7 @@ What a schedule or a rule has to remember of a row is a field of its own here. N
 from dataclasses import dataclass, field
 
 from specens.loop.occurrences import Occurrences
+from specens.loop.statistics import RowStatistics
 from specens.loop.survival import Survival
 
 
@@ -16,6 +17,7 @@ class Row:
 
     index: which row of the user's batch. pad: columns of left padding before its text.
     length: committed tokens, the prompt included. tokens: these, on the host.
+    statistics: what became of what was proposed to it.
     pending: proposer of each pending token; POINT_MASS if it was looked up.
     slot: place in the rotation of the member that scored last.
     ended: whether an end-of-sequence token is among the pending ones that were checked.
@@ -30,6 +32,7 @@ class Row:
     pad: int
     length: int
     tokens: list[int]
+    statistics: RowStatistics
     pending: list[int] = field(default_factory=list)
     slot: int = 0
     ended: bool = False

@@ -29,7 +29,7 @@ from specens.loop.numbers import Numbers
 from specens.loop.processors import processed
 from specens.loop.rows import Row
 from specens.loop.schedule import DraftStop, Schedule, Verification
-from specens.loop.statistics import Statistics
+from specens.loop.statistics import RowStatistics, Statistics
 from specens.loop.stopping import Stopper
 from specens.loop.text import Text
 from specens.loop.weights import PositionWeights
@@ -99,18 +99,18 @@ class Run:
         self.stopper, self.statistics = stopper, statistics
         self.device = input_ids.device
         width = input_ids.shape[1]
-        # Columns past max_length are proposals that can never be committed.
-        columns = stopper.max_length + plan.schedule.most_pending + 1
-        self.text = Text(input_ids, columns)
+        self.text = Text(input_ids)
         texts = input_ids.tolist()
-        self.rows = [Row(b, width - n, n, texts[b][width - n :]) for b, n in enumerate(lengths)]
+        statistics.rows = [RowStatistics.of(len(statistics.members)) for _ in lengths]
+        self.rows = [
+            Row(b, width - n, n, texts[b][width - n :], statistics.rows[b])
+            for b, n in enumerate(lengths)
+        ]
         self.finished: list[Row] = []
-        self.log_probs: list[list[Tensor]] = [[] for _ in self.rows]
         self.laws = [MemberLaws() for _ in self.members]
         self.scores = [MemberLaws() for _ in self.members]
         fresh = any(acceptance.rule.block for acceptance in self.acceptances)
-        span = columns - self.rows[0].pad - self.rows[0].length + 2
-        self.numbers = Numbers(seeds, self.rows, span, fresh=fresh)
+        self.numbers = Numbers(seeds, self.rows, fresh=fresh)
         self._owner_tensors: dict[tuple[int, ...], Tensor] = {}
         self._prefill(input_ids)
 
@@ -118,7 +118,10 @@ class Run:
         """Feed every member all but the last token of each prompt."""
         began = time.perf_counter()
         counts = [row.length - 1 for row in self.rows]
-        capacity = self.text.tokens.shape[1] + self.schedule.most_pending + 1
+        # No more can be pending than there is room. A row's tokens, and as many of padding beside
+        # one that is fed more, are what a member holds.
+        pending = min(self.schedule.most_pending, max(map(self.room, self.rows)))
+        capacity = self.stopper.max_length + 2 * (pending + 1)
         for model in self.members:
             model.start(len(self.rows), capacity)
             if max(counts) > 0:
@@ -167,7 +170,7 @@ class Run:
         if tokens:
             self.text.write([row], [row.end], torch.tensor([tokens], device=self.device))
             row.pending += [POINT_MASS] * len(tokens)
-            self.statistics.drafted[POINT_MASS] += len(tokens)
+            row.statistics.drafted[POINT_MASS] += len(tokens)
 
     def feed(self, member: int, rows: Sequence[Row]) -> None:
         """One forward over all that the member's cache lacks of the rows' tokens."""
@@ -213,7 +216,7 @@ class Run:
         self.text.write(rows, ends, drawn.tokens)
         for row in rows:
             row.pending.append(member)
-        self.statistics.drafted[member] += len(rows)
+            row.statistics.drafted[member] += 1
         return drawn.log_probs
 
     def proposal(
@@ -293,8 +296,8 @@ class Run:
             if replaced:
                 self.text.write_one(row, row.length + num_accepted, verdict.tokens[k], num_accepted)
             kept, done = self.stopper.cut(new, self.text.tokens[row.index], row.pad + row.length)
-            self.statistics.test(row.pending[:drafts], num_accepted)
-            self.statistics.emit(kept, replaced and kept == len(new), status)
+            row.statistics.test(row.pending[:drafts], num_accepted)
+            row.statistics.emit(row.pending[: min(kept, num_accepted)], kept, status)
             self._note(row, verdict.log_probs[k, :kept], verification.by_all)
             emitted[row.index] = new[:kept]
             row.tokens += new[:kept]
@@ -336,9 +339,8 @@ class Run:
             for log_prob in log_probs.tolist():
                 row.memory = remember(row.memory, log_prob, self.acceptance.parameters[-1])
         # Of a token drawn from one member not all have said how likely it is.
-        self.log_probs[row.index].append(
-            log_probs if by_all else torch.full_like(log_probs, torch.nan)
-        )
+        if by_all:
+            self.text.note(row, row.length, log_probs)
 
     def _memory(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([row.memory for row in rows], device=self.device)

@@ -55,7 +55,8 @@ class Models:
         """Who drafts: the separate draft, the member given, or the cheapest member."""
         if given is None:
             return self.drafts[0] if self.drafts else self.cheapest_first[0]
-        if self.drafts or given >= self.num_members:
+        # A schedule that is bound already names the draft.
+        if given not in (self.drafts[:1] or range(self.num_members)):
             expected = f"None with a draft, else 0 to {self.num_members - 1}"
             raise Refusal(schedule, "proposer", expected, given)
         return given

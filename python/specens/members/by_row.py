@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specens.members.cache import crop, fork, full_cache, native_cache, to_device
+from specens.members.capacity import capacity_for, widened
 from specens.members.member import Member
 
 if TYPE_CHECKING:
@@ -130,15 +131,17 @@ class ReplayMember(_RowMember):
         return native_cache(self.model.config) if self._cached else None
 
     def _allocate(self) -> None:
-        shape = (len(self.lengths), self.capacity)
         # Not an inference tensor, which could not be written outside inference mode.
         with torch.inference_mode(False):
+            shape = (len(self.lengths), 0)
             self._history = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._rows = [_Replayed(self._new_cache()) for _ in self.lengths]
 
     def _forward_row(self, row: int, tokens: Tensor, kept: int) -> Tensor:
         start = self.lengths[row]
         end = start + tokens.shape[1]
+        if end > self._history.shape[1]:
+            self._history = widened(self._history, 1, capacity_for(end))
         self._history[row, start:end] = tokens[0]
         if not self._cached:
             extra = {"use_cache": False} if "use_cache" in self._arguments else {}

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from specens.members.capacity import capacity_for, widened
+
 # Of a query at position p, the first position a layer of this type sees, given the size found in
 # the config attribute; None sees everything.
 REACH: dict[str, tuple[str, Callable[[Tensor, int], Tensor]] | None] = {
@@ -42,8 +44,8 @@ class Plan:
     Rows are a range `first_row`, `num_rows` of the storage, or any list, `rows`.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self) -> None:
+        self.capacity = 0
         self.start: int | None = 0
         self.past = 0
         self.end = 0
@@ -99,16 +101,16 @@ class Storage:
     it does not know gets a tensor of its own.
     """
 
-    def __init__(self, batch_size: int, capacity: int, counts: dict[Signature, int]) -> None:
+    def __init__(self, batch_size: int, counts: dict[Signature, int]) -> None:
         self.batch_size = batch_size
-        self.capacity = capacity
+        self.capacity = 0
         self.expected = counts
         self.taken: dict[Signature, int] = {}
         self.slabs: list[Tensor] = []  # each (layers, B, K, S, E)
-        self._free: dict[Signature, list[Tensor]] = {}
+        self._free: dict[Signature, list[tuple[int, int]]] = {}
 
-    def take(self, like: Tensor) -> Tensor:
-        """(B, K, S, E) zeros for one layer's keys or values, of `like`'s heads, size and dtype."""
+    def take(self, like: Tensor) -> tuple[int, int]:
+        """A place for one layer's keys or values, of `like`'s heads, size and dtype; see `at`."""
         _, heads, _, size = like.shape
         signature = (heads, size, like.dtype, like.device)
         free = self._free.setdefault(signature, [])
@@ -118,11 +120,21 @@ class Storage:
             # Zeros, for a hidden slot still enters the softmax's 0 * value, where NaN would spread.
             # Not an inference tensor, or the cache could not be written outside inference mode.
             with torch.inference_mode(False):
-                slab = torch.zeros(shape, dtype=like.dtype, device=like.device)
-                free.extend(reversed(slab.unbind(0)))
-            self.slabs.append(slab)
+                self.slabs.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
+            free.extend((len(self.slabs) - 1, layer) for layer in reversed(range(count)))
         self.taken[signature] = self.taken.get(signature, 0) + 1
         return free.pop()
+
+    def at(self, place: tuple[int, int]) -> Tensor:
+        """(B, K, S, E): what is at a place, until the storage grows."""
+        slab, layer = place
+        return self.slabs[slab][layer]
+
+    def grow(self, capacity: int, rows: int) -> None:
+        """Give `capacity` slots to each of the first `rows` rows; the others are gone."""
+        self.capacity, self.batch_size = capacity, rows
+        for i, slab in enumerate(self.slabs):
+            self.slabs[i] = widened(slab[:, :rows], 3, capacity)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -140,9 +152,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take storage of the states' shape, dtype and device."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self.storage.take(key_states)
-        self.values = self.storage.take(value_states)
+        self.places = self.storage.take(key_states), self.storage.take(value_states)
+        self.bind()
         self.is_initialized = True
+
+    def bind(self) -> None:
+        """Look up where the storage has keys and values now."""
+        self.keys, self.values = (self.storage.at(place) for place in self.places)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -179,7 +195,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.plan.past
 
     def get_max_length(self) -> int:
-        """Tokens a row can hold."""
+        """Tokens a row can hold before the storage grows."""
         return self.storage.capacity
 
     # The name of `get_max_length` in transformers 5.0, where it is abstract.
@@ -187,17 +203,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SlotCache(Cache):
-    """A transformers cache whose rows have lengths of their own.
+    """A transformers cache whose rows have lengths of their own, and slots that grow by doubling.
 
     Args:
         batch_size: rows.
-        capacity: slots of a row.
         counts: tensors per signature, from an earlier cache of the same model; `{}` at first.
     """
 
-    def __init__(self, batch_size: int, capacity: int, counts: dict[Signature, int]) -> None:
-        self.plan = Plan(capacity)
-        self.storage = Storage(batch_size, capacity, counts)
+    def __init__(self, batch_size: int, counts: dict[Signature, int]) -> None:
+        self.plan = Plan()
+        self.storage = Storage(batch_size, counts)
         # Layers appear at their first update, so that no config attribute has to be trusted.
         make_layer: Any = partial(SlotLayer, self.plan, self.storage)
         super().__init__(layer_class_to_replicate=make_layer)
@@ -206,6 +221,19 @@ class SlotCache(Cache):
     def slabs(self) -> list[Tensor]:
         """Each (layers, B, K, capacity, E). All keys and values, layers of one shape together."""
         return self.storage.slabs
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        return self.storage.capacity
+
+    def grow(self, size: int, rows: int) -> None:
+        """Make room for `size` tokens in each of the first `rows` rows; the others are gone."""
+        self.plan.capacity = capacity_for(size)
+        self.storage.grow(self.plan.capacity, rows)
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer) and layer.is_initialized:
+                layer.bind()
 
     def select(self, rows: Sequence[int], used: int) -> None:
         """Move these rows' first `used` slots to the front; later rows become free memory."""

@@ -5,23 +5,43 @@ Read through the wrappers of torch.compile and PEFT. To ask a model something el
 """
 
 import inspect
+from os import PathLike
 from typing import Any
+
+import torch
 
 from specens_kernels import Refusal
 
 
-def check_causal_lm(model: Any) -> None:
-    """Refuse what is not a decoder-only language model with a head, in one line."""
-    config = getattr(model, "config", None)
-    if config is None or not callable(getattr(model, "get_output_embeddings", None)):
+def check_causal_lm(model: Any, op: str = "member", argument: str = "model") -> None:
+    """Refuse what is not a decoder-only language model with a head and weights, in one line."""
+    config, is_module = getattr(model, "config", None), isinstance(model, torch.nn.Module)
+    if isinstance(model, str | PathLike):
+        fault = f"the name {str(model)!r}; AutoModelForCausalLM.from_pretrained loads it"
+    elif model is None:
+        fault = "None"
+    elif (
+        not is_module
+        or config is None
+        or not callable(getattr(model, "get_output_embeddings", None))
+    ):
         fault = f"{type(model).__name__}, which is no transformers model"
     elif getattr(config, "is_encoder_decoder", False):
         fault = f"{type(model).__name__}, an encoder-decoder"
     elif model.get_output_embeddings() is None or not model.can_generate():
         fault = f"{type(model).__name__}, which has no causal LM head"
+    elif is_on_meta(model):
+        fault = f"{type(model).__name__} on device 'meta', without weights"
     else:
         return
-    raise Refusal("member", "model", "a causal LM", fault)
+    raise Refusal(op, argument, "a causal LM", fault)
+
+
+def is_on_meta(model: Any) -> bool:
+    """Whether its weights are nowhere; those that accelerate brings when they are needed are."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return False
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def model_name(model: Any) -> str:

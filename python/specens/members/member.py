@@ -55,7 +55,10 @@ class Member(ABC):
         self._arguments = forward_arguments(model)
 
     def start(self, batch_size: int, capacity: int) -> None:
-        """Empty `batch_size` rows of `capacity` tokens, speculative ones and padding included."""
+        """Empty `batch_size` rows of at most `capacity` tokens, speculative ones and padding too.
+
+        Memory is taken for the tokens that there are.
+        """
         if batch_size < 1 or capacity < 1:
             raise Refusal(
                 "start", "batch_size, capacity", "at least 1", f"{batch_size}, {capacity}"

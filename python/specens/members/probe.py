@@ -139,6 +139,19 @@ def _examine(model: "PreTrainedModel", mode: str) -> Probe:
     # some inputs; a wrong mask is wrong for all.
     seeds = range(3 if _is_coarse(model) else 1)
     games = cache(partial(_Game, model))
+    try:
+        games(0)
+    except Refusal:
+        raise
+    except REFUSALS as raised:
+        positions = getattr(text_config(model), "max_position_embeddings", "unknown")
+        fault = f"{type(raised).__name__}: {raised}".splitlines()[0]
+        raise Refusal(
+            "member",
+            "model",
+            "a causal LM that reads 20 tokens, as its test does",
+            f"{type(model).__name__} of {positions} positions ({fault})",
+        ) from raised
     kept = games(0).logits_to_keep()
     refused: list[str] = []
     for candidate in _candidates(model, Probe(name, "", logits_to_keep=kept)):

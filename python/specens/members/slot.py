@@ -68,9 +68,15 @@ class SlotMember(Member):
         self._allocate()
 
     def _allocate(self) -> None:
-        self.cache = SlotCache(len(self.lengths), self.capacity, self._counts)
-        # Position of each slot, (1, capacity): positions of equal rows are a view of it.
-        self._positions = torch.arange(self.capacity, device=self.device)[None]
+        self.cache = SlotCache(len(self.lengths), self._counts)
+        # Position of each slot, (1, slots): positions of equal rows are a view of it.
+        self._positions = torch.arange(0, device=self.device)[None]
+
+    def _reserve(self, size: int) -> None:
+        """Make room for `size` tokens in every row."""
+        if size > self.cache.capacity:
+            self.cache.grow(size, len(self.lengths))
+            self._positions = torch.arange(self.cache.capacity, device=self.device)[None]
 
     def _forward(
         self,
@@ -83,6 +89,7 @@ class SlotMember(Member):
         q = tokens.shape[1]
         if min(counts) < q:
             tokens = tokens.clamp_min(0)  # padding may be -1, which no embedding has
+        self._reserve(max(starts) + q)
         plan = self.cache.plan
         plan.set(starts, q, rows)
         if plan.start is not None:
@@ -119,6 +126,7 @@ class SlotMember(Member):
         """
         _, n = tokens.shape
         starts = self.lengths
+        self._reserve(max(starts) + n)
         plan = self.cache.plan
         plan.set(starts, n, range(len(starts)))
         first = to_device(starts, self.device)[:, None]

@@ -10,13 +10,16 @@ from typing import Any
 from specens_kernels import Refusal
 
 
-def shared_vocabulary(models: Sequence[Any], tokenizers: Sequence[Any] | None) -> int:
+def shared_vocabulary(
+    models: Sequence[Any], tokenizers: Sequence[Any] | None, num_members: int | None = None
+) -> int:
     """Columns of the logits that count: the ids that every model has.
 
     Args:
         models: causal LMs. Their logits may be padded to different widths.
         tokenizers: one per model, or None if all models have logits of one width; then it is not
             checked that their ids mean the same.
+        num_members: the models after these are drafts; None is that there are none.
     Returns:
         The number of shared ids.
     Raises:
@@ -38,10 +41,15 @@ def shared_vocabulary(models: Sequence[Any], tokenizers: Sequence[Any] | None) -
         differing = sorted(i for i in first.keys() | other.keys() if first.get(i) != other.get(i))
         if differing:
             shown = ", ".join(f"{i}: {first.get(i)!r} / {other.get(i)!r}" for i in differing[:5])
+            expected = "the same token for every id"
+            if num_members is not None and place >= num_members:
+                expected += ", or draft_vocabulary='shared' for a draft that has its own"
+            elif differing[0] > max(first.keys() & other.keys() - set(differing), default=-1):
+                expected += " (add what each tokenizer has added to the other, too, or to none)"
             raise Refusal(
                 "decoder",
                 "tokenizers",
-                "the same token for every id",
+                expected,
                 f"{len(differing)} that differ between models 0 and {place} ({shown})",
             )
     return min([*widths, int(max(first)) + 1])

@@ -9,6 +9,7 @@ verification with such weights exact for their ensemble. To add an input, extend
 """
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from specens_kernels import ENSEMBLES, Ensemble, Refusal
 
 _WEIGHTS, _FACTS = "weight_head.safetensors", "weight_head.json"
 _UPSTREAM_WEIGHTS, _UPSTREAM_FACTS = "ensemble_head.bin", "ensemble_config.json"
+# Torch numbers hooks without a lock: two of two threads might get one number.
+_HOOKS = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -249,7 +252,7 @@ def _sizes(facts: Mapping[str, Any], file: str) -> tuple[int | None, int | None]
 
 @contextmanager
 def last_hidden(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the LM head's input, (B, T, H), at each forward of the model within the context.
+    """Collect the LM head's input, (B, T, H), at each forward of this thread within the context.
 
     It has a row for each row of logits, also where `logits_to_keep` leaves some out. Nothing else
     is kept, unlike with `output_hidden_states`, which holds on to every layer.
@@ -258,11 +261,22 @@ def last_hidden(model: Any) -> Iterator[list[Tensor]]:
     if head is None:
         raise Refusal("head", "model", "a causal LM", f"{type(model).__name__} without an LM head")
     collected: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0]))
+    thread = threading.get_ident()
+
+    def collect(_: Any, inputs: Any) -> None:
+        # The head is shared, and other threads' forwards come by here, too.
+        if threading.get_ident() == thread:
+            collected.append(inputs[0])
+
     try:
+        with _HOOKS:
+            head.register_forward_pre_hook(collect)
         yield collected
     finally:
-        hook.remove()
+        # By itself, not by its handle, of which an interrupt may deprive us.
+        hooks = head._forward_pre_hooks
+        for key in [key for key, hook in list(hooks.items()) if hook is collect]:
+            hooks.pop(key, None)
 
 
 def hidden_size(model: Any) -> int:

@@ -146,8 +146,9 @@ def verify_level(run: "Run", level: int, rows: "Sequence[Row]", most: int) -> No
     for k, (row, kept_before, tokens, num_accepted, status) in enumerate(on_host):
         place = row.length + kept_before + num_accepted
         run.text.write_one(row, place, verdict.tokens[k], num_accepted)
-        run.statistics.test(row.pending[kept_before:], num_accepted)
-        run.statistics.status |= status
+        row.statistics.test(row.pending[kept_before:], num_accepted)
+        row.statistics.drafted[draft] += 1
+        row.statistics.status |= status
         new = num_accepted + 1
         if acceptance.rule.block:
             new = min(new, most - row.pending[:kept_before].count(draft))
@@ -155,7 +156,6 @@ def verify_level(run: "Run", level: int, rows: "Sequence[Row]", most: int) -> No
         row.judged += 1
         # Of this level's tokens alone: a level that has refused the end goes on.
         row.ended = not run.stopper.eos.isdisjoint(tokens[:new])
-    run.statistics.drafted[draft] += len(rows)
     # What was said after the token just added is about another one.
     run.roll_back(rows, [row.end - 1 for row in rows])
 

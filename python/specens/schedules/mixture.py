@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from specens_kernels import Law
 
 _MOST_AHEAD = 8
+# Chances below which nothing is expected.
+_NEVER = 1e-12
 # How likely another member's token is kept, as long as nothing is known.
 KEPT = 0.6
 
@@ -183,6 +185,8 @@ class LookAhead(Schedule):
         # Chances that so many of the tokens before this place are other members'.
         going = {0: 1.0}
         for place in range(tokens + 1):
+            if sum(going.values()) < _NEVER:
+                break
             emitted += sum(chance * kept**foreign for foreign, chance in going.items())
             following: dict[int, float] = {}
             for foreign, chance in going.items():
@@ -212,22 +216,23 @@ class LookAhead(Schedule):
 
 def components(run: "Run", row: "Row", count: int) -> list[int]:
     """The members that the row's next tokens are drawn from; known before any model runs."""
-    if not row.components:
-        for each, members in zip(run.rows, _drawn_components(run), strict=True):
-            each.components = members
     at = row.length - row.prompt_length
+    if len(row.components) < at + count:
+        drawn = _drawn_components(run, at + count)
+        for each in run.rows:
+            each.components = drawn[each.index]
     return row.components[at : at + count]
 
 
-def _drawn_components(run: "Run") -> list[list[int]]:
-    """Of each row, the members that all of its tokens are drawn from."""
+def _drawn_components(run: "Run", size: int) -> list[list[int]]:
+    """Of each row of the batch, the members that its first `size` tokens or more are drawn from."""
     import torch
 
     from specens_kernels import Stream
 
     weights = run.law.weights
     assert not isinstance(weights, torch.Tensor), "weights that are known beforehand"
-    coins = run.numbers.whole_text(Stream.COMPONENT)[..., 0].double()
+    coins = run.numbers.first(Stream.COMPONENT, 0, size)[..., 0].double()
     shares = coins.new_tensor(weights).cumsum(0)
     drawn = torch.searchsorted(shares, coins, right=True)
     members: list[list[int]] = drawn.clamp_(max=len(weights) - 1).tolist()

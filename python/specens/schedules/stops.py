@@ -113,4 +113,4 @@ def _accept(value: Any) -> Any:
     return value
 
 
-STOP = Kind("a DraftStop", _accept, lambda text: read_named("stop", text, STOPS))
+STOP = Kind("a DraftStop", _accept, lambda text: read_named("draft_stop", text, STOPS))

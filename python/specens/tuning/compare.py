@@ -142,15 +142,9 @@ def total(statistics: Sequence[Statistics]) -> Statistics:
         raise Refusal("total", "statistics", "calls with the same members", names)
     whole = Statistics(list(statistics[0].members))
     for call in statistics:
-        for name in ("calls", "drafted", "tested", "accepted"):
-            pairs = zip(getattr(whole, name), getattr(call, name), strict=True)
-            setattr(whole, name, [a + b for a, b in pairs])
-        positions = itertools.zip_longest(whole.by_position, call.by_position, fillvalue=[0, 0])
-        whole.by_position = [[a + c, b + d] for (a, b), (c, d) in positions]
-        whole.num_tokens += call.num_tokens
-        whole.num_replaced += call.num_replaced
+        whole.rows += call.rows
+        whole.calls = [a + b for a, b in zip(whole.calls, call.calls, strict=True)]
         whole.turns += call.turns
-        whole.status |= call.status
         whole.prefill_seconds += call.prefill_seconds
         whole.decode_seconds += call.decode_seconds
     return whole
