@@ -39,8 +39,8 @@ def diversed(
         bool,
         typer.Option(
             "--allow-code-execution",
-            help="'tests' runs what the models write: in a process with limits of time, memory and "
-            "file size, but not shut off from network and disk.",
+            help="'tests' runs what the models write: with limits, and shut off from network, disk "
+            "and other processes where the machine gives namespaces; see docs/training.md.",
         ),
     ] = False,
     ensemble: options.EnsembleName = "mixture",
