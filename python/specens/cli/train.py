@@ -20,7 +20,9 @@ import typer
 
 from specens.cli import loading
 from specens.training.examples import Example, read_examples, split
+from specens.training.files import replace_text, writing
 from specens.training.settings import DraftSettings, HeadSettings
+from specens.tuning.finite import finite
 from specens_kernels import Refusal
 
 RESULT = "evaluation.json"
@@ -155,10 +157,9 @@ def mean_of_last(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """As JSON, beside what was trained."""
-    from specens.tuning.compare import finite
-
     text = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
-    (folder / RESULT).write_text(text)
+    with writing(folder):
+        replace_text(folder / RESULT, text)
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from specens.cli import loading, options, train
 from specens.training.examples import Example, held_out_texts, read_texts
+from specens.training.files import writing
 from specens.training.settings import DraftSettings, StepPlan
 from specens_kernels import Refusal
 
@@ -182,9 +183,10 @@ class _DraftWork:
                 progress=advance,
             )
         times = training.seconds("training")
-        self.draft.save_pretrained(folder)
-        self.tokenizers[-1].save_pretrained(folder)
-        draw_curves(folder / "curves.png", rows, distil.CURVES)
+        with writing(folder):
+            self.draft.save_pretrained(folder)
+            self.tokenizers[-1].save_pretrained(folder)
+            draw_curves(folder / "curves.png", rows, distil.CURVES)
         return {
             "training_windows": list(windows.shape),
             "held_out_windows": list(test.shape),

@@ -14,6 +14,7 @@ from specens.training.examples import (
     Example,
     library_examples,
 )
+from specens.training.files import writing
 from specens.training.rewards import REWARDS, Reward, reward_for
 from specens.training.settings import HeadSettings, StepPlan
 from specens_kernels import Refusal
@@ -141,7 +142,8 @@ class _HeadWork:
                 progress=advance,
             )
         times = training.seconds("training")
-        draw_curves(folder / "curves.png", rows, CURVES)
+        with writing(folder):
+            draw_curves(folder / "curves.png", rows, CURVES)
         evaluation = train.Watch()
         with output.progress("evaluating", len(STATIC_WEIGHTS) + 1) as step:
             measures = compare_with_static(
