@@ -65,7 +65,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no reference": (("draft", "--select", "0.4"), "--reference: expected a draft beside --select"),
     "reference": (("draft", "--reference", "family:draft"), "--reference: expected a draft beside"),
     "weights": (("draft", "--weights", "a"), "--weights: expected numbers with commas"),
-    "two weights": (("draft", "--weights", "0.5,0.5"), "--weights: expected 1 numbers, one per"),
+    "two weights": (("draft", "--weights", "0.5,0.5"), "--weights: expected 1 numbers, one for"),
     "sum": (("draft", "--weights", "0.5"), "sum to 1"),
     "dtype": (("draft", "--dtype", "float8"), "--dtype: expected one of auto"),
 }
@@ -133,7 +133,7 @@ def test_train_diversed_writes_head_curves_and_result(tmp_path: Path) -> None:
     assert len((out / "curves.csv").read_text().splitlines()) == 3
     again = run("diversed", "--data", data, "--out", out, *tiny, "--reward", "exact_match")
     assert again.exit_code == 2
-    assert "expected a folder without checkpoint.safetensors, or resume" in again.stderr
+    assert "--out: expected a folder without checkpoint.safetensors, or --resume" in again.stderr
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ SPELLED = {
 # Memory for all of them is taken at once.
 _MAX_TOKENS = 2**20
 MAX_SEED = 2**62
+# Many more, and the library that starts them ends the process.
+MAX_THREADS = 1024
 
 
 def _described(named: Mapping[str, type[Named]]) -> str:
@@ -120,7 +122,9 @@ Device = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        min=1, help="CPU threads. None is 1 if all models are family:..., else torch's choice."
+        min=1,
+        max=MAX_THREADS,
+        help="CPU threads. None is 1 if all models are family:..., else torch's choice.",
     ),
 ]
 TrustRemoteCode = Annotated[

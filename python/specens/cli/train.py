@@ -20,7 +20,7 @@ import typer
 
 from specens.cli import loading
 from specens.training.examples import Example, read_examples, split
-from specens.training.files import replace_text, writing
+from specens.training.files import CHECKPOINT, replace_text, writing
 from specens.training.settings import DraftSettings, HeadSettings
 from specens.tuning.finite import finite
 from specens_kernels import Refusal
@@ -72,6 +72,18 @@ def check_evaluation(data: Path | None, evaluation: Path | None) -> None:
     """Refuse --evaluation without --data."""
     if evaluation is not None and data is None:
         raise Refusal("train", "evaluation", "--data beside it", "none")
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Find out before the models are loaded that there is no place for the result."""
+    if out.exists() and not out.is_dir():
+        raise Refusal("train", "out", "a folder", f"{str(out)!r}, which is none")
+    there = (out / CHECKPOINT).exists()
+    if resume and not there:
+        raise Refusal("train", "resume", f"a checkpoint in {str(out / CHECKPOINT)!r}", "none")
+    if there and not resume:
+        expected = f"a folder without {CHECKPOINT}, or --resume"
+        raise Refusal("train", "out", expected, repr(str(out)))
 
 
 def read_data(data: Path, evaluation: Path | None) -> tuple[list[Example], list[Example]]:

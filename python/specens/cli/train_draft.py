@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specens.cli import loading, options, train
+from specens.cli import checks, loading, options, train
 from specens.training.examples import Example, held_out_texts, read_texts
 from specens.training.files import writing
 from specens.training.settings import DraftSettings, StepPlan
@@ -85,6 +85,7 @@ def draft(
     the mean of sum_x min(target, draft), before and after.
     """
     train.check_evaluation(data, evaluation)
+    train.check_out(out, resume=resume)
     targets = target or ["family:code"]
     references = [] if reference is None else [reference]
     loading.check_names("draft", [draft])
@@ -94,11 +95,14 @@ def draft(
     if (0 < select < 1) != (reference is not None):
         expected = "a draft beside --select below 1, and only there"
         raise Refusal("train", "reference", expected, reference or "none")
-    shares = [1 / len(targets)] * len(targets)
+    # Some 3.4 characters a token, and as much again in case a text is longer than thought.
+    texts, held_out = _draft_texts(data, evaluation, seed, steps * batch * window_tokens * 4)
+    asked = None if weights is None else options.numbers("weights", weights)
+    shares = checks.AskedLaw(targets, asked, ensemble).shares
     settings = DraftSettings(
         divergence=divergence,
         ensemble=ensemble,
-        weights=tuple(shares if weights is None else options.numbers("weights", weights)),
+        weights=tuple(shares),
         select=select,
         online=online,
         windows_per_step=batch,
@@ -107,8 +111,6 @@ def draft(
         seed=seed,
         plan=StepPlan(steps, rate, warmup_steps, 0.01, clip, save_every),
     )
-    # Some 3.4 characters a token, and as much again in case a text is longer than thought.
-    texts, held_out = _draft_texts(data, evaluation, seed, steps * batch * window_tokens * 4)
     names = [draft, *targets, *references]
     work = _DraftWork.load(names, len(targets), settings, how)
     windows = work.windows(texts, window_tokens)

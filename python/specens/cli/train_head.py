@@ -83,6 +83,7 @@ def diversed(
     constant weights, and how far the head is above their front. Both models stay as they are.
     """
     train.check_evaluation(data, evaluation)
+    train.check_out(out, resume=resume)
     names = [draft, target]
     loading.check_names("draft", [draft])
     loading.check_names("target", [target])

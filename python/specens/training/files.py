@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 
 from specens_kernels import Refusal
 
+CHECKPOINT = "checkpoint.safetensors"
+
 
 def replace(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file anew: until all of it is on the disk, the old one is there.

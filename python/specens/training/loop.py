@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specens.training.files import replace, writing
+from specens.training.files import CHECKPOINT, replace, writing
 from specens.training.settings import StepPlan
 from specens_kernels import Refusal
 
-CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.csv"
+CURVES = "curves.csv"
 # What AdamW keeps of each parameter.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _logger = logging.getLogger("specens")
