@@ -97,7 +97,7 @@ def tried(work, *given):
         return False
     return True
 def f():
-    writes = [tried(open, os.path.join(place, "x"), "w") for place in (
+    writes = [tried(open, os.path.join(place, "of-a-test"), "w") for place in (
         {str(tmp_path)!r}, {str(Path.cwd())!r}, "/tmp", "/dev/shm", "/var/tmp", "/run", "/proc")]
     reaches = tried(socket.create_connection, ("127.0.0.1", {port}), 1)
     return writes, reaches, tried(open, "x", "w"), len(os.listdir("/proc/1/task"))

@@ -42,7 +42,7 @@ Out = Annotated[Path, typer.Option(help="Folder for everything that is written."
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the checkpoint in --out, with all else equal.")
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Updates.")]
+Steps = Annotated[int, typer.Option(min=1, max=2**31, help="Updates.")]
 Rate = Annotated[float, typer.Option(help="AdamW's, after the warm-up.")]
 WarmupSteps = Annotated[
     int, typer.Option(min=0, help="Steps of linear warm-up; then half a cosine.")

@@ -59,10 +59,16 @@ def draft(
         ),
     ] = False,
     steps: train.Steps = 500,
-    batch: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 6,
-    window_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 256,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Online: of each prompt.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Online: what is written.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=options.MAX_TEXTS, help="Texts per step.")] = 6,
+    window_tokens: Annotated[
+        int, typer.Option(min=2, max=options.MAX_TOKENS, help="Tokens of a text.")
+    ] = 256,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Online: of each prompt.")
+    ] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Online: what is written.")
+    ] = 64,
     rate: Annotated[
         float,
         typer.Option(help="AdamW's, after the warm-up; for large drafts 1e-4 or less."),

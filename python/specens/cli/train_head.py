@@ -55,14 +55,21 @@ def diversed(
         typer.Option(help="group (the prompt's other samples) or ema (running mean of batches)."),
     ] = "group",
     steps: train.Steps = 100,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts per step.")] = 8,
-    samples: Annotated[int, typer.Option(min=1, help="Texts per prompt.")] = 8,
+    prompts: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TEXTS, help="Prompts per step.")
+    ] = 8,
+    samples: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TEXTS, help="Texts per prompt.")
+    ] = 8,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Last tokens of a prompt to read.")
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Last tokens of a prompt to read.")
     ] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Most tokens of a text.")
+    ] = 32,
     evaluation_samples: Annotated[
-        int, typer.Option(min=1, help="Texts per held-out example and weight.")
+        int,
+        typer.Option(min=1, max=options.MAX_TEXTS, help="Texts per held-out example and weight."),
     ] = 3,
     rate: train.Rate = 0.02,
     warmup_steps: train.WarmupSteps = 10,
