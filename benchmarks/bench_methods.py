@@ -37,6 +37,7 @@ from specens.loop.statistics import Statistics
 from specens.members.probe import member
 from specens.methods import METHODS, Method, build
 from specens.tuning.compare import Comparison, compare, sampling, workload
+from specens_kernels import Refusal
 
 _TARGET_ALONE = "target alone"
 PARTS = ("all", "methods", "mixtures")
@@ -45,8 +46,16 @@ _FAMILY_ONLY = {"diversed"}
 
 
 def main() -> int:
-    """Measure, print the tables, draw the plot."""
-    options = parsed()
+    """Measure, or say in one line what cannot be."""
+    try:
+        return measure(parsed())
+    except Refusal as refusal:
+        sys.stderr.write(f"bench_methods.py: error: {refusal}\n")
+        return 2
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Print the tables, draw the plot."""
     torch.set_num_threads(options.threads[0])
     names = [options.target, options.qualifier, options.draft, *options.members.split(",")]
     suffix = "" if options.name is None else f"_{options.name}"
@@ -96,6 +105,9 @@ def parsed() -> argparse.Namespace:
     if options.quick:
         options.rounds, options.tokens = 1, 16
     names = [options.target, options.qualifier, options.draft, *options.members.split(",")]
+    loading.check_names("model", names)
+    if min(options.rounds, options.tokens, *options.threads) < 1:
+        parser.error("--rounds, --tokens, --threads: expected counts >= 1, got one below")
     if options.name is None and not all(map(is_shipped, names)):
         parser.error("--name: expected one beside other models than the family's, got none")
     if options.save and options.name is None and options.part != PARTS[0]:

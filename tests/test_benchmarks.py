@@ -261,6 +261,27 @@ def test_every_method_has_been_measured() -> None:
     assert shown == set(METHODS)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "family:nope"], "model: expected one of family:code, family:prose, family:d"),
+        (["--members", "family:code,/no/such"], "model: expected a folder or a hub name, got '/no"),
+    ],
+)
+def test_methods_of_models_that_are_not_there_are_one_line(
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    methods = bench("bench_methods")
+    monkeypatch.setattr("sys.argv", ["bench_methods.py", *arguments])
+    assert methods.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bench_methods.py: error: load: ")
+    assert words in line
+
+
 def test_report_fills_and_checks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -401,6 +401,16 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def check_counts(method: Method, num_models: int, num_drafts: int) -> None:
+    """Raise Refusal where the method takes another number of models or drafts."""
+    wanted = len(method.drafts)
+    if num_drafts == 0 if method.deep else num_drafts != wanted:
+        expected = "one or more" if method.deep else f"{wanted}"
+        raise Refusal("method", "drafts", f"{expected} for {method.name!r}", num_drafts)
+    if method.joins and num_models != 1:
+        raise Refusal("method", "models", f"one target for {method.name!r}", num_models)
+
+
 def build(
     method: Method,
     models: Sequence[Any],
@@ -428,10 +438,7 @@ def build(
     from specens.members.weight_head import WeightHead
     from specens_kernels import Acceptance
 
-    wanted = len(method.drafts)
-    if not drafts if method.deep else len(drafts) != wanted:
-        expected = "one or more" if method.deep else f"{wanted}"
-        raise Refusal("method", "drafts", f"{expected} for {method.name!r}", len(drafts))
+    check_counts(method, len(models), len(drafts))
     if method.prepare is not None:
         drafts = method.prepare(models, drafts)
         if tokenizers is not None:  # those made of the target come last
@@ -448,8 +455,6 @@ def build(
         tokens = ",".join(str(3 + 2 * i) for i in range(len(drafts)))
         options["schedule"] = f"{method.schedule}:tokens={tokens}"
     if method.joins:
-        if len(models) != 1:
-            raise Refusal("method", "models", f"one target for {method.name!r}", len(models))
         if "weights" in overrides:
             expected = f"None and draft_weight= for {method.name!r}"
             raise Refusal("method", "weights", expected, "numbers")

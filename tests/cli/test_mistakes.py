@@ -59,7 +59,23 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     ),
     "four gammas": (("generate", "x", "--gamma", "1,2,3,4"), "expected 1 or 3 integers"),
     "weights": (("generate", "x", "--weights", "0.5,0.3,0.3"), "sum to 1"),
-    "one weight": (("generate", "x", "--weights", "1"), "--weights: expected 3 numbers"),
+    "one weight": (
+        ("generate", "x", "--weights", "1"),
+        "--weights: expected 3 numbers, one for each of family:code, family:prose, family:draft",
+    ),
+    "two weights for one": (
+        ("bench", "--model", "family:code", "--weights", "0.5,0.5"),
+        "bench: --weights: expected 1 numbers, one for each of family:code, got 2",
+    ),
+    "weights of tune": (("tune", "--weights", "1,1,1"), "tune: --weights: expected numbers >= 0"),
+    "weights of a method": (
+        ("generate", "x", "--method", "speculative_ensemble", "--weights", "1"),
+        "generate: --weights: expected 2 numbers, one for each of family:code, family:prose",
+    ),
+    "weights that are none": (
+        ("generate", "x", "--ensemble", "product", "--weights", "nan,1,inf"),
+        "generate: --weights: expected finite numbers",
+    ),
     "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
     "ensemble": (("generate", "x", "--ensemble", "sum"), "got 'sum'"),
     "schedule": (("generate", "x", "--schedule", "fast"), "got 'fast'"),
@@ -96,15 +112,89 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
         ("generate", "x", "--schedule", "alternating:order=0,0"),
         "order: expected every member 0 to 2 once",
     ),
-    "draft": (("generate", "x", "--draft", "family:draft"), "draft: expected None"),
+    "draft": (
+        ("generate", "x", "--draft", "family:draft"),
+        "generate: --draft: expected None for schedule 'alternating', or --schedule speculative or "
+        "hierarchy, or --auto, got family:draft",
+    ),
+    "two drafts": (
+        (
+            "generate",
+            "x",
+            "--draft",
+            "family:draft",
+            "--draft",
+            "family:prose",
+            "--schedule",
+            "speculative",
+        ),
+        "generate: --draft: expected one model at most for schedule 'speculative', or --schedule "
+        "companion or hierarchy, or --auto",
+    ),
+    "no draft": (
+        ("generate", "x", "--schedule", "hierarchy"),
+        "generate: --draft: expected one model at least for schedule 'hierarchy', got none",
+    ),
+    "gamma in the schedule": (
+        ("generate", "x", "--schedule", "alternating:tokens=1,2,3,4"),
+        "alternating: tokens: expected 1 or 3 integers, got (1, 2, 3, 4)",
+    ),
+    "gamma for nobody": (
+        ("generate", "x", "--schedule", "plain", "--gamma", "2"),
+        "generate: --gamma: expected none for schedule 'plain', which proposes no tokens, got '2'",
+    ),
+    "gamma for nobody's method": (
+        ("generate", "x", "--method", "plain", "--gamma", "2"),
+        "generate: --gamma: expected none for schedule 'plain', which proposes no tokens, got '2'",
+    ),
+    "two targets": (
+        (
+            "generate",
+            "x",
+            "--method",
+            "static",
+            "--model",
+            "family:code",
+            "--model",
+            "family:prose",
+            "--draft",
+            "family:draft",
+        ),
+        "generate: --model: expected one target for 'static', got 2",
+    ),
+    "rules": (
+        ("generate", "x", "--acceptance", "js", "--acceptance", "block"),
+        "generate: --acceptance: expected one rule or a list of 1, got 2",
+    ),
+    "filter": (
+        ("generate", "x", "--method", "companion_token", "--top-k", "3"),
+        "generate: --top-k: expected none for a companion that cuts by the token",
+    ),
+    "product": (
+        ("generate", "x", "--ensemble", "product", "--schedule", "component"),
+        "generate: --schedule: expected a mixture of scope 'member' for 'component'",
+    ),
+    "rule of tune": (
+        ("tune", "--acceptance", "block"),
+        "tune: --acceptance: expected a lossy rule that judges each token by itself, got 'block'",
+    ),
+    "threads": (("generate", "x", "--threads", "100000"), "--threads"),
+    "no threads": (("demo", "--threads", "0"), "--threads"),
+    "limit": (("demo", "--limit-s", "nan"), "demo: --limit-s: expected seconds >= 0, got nan"),
+    "surrogates": (
+        ("generate", "a\udc80"),
+        "generate: prompt: expected text that UTF-8 has, got a lone surrogate in the argument",
+    ),
+    "surrogates to stop at": (("generate", "x", "--stop", "\udc80"), "--stop: expected text"),
+    "no number": (("generate", "x", "--temperature", "nan"), "'--temperature'"),
     "component": (
         ("generate", "x", "--schedule", "component", "--temperature", "0"),
         "do_sample: expected True for schedule 'component', got False (here: --temperature above 0",
     ),
     "temperature": (("generate", "x", "--temperature", "-1"), "--temperature"),
-    "top-p": (("generate", "x", "--top-p", "0"), "--top-p: expected a mass in (0, 1]"),
-    "top-p of tune": (("tune", "--top-p", "7"), "tune: --top-p: expected a mass in (0, 1]"),
-    "min-p": (("generate", "x", "--min-p", "1"), "--min-p: expected a ratio in [0, 1)"),
+    "top-p": (("generate", "x", "--top-p", "1.1"), "--top-p: expected a mass in [0, 1]"),
+    "top-p of tune": (("tune", "--top-p", "7"), "tune: --top-p: expected a mass in [0, 1]"),
+    "min-p": (("generate", "x", "--min-p", "1.1"), "--min-p: expected a ratio in [0, 1]"),
     "dtype": (("generate", "x", "--dtype", "float8"), "--dtype: expected one of auto, bfloat16"),
     "no such device": (
         ("generate", "x", "--device", "banana"),
@@ -144,27 +234,28 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake: str) -> None:
     assert words in complaint(run(*arguments))
 
 
-# Mistakes that show without a model.
-NEED_NO_TORCH = (
-    *("no command", "unknown command", "unknown option", "empty prompt", "no such file"),
-    *("prompt and file", "no such folder", "no such draft", "no place for what tune finds"),
-    "a folder for what tune finds",
-    *("no such target", "no such member", "gamma text", "weights text", "draft weight alone"),
-    *("gamma 0", "ensemble", "schedule", "acceptance", "lenience", "method", "head"),
-    *("method and schedule", "draft weight"),
-    *("temperature", "dtype", "stop", "max new tokens", "too many tokens", "probe nothing"),
-    *("probe no folder", "bench gamma", "bench repeats", "demo gamma"),
-)
+# Mistakes that show only where there is torch, or a model.
+NEED_TORCH = {name for name in MISTAKES if "device" in name} | {"chat"}
 HELP = (("--help",), ("generate", "--help"), ("train", "draft", "--help"), ("bench", "--help"))
 
 
+# These have tables.
+SHOWN = (("methods",), ("methods", "--json"))
+
+
 def test_help_and_mistakes_need_neither_torch_nor_rich() -> None:
-    commands = [(2, [*MISTAKES[name][0]]) for name in NEED_NO_TORCH]
-    commands += [(0, [*words]) for words in HELP]
+    commands = [(2, [*words]) for name, (words, _) in MISTAKES.items() if name not in NEED_TORCH]
+    commands += [(0, [*words]) for words in (*HELP, ("--version",))]
+    without(("torch", "rich"), commands)
+    without(("torch",), [(0, [*words]) for words in SHOWN])
+
+
+def without(modules: Sequence[str], commands: Sequence[tuple[int, Sequence[str]]]) -> None:
+    """Each command gives its exit code in a process that cannot import the modules."""
     program = f"""
 import sys
 from typer.testing import CliRunner
-sys.modules |= {{"torch": None, "rich": None}}
+sys.modules |= dict.fromkeys({modules})
 from specens.cli import app
 for expected, command in {commands}:
     result = CliRunner().invoke(app, command)

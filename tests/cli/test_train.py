@@ -49,6 +49,21 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "scale": (("diversed", "--acceptance-scale", "-1"), "--acceptance-scale: expected >= 0"),
     "rate": (("diversed", "--rate", "0"), "--rate: expected > 0, got 0"),
     "steps": (("diversed", "--steps", "0"), "--steps"),
+    "too many steps": (("draft", "--steps", "10000000000"), "--steps"),
+    "too many prompts": (("diversed", "--prompts", "100000000"), "--prompts"),
+    "too many samples": (("diversed", "--samples", "100000000"), "--samples"),
+    "too long texts": (("diversed", "--new-tokens", "100000000"), "--new-tokens"),
+    "too large windows": (("draft", "--window-tokens", "100000000"), "--window-tokens"),
+    "too many windows": (("draft", "--batch", "100000000"), "--batch"),
+    "no folder": (
+        ("diversed", "--out", "/dev/null"),
+        "train diversed: --out: expected a folder, got '/dev/null', which is none",
+    ),
+    "no folder for a draft": (("draft", "--out", "/dev/null"), "train draft: --out: expected a fo"),
+    "nothing to resume": (
+        ("draft", "--resume"),
+        "train draft: --resume: expected a checkpoint in 'specens-draft/checkpoint.safetensors'",
+    ),
     "no file": (("diversed", "--data", "/no/such.jsonl"), "No such file"),
     "evaluation alone": (
         ("diversed", "--evaluation", "x.jsonl", "--target", "/no/such"),
@@ -65,7 +80,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no reference": (("draft", "--select", "0.4"), "--reference: expected a draft beside --select"),
     "reference": (("draft", "--reference", "family:draft"), "--reference: expected a draft beside"),
     "weights": (("draft", "--weights", "a"), "--weights: expected numbers with commas"),
-    "two weights": (("draft", "--weights", "0.5,0.5"), "--weights: expected 1 numbers, one per"),
+    "two weights": (("draft", "--weights", "0.5,0.5"), "--weights: expected 1 numbers, one for"),
     "sum": (("draft", "--weights", "0.5"), "sum to 1"),
     "dtype": (("draft", "--dtype", "float8"), "--dtype: expected one of auto"),
 }
@@ -94,6 +109,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         ('{"prompt": "a"}\n{"prompt": 3}', 'expected text as "prompt" in line 2'),
         ('{"prompt": "a"}\n{"prompt": " "}', 'expected text as "prompt" in line 2'),
         ('{"prompt": "a", "tests": [1]}\n{"prompt": "b"}', 'expected text as "tests" in line 1'),
+        ('{"prompt": "a\\ud800"}\n{"prompt": "b"}', 'whole characters as "prompt" in line 1'),
+        ('{"prompt": "b"}\n{"prompt": "a", "answer": "\\udfff"}', '"reference" in line 2'),
     ],
 )
 def test_data_that_is_none_is_refused(lines: str, words: str, tmp_path: Path) -> None:
@@ -133,7 +150,7 @@ def test_train_diversed_writes_head_curves_and_result(tmp_path: Path) -> None:
     assert len((out / "curves.csv").read_text().splitlines()) == 3
     again = run("diversed", "--data", data, "--out", out, *tiny, "--reward", "exact_match")
     assert again.exit_code == 2
-    assert "expected a folder without checkpoint.safetensors, or resume" in again.stderr
+    assert "--out: expected a folder without checkpoint.safetensors, or --resume" in again.stderr
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 """`specens tune`, and `generate` with what it found."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +123,73 @@ def test_a_file_that_is_not_of_tune_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(whole | {"best": best}))
     result = run("generate", "x", "--config", file, "--max-new-tokens", "4")
     assert result.exit_code == 0, result.output
-    whim = {"schedule": "speculative:stop=whim"}
-    rules = ({"acceptance": "typcal"}, {"acceptance": 3})
-    wrong: list[dict[str, Any]] = [
-        {"best": best | entry} for entry in ({"drafts": [1]}, whim, *rules, {"extra": 0})
-    ]
-    wrong += [{"threads": "two"}, {"threads": -1}, {"models": [1]}]
-    laws = ([], {"sum": 1}, {"weights": "half"}, {"plausibility": "low"})
-    wrong += [{"law": law} for law in laws]
-    for facts in wrong:
+    for text, why in (
+        ("[" * 100_000, "JSON that is too deep"),
+        ("[]", "all: expected an object, got []"),
+        ("{", "Expecting"),
+        (json.dumps(whole), "best: expected a value, got none"),
+        (json.dumps(whole | {"best": best, "threads": math.nan}), "NaN is no number of JSON"),
+    ):
+        file.write_text(text)
+        refused(file, why)
+    for facts, why in WRONG:
         file.write_text(json.dumps(whole | {"best": best} | facts))
-        result = run("generate", "x", "--config", file)
-        assert result.exit_code == 2, (facts, result.exception)
-        assert "--config: expected a file that `specens tune --output` wrote" in result.stderr
+        refused(file, why)
+    for entry, why in WRONG_BEST:
+        file.write_text(json.dumps(whole | {"best": best | entry}))
+        refused(file, f"best.{why}")
+    for entry, why in WRONG_BEST_WORDS:
+        file.write_text(json.dumps(whole | {"best": best | entry}))
+        refused(file, why)
+
+
+def refused(file: Path, why: str) -> None:
+    result = run("generate", "x", "--config", file)
+    assert result.exit_code == 2, (why, result.exception)
+    assert "--config: expected a file that `specens tune --output` wrote" in result.stderr
+    assert why in result.stderr
+
+
+# What is not of `tune`, and what is said of it.
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"threads": "two"}, "threads: expected a count in [1, 1024], got 'two'"),
+    *(({"threads": each}, "threads: expected a count") for each in (0, -1, 10**9, True, 2.0, [1])),
+    *(
+        ({"models": each}, "models: expected a list of 1 to 64 names")
+        for each in ([1], [], "family:code", {"family:code": 1}, [""], ["x"] * 65, None)
+    ),
+    *(({"drafts": each}, "drafts: expected a list") for each in ("family:draft", [None], None)),
+    ({"law": []}, "law: expected an object"),
+    ({"law": {"sum": 1}}, "law: expected one of weights, ensemble, scope, plausibility"),
+    *(
+        ({"law": {"weights": each}}, "law.weights: expected a ")
+        for each in ("half", ["1"], [True], [10**400], [], {"a": 1})
+    ),
+    ({"law": {"weights": [0.5, 0.5]}}, "weights: expected 1 numbers, one for each of family:code"),
+    ({"law": {"weights": [0.5]}}, "weights: expected numbers >= 0 that sum to 1"),
+    ({"law": {"plausibility": "low"}}, "law.plausibility: expected a finite number"),
+    ({"law": {"plausibility": -1}}, "law.plausibility: expected a number >= 0"),
+    ({"law": {"ensemble": ["mixture"]}}, "law.ensemble: expected one of mixture, product"),
+    ({"law": {"scope": "all"}}, "law.scope: expected one of member, ensemble"),
+    ({"best": None}, "best: expected an object"),
+]
+WRONG_BEST: list[tuple[dict[str, Any], str]] = [
+    *(({"drafts": each}, "drafts: expected a count in") for each in ([1], [-1], [True], ["0"])),
+    ({"drafts": [0, 0]}, "drafts: expected each place once"),
+    ({"drafts": 0}, "drafts: expected a list"),
+    ({"name": 3}, "name: expected text"),
+    ({"seconds": "1"}, "seconds: expected a finite number"),
+    ({"schedule": 3}, "schedule: expected text"),
+    ({"acceptance": 3}, "acceptance: expected text"),
+    ({"law": None}, "law: expected text"),
+    ({"divergence": []}, "divergence: expected a finite number"),
+]
+WRONG_BEST_WORDS: list[tuple[dict[str, Any], str]] = [
+    ({"schedule": "speculative:stop=whim"}, "got 'whim'"),
+    ({"schedule": "fast"}, "got 'fast'"),
+    ({"acceptance": "typcal"}, "got 'typcal'"),
+    ({"extra": 0}, "best: expected one of name, schedule"),
+]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import rules
 import torch
 
-from specens.tuning.relaxation import check_lossy, relaxed, spelled
+from specens.tuning.lossy import check_lossy, spelled
+from specens.tuning.relaxation import relaxed
 from specens_kernels import ACCEPTANCE_RULES, Acceptance
 from specens_kernels.acceptance.rules import Situation
 

@@ -2,20 +2,22 @@
 """The command `specens`: generate, tune, methods, demo, probe, bench and train.
 
 A command parses, calls the library and shows what came back. What the library refuses becomes one
-line on standard error and exit code 2; anything unexpected keeps its traceback. Torch and rich are
-imported inside the commands, so that help and mistakes are answered at once. To add a command,
-write its function into a file of this folder and name it here.
+line on standard error and exit code 2, and so does what the machine refuses, such as room on a
+disk, with exit code 1; anything unexpected keeps its traceback. Torch and rich are imported inside
+the commands, so that help and mistakes are answered at once. To add a command, write its function
+into a file of this folder and name it here.
 """
 
+import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from specens.cli import bench, generate, options, show, train_draft, train_head, tune
-from specens_kernels import Refusal
+from specens.cli import bench, generate, options, show, streams, train_draft, train_head, tune
+from specens_kernels import Refusal, __version__
 
 # The class is public in click, but typer has a copy of click that does not export it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -32,7 +34,11 @@ class _Group(TyperGroup):
         except _UsageError as error:
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context is not None else ""
-            _fail(f"{getattr(error, 'format_message', error.__str__)()}{hint}")
+            streams.end(f"{getattr(error, 'format_message', error.__str__)()}{hint}", 2)
+        except OSError as error:
+            streams.leave_output()
+            named = f": {error.filename!r}" if error.filename is not None else ""
+            streams.end(f"{error.strerror or error}{named}", 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -41,11 +47,14 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; a refusal is one line and exit code 2."""
+        if sys.stdout is None:
+            streams.end("expected an open standard output, got a closed one", 2)
         try:
             return super().invoke(ctx)
         except Refusal as refusal:
+            streams.leave_output()
             rest = f"expected {refusal.expected}, got {refusal.got}"
-            _fail(_sentence(ctx, refusal.op, refusal.argument, rest))
+            streams.end(_sentence(ctx, refusal.op, refusal.argument, rest), 2)
 
 
 def _sentence(context: Any, op: str, argument: str, rest: str) -> str:
@@ -55,8 +64,10 @@ def _sentence(context: Any, op: str, argument: str, rest: str) -> str:
     if argument in spelled:
         return f"{command}: {spelled[argument]}: {rest}"
     where = command if op == command.split()[0] else f"{command}: {spelled.get(op, op)}"
-    option = options.SPELLED.get(argument)
-    return f"{where}: {argument}: {rest}" + (f" (here: {option})" if option else "")
+    option = options.SPELLED.get(argument, "")
+    name = next((name for name, words in spelled.items() if words == option.split(" ")[0]), "")
+    said = context.params.get(name) is not None
+    return f"{where}: {argument}: {rest}" + (f" (here: {option})" if option and said else "")
 
 
 def _command_of(context: Any) -> str:
@@ -66,11 +77,6 @@ def _command_of(context: Any) -> str:
         names.append(context.info_name)
         context = context.parent
     return " ".join(reversed(names))
-
-
-def _fail(message: str) -> None:
-    sys.stderr.write(f"specens: error: {' '.join(message.split())}\n")
-    sys.exit(2)
 
 
 def _group(words: str, *commands: Callable[..., None]) -> typer.Typer:
@@ -84,6 +90,12 @@ def _group(words: str, *commands: Callable[..., None]) -> typer.Typer:
     for command in commands:
         group.command(cls=_Command)(command)
     return group
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"specens {__version__}\n")
+        raise typer.Exit
 
 
 app = _group(
@@ -105,6 +117,19 @@ app.add_typer(
 )
 
 
+@app.callback()
+def _specens(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show it, and end."),
+    ] = False,
+) -> None:
+    """Write one text with several language models, speculatively and exactly."""
+
+
 def main() -> None:
     """The entry point of `specens`."""
+    # What they say at import, which transformers asks for, is of use to their authors alone.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specens import family
-from specens.cli import loading, options
-from specens.schedules import Alternating
+from specens.cli import checks, loading, options
+from specens.cli.streams import printable
+from specens.schedules import Alternating, Speculative
+from specens_kernels import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +52,10 @@ def bench(
     loading.check_names("models", models)
     loading.check_names("draft", drafts)
     how = loading.Loading(dtype, device, threads, trust_remote_code)
+    law = {"weights": shares, "ensemble": ensemble}
+    checks.law_of(law, models or loading.WHOLE_FAMILY, {"temperature": temperature})
+    for count in gammas:
+        Speculative(tokens=count)
 
     from specens.cli import output, tables
     from specens.tuning.compare import compare, contestants, sampling, workload
@@ -61,8 +67,7 @@ def bench(
         draft=loaded.drafts[0] if drafts else None,
         sampled=temperature > 0,
         tokenizers=loaded.tokenizers,
-        weights=shares,
-        ensemble=ensemble,
+        **law,
     )
     encoded = loaded.encode(prompts)
     call = sampling(max_new_tokens, temperature=temperature)
@@ -82,13 +87,16 @@ def bench(
 def demo(
     max_new_tokens: options.MaxNewTokens = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, if time allows.")] = 5,
-    limit_s: Annotated[float, typer.Option(min=0.0, help="Seconds for each table.")] = 15.0,
+    limit_s: Annotated[float, typer.Option(help="Seconds for each table.")] = 15.0,
     gamma: Annotated[int, typer.Option(min=1, help="Tokens per proposal.")] = 2,
     device: options.Device = "auto",
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Three small models write together: the text, and its speed beside the plain ensemble's."""
+    if not limit_s >= 0:
+        raise Refusal("demo", "limit_s", "seconds >= 0", limit_s)
+
     from specens.cli import output, tables
     from specens.decoder import SpeculativeDecoder
     from specens.tuning.compare import compare, sampling, total, workload
@@ -151,5 +159,6 @@ def _written(
         assert decoder.statistics is not None
         statistics.append(decoder.statistics)
         texts.append({"prompt": family.PROMPTS[i], "text": stream.text})
-        console.print(Text.assemble((family.PROMPTS[i], "dim"), stream.text, "\n"), soft_wrap=True)
+        shown = Text.assemble((family.PROMPTS[i], "dim"), printable(stream.text), "\n")
+        console.print(shown, soft_wrap=True)
     return texts, statistics

@@ -40,7 +40,15 @@ def read_prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str
     prompts = _split(text, source) if lines else [text]
     if not prompts or not all(text.strip() for text in prompts):
         raise Refusal("prompts", "prompt", "text", f"none in {source}")
+    for text in prompts:
+        check_text("prompts", "prompt", text, source)
     return prompts
+
+
+def check_text(op: str, argument: str, text: str, source: str = "it") -> None:
+    """Refuse halves of characters, as bytes that are no UTF-8 come in, and JSON's escapes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refusal(op, argument, "text that UTF-8 has", f"a lone surrogate in {source}")
 
 
 def read_prompts_or_built_in(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
@@ -77,7 +85,7 @@ def _split(text: str, source: str) -> list[str]:
     for number, line in lines.items():
         try:
             prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             prompt = None
         if not isinstance(prompt, str):
             expected = f'a JSON object with the text of "prompt" in line {number} of {source}'
@@ -230,7 +238,6 @@ def load_ensemble(
 def _load(name: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
     import torch
     from huggingface_hub.utils import logging as hub_logging
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -251,14 +258,29 @@ def _load(name: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    # What reads a folder's files raises anything where they are not what they should be, the
+    # tokenizers' Exception itself among it.
+    except Exception as error:
         why = _first_line(error)
         if "ignore_mismatched_sizes" in why:  # no argument of the user's
             why = "weights of other shapes than its config.json says"
         expected = "a causal LM with tokenizer and safetensors"
         raise Refusal("load", "model", expected, f"{name!r} ({why})") from error
+    _check_facts(name, model)
     return model.eval().to(device), tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _check_facts(name: str, model: Any) -> None:
+    """Refuse what a configuration may say and a model be made of all the same."""
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or layers < 1:
+        raise Refusal("load", "model", "one layer at least", f"{name!r} with {layers!r}")
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(model.generation_config, field, None)
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(isinstance(each, int) and -1 <= each < 2**31 for each in listed):
+            raise Refusal("load", "model", f"ids of tokens as {field}", f"{ids!r} of {name!r}")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

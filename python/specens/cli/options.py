@@ -27,9 +27,11 @@ SPELLED = {
     "samples_per_prompt": "--samples",
     "windows_per_step": "--batch",
 }
-# Memory for all of them is taken at once.
-_MAX_TOKENS = 2**20
+# Beyond these, memory would end the process, and nothing is said.
+MAX_TOKENS, MAX_TEXTS = 2**20, 2**16
 MAX_SEED = 2**62
+# Many more, and the library that starts them ends the process.
+MAX_THREADS = 1024
 
 
 def _described(named: Mapping[str, type[Named]]) -> str:
@@ -96,10 +98,12 @@ Plausibility = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option(min=1, max=_MAX_TOKENS, help="Most tokens to write per prompt.")
+    int, typer.Option(min=1, max=MAX_TOKENS, help="Most tokens to write per prompt.")
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(min=0, help="Only the k most probable tokens; 0 is off.")]
+TopK = Annotated[
+    int, typer.Option(min=0, max=2**31 - 1, help="Only the k most probable tokens; 0 is off.")
+]
 TopP = Annotated[
     float, typer.Option(help="Only the most probable tokens that hold this mass; 1 is off.")
 ]
@@ -120,7 +124,9 @@ Device = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        min=1, help="CPU threads. None is 1 if all models are family:..., else torch's choice."
+        min=1,
+        max=MAX_THREADS,
+        help="CPU threads. None is 1 if all models are family:..., else torch's choice.",
     ),
 ]
 TrustRemoteCode = Annotated[

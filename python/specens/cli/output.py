@@ -2,33 +2,75 @@
 """What comes out of a command: text as it is written, JSON, files, and a bar while one waits.
 
 Text goes to standard output; progress, statistics and errors go to standard error, so that a pipe
-gets nothing but text.
+gets nothing but text. What models have written, or what their files say, sends a terminal nothing
+but characters: `printable` has what is left of it.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from specens.cli.streams import printable
+from specens.training.files import replace_text
+from specens.tuning.finite import finite
 from specens_kernels import Refusal
 
 # Tokens before the new ones that are decoded with them.
 _CONTEXT_TOKENS = 8
 
 
+# Where no terminal says how wide it is, lines are as long as they are.
+_PIPE_COLUMNS = 10_000
+
+
+class _Console(Console):
+    """Writes text as it is: no markup, no colours for numbers, no control characters."""
+
+    def __init__(self, stream: IO[str], **options: Any) -> None:
+        width = None if stream.isatty() else _PIPE_COLUMNS
+        super().__init__(
+            file=stream, width=width, highlight=False, markup=False, emoji=False, **options
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See rich."""
+        return super().render_str(printable(text), **options)
+
+
+class _StandardOutput:
+    """Standard output as it is now: tests and pipes replace it."""
+
+    def write(self, text: str) -> int:
+        """Raises Refusal where its encoding has no such characters, or it is closed."""
+        if sys.stdout is None:
+            raise Refusal("output", "stdout", "an open standard output", "a closed one")
+        try:
+            return sys.stdout.write(text)
+        except UnicodeEncodeError as error:
+            character = error.object[error.start]
+            expected = f"an encoding with {character!a} (PYTHONIOENCODING=utf-8 is one)"
+            raise Refusal("output", "stdout", expected, error.encoding) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
 def console() -> Console:
     """Standard output, for tables."""
-    return Console(highlight=False)
+    return _Console(cast(IO[str], _StandardOutput()))
 
 
 def errors() -> Console:
     """Standard error, as it is now: tests and pipes replace it."""
-    return Console(stderr=True, highlight=False)
+    return _Console(sys.stderr) if sys.stderr is not None else Console(quiet=True)
 
 
 @contextmanager
@@ -96,29 +138,41 @@ class TextStream:
 
 def write_text(text: str) -> None:
     """To standard output, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    stream = _StandardOutput()
+    stream.write(text)
+    stream.flush()
+
+
+def writer(*, raw: bool) -> Callable[[str], None]:
+    """What writes a model's text: to a terminal without control characters, unless it is `raw`."""
+    if raw or not sys.stdout.isatty():
+        return write_text
+    return lambda text: write_text(printable(text))
 
 
 def write_json(value: Any) -> None:
-    """One line of JSON on standard output."""
-    write_text(_json(value))
+    """One line of JSON on standard output, in escapes where its encoding is not Unicode's."""
+    encoding = str(getattr(sys.stdout, "encoding", None) or "utf-8")
+    write_text(_json(value, in_escapes=not encoding.lower().startswith("utf")))
 
 
 def write_file(argument: str, path: Path, value: Any) -> None:
-    """One line of JSON in a file.
+    """One line of JSON in a file, whole or not at all.
 
     Raises:
         Refusal: the file, which was given as `argument`, cannot be written.
     """
     try:
-        path.write_text(_json(value), encoding="utf-8")
+        replace_text(path, _json(value))
     except OSError as error:
         got = f"{str(path)!r} ({error.strerror})"
         raise Refusal("output", argument, "a file that can be written", got) from error
 
 
-def _json(value: Any) -> str:
-    from specens.tuning.compare import finite
+# JSON escapes the others by itself.
+_CONTROLS = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
-    return json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n"
+
+def _json(value: Any, *, in_escapes: bool = False) -> str:
+    text = json.dumps(finite(value), allow_nan=False, ensure_ascii=in_escapes)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def methods_table(methods: "Iterable[Method]") -> Table:
     """What each method emits, needs and is for."""
     table = Table(box=None, pad_edge=False)
-    for column in ("method", "law of the text", "needs", "use it for"):
+    table.add_column("method", no_wrap=True)
+    for column in ("law of the text", "needs", "use it for"):
         table.add_column(column, overflow="fold")
     for method in methods:
         table.add_row(method.name, method.law, method.needs, method.use)

@@ -20,7 +20,9 @@ import typer
 
 from specens.cli import loading
 from specens.training.examples import Example, read_examples, split
+from specens.training.files import CHECKPOINT, replace_text, writing
 from specens.training.settings import DraftSettings, HeadSettings
+from specens.tuning.finite import finite
 from specens_kernels import Refusal
 
 RESULT = "evaluation.json"
@@ -40,7 +42,7 @@ Out = Annotated[Path, typer.Option(help="Folder for everything that is written."
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the checkpoint in --out, with all else equal.")
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Updates.")]
+Steps = Annotated[int, typer.Option(min=1, max=2**31, help="Updates.")]
 Rate = Annotated[float, typer.Option(help="AdamW's, after the warm-up.")]
 WarmupSteps = Annotated[
     int, typer.Option(min=0, help="Steps of linear warm-up; then half a cosine.")
@@ -70,6 +72,18 @@ def check_evaluation(data: Path | None, evaluation: Path | None) -> None:
     """Refuse --evaluation without --data."""
     if evaluation is not None and data is None:
         raise Refusal("train", "evaluation", "--data beside it", "none")
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Find out before the models are loaded that there is no place for the result."""
+    if out.exists() and not out.is_dir():
+        raise Refusal("train", "out", "a folder", f"{str(out)!r}, which is none")
+    there = (out / CHECKPOINT).exists()
+    if resume and not there:
+        raise Refusal("train", "resume", f"a checkpoint in {str(out / CHECKPOINT)!r}", "none")
+    if there and not resume:
+        expected = f"a folder without {CHECKPOINT}, or --resume"
+        raise Refusal("train", "out", expected, repr(str(out)))
 
 
 def read_data(data: Path, evaluation: Path | None) -> tuple[list[Example], list[Example]]:
@@ -155,10 +169,9 @@ def mean_of_last(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """As JSON, beside what was trained."""
-    from specens.tuning.compare import finite
-
     text = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
-    (folder / RESULT).write_text(text)
+    with writing(folder):
+        replace_text(folder / RESULT, text)
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:

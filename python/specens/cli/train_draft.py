@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specens.cli import loading, options, train
+from specens.cli import checks, loading, options, train
 from specens.training.examples import Example, held_out_texts, read_texts
+from specens.training.files import writing
 from specens.training.settings import DraftSettings, StepPlan
 from specens_kernels import Refusal
 
@@ -58,10 +59,16 @@ def draft(
         ),
     ] = False,
     steps: train.Steps = 500,
-    batch: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 6,
-    window_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 256,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Online: of each prompt.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Online: what is written.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=options.MAX_TEXTS, help="Texts per step.")] = 6,
+    window_tokens: Annotated[
+        int, typer.Option(min=2, max=options.MAX_TOKENS, help="Tokens of a text.")
+    ] = 256,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Online: of each prompt.")
+    ] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Online: what is written.")
+    ] = 64,
     rate: Annotated[
         float,
         typer.Option(help="AdamW's, after the warm-up; for large drafts 1e-4 or less."),
@@ -84,6 +91,7 @@ def draft(
     the mean of sum_x min(target, draft), before and after.
     """
     train.check_evaluation(data, evaluation)
+    train.check_out(out, resume=resume)
     targets = target or ["family:code"]
     references = [] if reference is None else [reference]
     loading.check_names("draft", [draft])
@@ -93,11 +101,14 @@ def draft(
     if (0 < select < 1) != (reference is not None):
         expected = "a draft beside --select below 1, and only there"
         raise Refusal("train", "reference", expected, reference or "none")
-    shares = [1 / len(targets)] * len(targets)
+    # Some 3.4 characters a token, and as much again in case a text is longer than thought.
+    texts, held_out = _draft_texts(data, evaluation, seed, steps * batch * window_tokens * 4)
+    asked = None if weights is None else options.numbers("weights", weights)
+    shares = checks.AskedLaw(targets, asked, ensemble).shares
     settings = DraftSettings(
         divergence=divergence,
         ensemble=ensemble,
-        weights=tuple(shares if weights is None else options.numbers("weights", weights)),
+        weights=tuple(shares),
         select=select,
         online=online,
         windows_per_step=batch,
@@ -106,8 +117,6 @@ def draft(
         seed=seed,
         plan=StepPlan(steps, rate, warmup_steps, 0.01, clip, save_every),
     )
-    # Some 3.4 characters a token, and as much again in case a text is longer than thought.
-    texts, held_out = _draft_texts(data, evaluation, seed, steps * batch * window_tokens * 4)
     names = [draft, *targets, *references]
     work = _DraftWork.load(names, len(targets), settings, how)
     windows = work.windows(texts, window_tokens)
@@ -182,9 +191,10 @@ class _DraftWork:
                 progress=advance,
             )
         times = training.seconds("training")
-        self.draft.save_pretrained(folder)
-        self.tokenizers[-1].save_pretrained(folder)
-        draw_curves(folder / "curves.png", rows, distil.CURVES)
+        with writing(folder):
+            self.draft.save_pretrained(folder)
+            self.tokenizers[-1].save_pretrained(folder)
+            draw_curves(folder / "curves.png", rows, distil.CURVES)
         return {
             "training_windows": list(windows.shape),
             "held_out_windows": list(test.shape),

@@ -14,6 +14,7 @@ from specens.training.examples import (
     Example,
     library_examples,
 )
+from specens.training.files import writing
 from specens.training.rewards import REWARDS, Reward, reward_for
 from specens.training.settings import HeadSettings, StepPlan
 from specens_kernels import Refusal
@@ -39,8 +40,8 @@ def diversed(
         bool,
         typer.Option(
             "--allow-code-execution",
-            help="'tests' runs what the models write: in a process with limits of time, memory and "
-            "file size, but not shut off from network and disk.",
+            help="'tests' runs what the models write: with limits, and shut off from network, disk "
+            "and other processes where the machine gives namespaces; see docs/training.md.",
         ),
     ] = False,
     ensemble: options.EnsembleName = "mixture",
@@ -54,14 +55,21 @@ def diversed(
         typer.Option(help="group (the prompt's other samples) or ema (running mean of batches)."),
     ] = "group",
     steps: train.Steps = 100,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts per step.")] = 8,
-    samples: Annotated[int, typer.Option(min=1, help="Texts per prompt.")] = 8,
+    prompts: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TEXTS, help="Prompts per step.")
+    ] = 8,
+    samples: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TEXTS, help="Texts per prompt.")
+    ] = 8,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Last tokens of a prompt to read.")
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Last tokens of a prompt to read.")
     ] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MAX_TOKENS, help="Most tokens of a text.")
+    ] = 32,
     evaluation_samples: Annotated[
-        int, typer.Option(min=1, help="Texts per held-out example and weight.")
+        int,
+        typer.Option(min=1, max=options.MAX_TEXTS, help="Texts per held-out example and weight."),
     ] = 3,
     rate: train.Rate = 0.02,
     warmup_steps: train.WarmupSteps = 10,
@@ -82,6 +90,7 @@ def diversed(
     constant weights, and how far the head is above their front. Both models stay as they are.
     """
     train.check_evaluation(data, evaluation)
+    train.check_out(out, resume=resume)
     names = [draft, target]
     loading.check_names("draft", [draft])
     loading.check_names("target", [target])
@@ -141,7 +150,8 @@ class _HeadWork:
                 progress=advance,
             )
         times = training.seconds("training")
-        draw_curves(folder / "curves.png", rows, CURVES)
+        with writing(folder):
+            draw_curves(folder / "curves.png", rows, CURVES)
         evaluation = train.Watch()
         with output.progress("evaluating", len(STATIC_WEIGHTS) + 1) as step:
             measures = compare_with_static(

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specens.cli import loading, options
+from specens.cli import checks, loading, options
+from specens.tuning.lossy import check_lossy
+from specens_kernels import Acceptance
 
 if TYPE_CHECKING:
     from specens.tuning import Comparison, Tuning
@@ -72,12 +74,13 @@ def tune(
     if output is not None:
         options.check_folder("output", output)
 
+    checks.law_of(law, models or loading.WHOLE_FAMILY, warp)
+    rules = [check_lossy(Acceptance.parse(text)) for text in acceptance or []]
+
     from specens.tuning.compare import sampling
-    from specens.tuning.relaxation import check_lossy
-    from specens_kernels import Acceptance, Law
+    from specens_kernels import Law
 
     Law(**warp)  # else transformers would take a top_p above 1 for none
-    rules = [check_lossy(Acceptance.parse(text)) for text in acceptance or []]
     loaded = loading.load_ensemble(models, drafts, how)
     call = sampling(max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     rounds = repeats if check else 0

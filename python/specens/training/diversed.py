@@ -22,6 +22,7 @@ from torch import Tensor
 from specens.members.weight_head import WeightHead, hidden_size
 from specens.training.batches import in_turn, row_seeds
 from specens.training.examples import Example
+from specens.training.files import writing
 from specens.training.loop import optimise
 from specens.training.rewards import Reward
 from specens.training.rollouts import Rollout, roll_out
@@ -144,7 +145,8 @@ def train_head(
             "steps": settings.plan.steps,
         },
     )
-    trained.save(folder)
+    with writing(folder):
+        trained.save(folder)
     return trained, rows
 
 

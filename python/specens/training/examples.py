@@ -82,7 +82,7 @@ def read_examples(file: Path, argument: str = "data") -> list[Example]:
 def _example(argument: str, where: str, line: str) -> Example:
     try:
         fields: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise Refusal("train", argument, f"a JSON object in {where}", repr(line[:40]))
@@ -97,6 +97,10 @@ def _example(argument: str, where: str, line: str) -> Example:
     for name, text in texts.items():
         if not isinstance(text, str) or (name == "prompt" and not text.strip()):
             raise Refusal("train", argument, f'text as "{name}" in {where}', repr(text))
+        # JSON may hold halves of characters, which no tokenizer and no file takes.
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            expected = f'whole characters as "{name}" in {where}'
+            raise Refusal("train", argument, expected, "a lone surrogate")
     return Example(**texts)
 
 

@@ -3,16 +3,16 @@
 
 A step depends on its number, the seed and the state that a checkpoint holds, and on nothing else:
 a run that was interrupted and resumed ends with the same bits as one that was not. A checkpoint is
-one safetensors file that takes the place of the last one at once; no pickle.
+one safetensors file that takes the place of the last one at once; no pickle. It holds the curves,
+too, and the CSV file is written from it.
 """
 
 import csv
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specens.training.files import CHECKPOINT, replace, writing
 from specens.training.settings import StepPlan
 from specens_kernels import Refusal
 
-CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.csv"
+CURVES = "curves.csv"
+# What AdamW keeps of each parameter.
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _logger = logging.getLogger("specens")
 
 
@@ -68,6 +71,8 @@ def optimise(
     memory: dict[str, float] = {}
     if resume:
         rows, memory = _restore(file, parameters, optimiser, settings)
+        # Who was ended between the two has a new checkpoint and old curves.
+        _write(folder / CURVES, lambda new: write_csv(new, rows))
         progress(len(rows))
     elif file.exists():
         expected = f"a folder without {CHECKPOINT}, or resume"
@@ -88,7 +93,7 @@ def optimise(
         rows.append(row | {"rate": plan.rate_at(step), "gradient_norm": norm.item()})
         if len(rows) % plan.save_every == 0 or len(rows) == plan.steps:
             _save(file, parameters, optimiser, settings, rows, memory)
-            write_csv(folder / CURVES, rows)
+            _write(folder / CURVES, lambda new: write_csv(new, rows))
         progress(len(rows))
     return rows
 
@@ -106,13 +111,39 @@ def _save(
         for key, value in optimiser.state[tensor].items():
             tensors[f"optimiser/{name}/{key}"] = value
     facts = {"settings": dict(settings), "rows": list(rows), "memory": dict(memory)}
-    new = file.with_suffix(".new")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        new,
-        metadata={"run": json.dumps(facts)},
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _write(file, lambda new: save_file(tensors, new, metadata={"run": json.dumps(facts)}))
+
+
+def _write(file: Path, write: Callable[[Path], object]) -> None:
+    with writing(file.parent):
+        replace(file, write)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a checkpoint knows beside its tensors, as JSON says it."""
+
+    settings: dict[str, Any]
+    rows: list[dict[str, float]]
+    memory: dict[str, float]
+
+    def check(self, steps: int) -> None:
+        """Raise ValueError or TypeError where it is not what `_save` writes."""
+        if not isinstance(self.settings, dict) or not _numbers(self.memory):
+            raise TypeError("settings or memory of another type")
+        if not isinstance(self.rows, list) or not 1 <= len(self.rows) <= steps:
+            raise ValueError("another number of steps")
+        for step, row in enumerate(self.rows):
+            if not _numbers(row) or row.get("step") != step or {*row} != {*self.rows[0]}:
+                raise ValueError(f"step {step} is not what it was")
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is numbers by name."""
+    return isinstance(value, dict) and all(
+        isinstance(each, (int, float)) and not isinstance(each, bool) for each in value.values()
     )
-    os.replace(new, file)
 
 
 def _restore(
@@ -121,27 +152,52 @@ def _restore(
     optimiser: torch.optim.Optimizer,
     settings: Mapping[str, Any],
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """The rows and what was remembered; parameters and optimiser are as they were."""
     try:
         with safe_open(file, "pt") as opened:
-            facts = json.loads((opened.metadata() or {})["run"])
+            run = _Run(**json.loads((opened.metadata() or {})["run"]))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if isinstance(run.settings, dict):
+            _check_same("", run.settings, settings)
+        run.check(settings["plan"]["steps"])
+        state = _state(parameters, tensors)
+    except Refusal:
+        raise
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         expected = f"a checkpoint in {str(file)!r}"
-        raise Refusal("train", "resume", expected, error) from error
-    _check_same("", facts["settings"], settings)
-    places = {name: place for place, name in enumerate(parameters)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "optimiser":
-            parameter, _, key = rest.rpartition("/")
-            state.setdefault(places[parameter], {})[key] = tensor
-        else:
-            with torch.no_grad():
-                parameters[rest].copy_(tensor)
+        raise Refusal("train", "resume", expected, _short(error)) from error
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
-    return facts["rows"], facts["memory"]
+    return run.rows, run.memory
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+
+
+def _state(
+    parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """The optimiser's, by its places of the parameters; ValueError if tensors are of other ones."""
+    state: dict[int, dict[str, Tensor]] = {}
+    wanted: dict[str, Any] = {}
+    for place, (name, parameter) in enumerate(parameters.items()):
+        kind = parameter.shape, parameter.dtype
+        wanted[f"parameter/{name}"] = kind
+        keys = {key: f"optimiser/{name}/{key}" for key in _MOMENTS}
+        # A parameter that has never had a gradient has no moments.
+        if any(each in tensors for each in keys.values()):
+            wanted |= dict.fromkeys(keys.values(), kind)
+            wanted[keys["step"]] = torch.Size([]), torch.float32
+            state[place] = {key: tensors[each] for key, each in keys.items() if each in tensors}
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"{name} is {found.get(name)} and not {wanted.get(name)}")
+    return state
 
 
 def _check_same(where: str, saved: Any, given: Any) -> None:

@@ -5,41 +5,18 @@ A reward sees the example, the text, and the target's mean log-probability of it
 number; more is better. To add a reward, add an entry to `REWARDS`.
 """
 
-import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 
 from specens.training.examples import Example
+from specens.training.trial import passes
 from specens_kernels import Refusal
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
-_PASSED = 83  # no exit code of Python's own
 TEST_TIMEOUT_S = 10
-TEST_MEMORY_BYTES = 1 << 30
-
-# Limits itself, reads the program from standard input and runs it. Only a program that comes to its
-# end, tests included, leaves with _PASSED.
-_RUNNER = f"""
-import os, resource, sys
-for limit, most in (
-    (resource.RLIMIT_CPU, {TEST_TIMEOUT_S}),
-    (resource.RLIMIT_AS, {TEST_MEMORY_BYTES}),
-    (resource.RLIMIT_FSIZE, 1 << 20),
-    (resource.RLIMIT_CORE, 0),
-):
-    resource.setrlimit(limit, (most, most))
-exec(compile(sys.stdin.read(), "<program>", "exec"), {{"__name__": "__main__"}})
-os._exit({_PASSED})
-"""
 
 
 @dataclass(frozen=True)
@@ -111,37 +88,11 @@ def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def passes_tests(example: Example, text: str, log_likelihood: float) -> float:
-    """1 if prompt, text and tests run to the end as one Python program, else 0.
+    """1 if prompt and text run to their end as one Python program, and the tests beside it; else 0.
 
-    The program runs in a process of its own, in an empty folder, with limits of time, CPU time,
-    memory and file size. It is not shut off from the network or the disk.
+    `trial.py` says what the tests see of the program, and the program of them.
     """
-    program = f"{example.prompt}{text}\n{example.tests}\n"
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _RUNNER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=Path(folder),
-            env={},
-            start_new_session=True,
-            text=True,
-        )
-        try:
-            process.communicate(program, timeout=TEST_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            _kill_group(process)
-    return float(process.returncode == _PASSED)
-
-
-def _kill_group(process: "subprocess.Popen[str]") -> None:
-    """End the program and the processes that it has started."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    return float(passes(example.prompt, text, example.tests, TEST_TIMEOUT_S))
 
 
 REWARDS = {

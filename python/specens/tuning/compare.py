@@ -8,7 +8,6 @@ the schedules that the command line and `benchmarks/` compare are listed: add on
 """
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from specens.decoder import SpeculativeDecoder
 from specens.loop.statistics import Statistics
 from specens.schedules import Alternating, Speculative
+from specens.tuning.finite import finite
 from specens_kernels import Refusal
 
 
@@ -301,12 +301,3 @@ def sampling(
     if temperature > 0:
         arguments |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     return arguments
-
-
-def finite(value: Any) -> Any:
-    """The value with None for every NaN or infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

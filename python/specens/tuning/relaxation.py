@@ -4,7 +4,7 @@
 `specens tune` asks this of the rules that the user names, at every position of a text: the chance
 that a draft is kept, and the total variation between the law of what then stands at its place and
 the target's. A rule is judged by its entry in `ACCEPTANCE_RULES` alone, one token at a time: rules
-that judge whole blocks, or remember tokens before, are refused.
+that judge whole blocks, or remember tokens before, are refused (`lossy.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,9 @@ from specens.decoder import SpeculativeDecoder
 from specens.loop.profile import Relaxed
 from specens.schedules import Speculative
 from specens.tuning.agreement import chunks, curves, law_of
+from specens.tuning.lossy import spelled
 from specens.tuning.measure import Endless, Sweep, up_to_ends
-from specens_kernels import Acceptance, Refusal
+from specens_kernels import Acceptance
 from specens_kernels.acceptance.rules import Judgement, Situation
 
 # Rules whose masses depend on the drafted token are judged draft by draft, for as many of the most
@@ -25,30 +26,6 @@ from specens_kernels.acceptance.rules import Judgement, Situation
 _CANDIDATES = 64
 # Tokens of a proposal where a lossy rule writes.
 _PROPOSED = 4
-
-
-def check_lossy(acceptance: Acceptance) -> Acceptance:
-    """The rule itself.
-
-    Raises:
-        Refusal: the rule is exact, or does not judge a token by itself.
-    """
-    rule = acceptance.rule
-    if rule.lossless or rule.greedy or rule.block or rule.remembers:
-        expected = "a lossy rule that judges each token by itself"
-        raise Refusal("tune", "acceptance", expected, repr(rule.name))
-    return acceptance
-
-
-def spelled(acceptance: Acceptance) -> str:
-    """As `Acceptance.parse` reads it: the first parameter, and others that are not the default."""
-    pairs = enumerate(zip(acceptance.rule.parameters, acceptance.parameters, strict=True))
-    numbers = ",".join(
-        f"{parameter.name}={value:.12g}"
-        for i, (parameter, value) in pairs
-        if i == 0 or value != parameter.default
-    )
-    return f"{acceptance.rule.name}:{numbers}" if numbers else acceptance.rule.name
 
 
 def measure_rule(

@@ -21,8 +21,9 @@ from specens.schedules import LearnedStop, Plain
 from specens.tuning.agreement import Agreement, read
 from specens.tuning.compare import Comparison, compare, workload
 from specens.tuning.lookups import replayed
+from specens.tuning.lossy import check_lossy
 from specens.tuning.measure import Sweep, count_tokens, medians, up_to_ends, write_texts
-from specens.tuning.relaxation import check_lossy, measure_rule
+from specens.tuning.relaxation import measure_rule
 from specens.tuning.search import candidates, least_chance
 from specens_kernels import Acceptance, Refusal
 

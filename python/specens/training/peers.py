@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes that use each other's objects, of which one believes the other nothing.
+
+A program that a model wrote runs in one process, its tests in another (`trial.py`). `Peer` is one
+end. Plain data cross by value (`wire.py`), and what a call has changed of the lists, dicts and sets
+that it was given is changed for the caller. Any other object stays where it is: the other end has a
+`Remote` in its place, and asks. The judging end (`judges=True`) answers no more than `_permits`,
+and lets no object of the program's compare itself with its own data. To let objects be asked one
+thing more, add it to `_QUESTIONS`.
+"""
+
+import json
+import operator
+import socket
+import struct
+import types
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+from specens.training.wire import CONTAINERS, Passed, Wire, exception_of, refill
+
+_MOST_BYTES = 1 << 24
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_ARITHMETIC = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("lshift", "rshift", "and", "or", "xor"),
+)
+_AS_NUMBER: Mapping[str, Callable[..., Any]] = {
+    "abs": abs,
+    "neg": operator.neg,
+    "pos": operator.pos,
+    "invert": operator.invert,
+    "int": int,
+    "float": float,
+    "complex": complex,
+    "index": operator.index,
+    "round": round,
+    "bool": bool,
+}
+
+
+def _reflected(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda asked, other: operation(other, asked)
+
+
+# What an object is asked, after the methods of Python that ask it.
+_QUESTIONS: Mapping[str, Callable[..., Any]] = {
+    "call": lambda asked, *arguments, **named: asked(*arguments, **named),
+    "getattr": getattr,
+    "setattr": setattr,
+    "iter": iter,
+    "next": next,
+    "len": len,
+    "str": str,
+    "repr": repr,
+    "format": format,
+    "hash": hash,
+    "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
+    "contains": operator.contains,
+    "instancecheck": lambda asked, value: isinstance(value, asked),
+    "subclasscheck": lambda asked, kind: issubclass(kind, asked),
+    "enter": lambda asked: asked.__enter__(),
+    "exit": lambda asked, *error: asked.__exit__(*error),
+    **_AS_NUMBER,
+    **{name: getattr(operator, f"__{name}__") for name in (*_COMPARISONS, *_ARITHMETIC)},
+    **{f"r{name}": _reflected(getattr(operator, f"__{name}__")) for name in _ARITHMETIC},
+}
+_OPERATORS = frozenset({*_COMPARISONS, *_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC)})
+# Of dunder attributes, those that are plain facts.
+_FACTS = ("__name__", "__qualname__", "__annotations__")
+# What the judging end answers about its own generators, views and the like.
+_READING = frozenset({"iter", "next", "len", "getitem", "contains", "str", "repr", "hash", "bool"})
+
+
+class Broken(BaseException):
+    """The other end has gone, or does not keep to what was agreed. No `except Exception` has it."""
+
+
+class _Absent(Exception):
+    """There is nothing of this name."""
+
+
+class Remote:
+    """Stands for an object of the other end.
+
+    kind: the name of its class, as the other end says.
+    """
+
+    __slots__ = ("_remote_kind", "_remote_peer", "_remote_place")
+
+    def __init__(self, peer: "Peer", place: int, kind: str) -> None:
+        for name, value in (("peer", peer), ("place", place), ("kind", kind)):
+            object.__setattr__(self, f"_remote_{name}", value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in _FACTS:
+            raise AttributeError(name)
+        return self._remote_peer.ask("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._remote_peer.ask("setattr", self, name, value)
+
+
+def _asking(question: str) -> Callable[..., Any]:
+    def method(self: Remote, *arguments: Any, **named: Any) -> Any:
+        peer: Peer = self._remote_peer
+        if not peer.judges:
+            return peer.ask(question, self, *arguments, **named)
+        return peer.ask_warily(question, self, *arguments, **named)
+
+    return method
+
+
+for _question in _QUESTIONS:
+    if _question not in ("getattr", "setattr"):
+        setattr(Remote, f"__{_question}__", _asking(_question))
+
+
+class Peer(Wire):
+    """One end of a connection.
+
+    judges: whether the other end may lie.
+    names: what the other end may ask for by name; None is nothing.
+    declared: classes whose objects, by what was asked of the program, may have operators.
+    broken: whether the connection has failed, however that was taken.
+    """
+
+    def __init__(
+        self,
+        end: socket.socket,
+        *,
+        judges: bool,
+        names: Mapping[str, Any] | None = None,
+        declared: Collection[str] = (),
+    ) -> None:
+        super().__init__(judges=judges)
+        self.names, self.declared = names, declared
+        self.broken = False
+        self._end = end
+        # Objects that were made with data of this end's in hand.
+        self._informed: set[int] = set()
+
+    def stands_for(self, value: Any) -> int | None:
+        """See `Wire`."""
+        own = isinstance(value, Remote) and value._remote_peer is self
+        return int(value._remote_place) if own else None
+
+    def stand_in(self, place: int, kind: str) -> Remote:
+        """See `Wire`."""
+        return Remote(self, place, kind)
+
+    def ask(self, question: str, asked: Remote | None, *arguments: Any, **named: Any) -> Any:
+        """What the other end answers; raises what was raised there."""
+        passed = Passed()
+        place = None if asked is None else asked._remote_place
+        written = [self.written(each, passed, grows=True) for each in arguments]
+        by_name = {name: self.written(each, passed, grows=True) for name, each in named.items()}
+        self._send(["ask", question, place, written, by_name])
+        while True:
+            message = self._receive()
+            if message[0] != "ask":
+                break
+            self._serve(message)
+        outcome, value, changes = self._understood(self._answer, message, passed)
+        for item, content in changes:
+            refill(item, content)
+        if outcome == "raise":
+            raise value
+        if outcome == "absent":
+            raise KeyError(*arguments)
+        return value
+
+    def ask_warily(self, question: str, asked: Remote, *arguments: Any, **named: Any) -> Any:
+        """The same, unless the answer would be a comparison with what this end alone should know.
+
+        An object of the program's that says it equals anything must not pass for a right answer: it
+        equals other objects of the program's only, and has no order beside data. Where its class
+        was asked for, its operators and `in` may be given data, but not yield numbers of them.
+        """
+        place = asked._remote_place
+        own = [each for each in arguments if not isinstance(each, Remote)]
+        if question in ("instancecheck", "subclasscheck") and own:
+            return False
+        if question in _OPERATORS and own:
+            if question in _COMPARISONS or asked._remote_kind not in self.declared:
+                return NotImplemented
+            result = self.ask(question, asked, *arguments)
+            if not isinstance(result, Remote):
+                raise TypeError(f"{question}: the program's object yields data")
+            self._informed.add(result._remote_place)
+            return result
+        if question == "contains" and own and asked._remote_kind not in self.declared:
+            raise TypeError("in: an object of the program's that was not asked for")
+        if question in _AS_NUMBER and question != "bool" and place in self._informed:
+            raise TypeError(f"{question}: the program's object has seen the test's data")
+        return self.ask(question, asked, *arguments, **named)
+
+    def serve(self) -> None:
+        """Answer for as long as the other end is there."""
+        while True:
+            self._serve(self._receive())
+
+    def _serve(self, message: Any) -> None:
+        received = Passed()
+        question, target, arguments, named = self._understood(self._question, message, received)
+        before = [self.content_of(item, received) for item in received.items]
+        try:
+            outcome, value = "return", self._replied(question, target, arguments, named)
+            written = self.written(value, received)
+        except Broken:
+            raise
+        except _Absent:
+            outcome, written = "absent", None
+        # Whatever the program raises, its caller gets.
+        except BaseException as error:
+            outcome, written = "raise", self._error(error, received)
+        after = [self.content_of(item, received) for item in received.items]
+        changes = [
+            [i, new] for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new
+        ]
+        self._send([outcome, written, changes])
+
+    def _replied(self, question: str, target: Any, arguments: list[Any], named: Any) -> Any:
+        if question == "name" and self.names is not None:
+            if arguments[0] not in self.names:
+                raise _Absent
+            return self.names[arguments[0]]
+        if self.judges and not _permits(question, target, arguments):
+            raise TypeError(f"{question}: not of an object of the tests")
+        return _QUESTIONS[question](target, *arguments, **named)
+
+    # What goes over the wire.
+
+    def _send(self, message: Any) -> None:
+        if self.broken:
+            raise Broken
+        data = json.dumps(message).encode("ascii")
+        try:
+            self._end.sendall(struct.pack("!Q", len(data)) + data)
+        except OSError as error:
+            raise self._broke() from error
+
+    def _receive(self) -> Any:
+        if self.broken:
+            raise Broken
+        size = struct.unpack("!Q", self._bytes(8))[0]
+        if self.judges and size > _MOST_BYTES:
+            raise self._broke()
+        return self._understood(json.loads, self._bytes(size))
+
+    def _bytes(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            try:
+                part = self._end.recv(min(count - len(data), 1 << 20))
+            except OSError:
+                part = b""
+            if not part:
+                raise self._broke()
+            data += part
+        return bytes(data)
+
+    def _broke(self) -> Broken:
+        self.broken = True
+        return Broken()
+
+    def _understood(self, read: Callable[..., Any], *data: Any) -> Any:
+        """Read what the other end has written; it may have written anything."""
+        try:
+            return read(*data)
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise self._broke() from error
+        except (RecursionError, ImportError, MemoryError) as error:
+            raise self._broke() from error
+
+    def _question(self, message: Any, received: Passed) -> tuple[Any, ...]:
+        kind, question, place, arguments, named = message
+        if kind != "ask" or not isinstance(question, str):
+            raise ValueError(kind)
+        target = None if place is None else self.own(place)
+        values = [self.read(each, received, grows=True) for each in arguments]
+        by_name = {name: self.read(each, received, grows=True) for name, each in named.items()}
+        return question, target, values, by_name
+
+    def _answer(self, message: Any, passed: Passed) -> tuple[Any, ...]:
+        outcome, value, changes = message
+        if outcome not in ("return", "raise", "absent"):
+            raise ValueError(outcome)
+        read = [
+            (passed.items[place], self.read_content(content, passed)) for place, content in changes
+        ]
+        if outcome == "raise":
+            kind, arguments = (self.read(each, passed) for each in value)
+            return outcome, exception_of(kind, arguments), read
+        return outcome, self.read(value, passed), read
+
+
+def _permits(question: str, asked: Any, arguments: list[Any]) -> bool:
+    """Whether the program may ask this of an object of the tests.
+
+    A function leads to its globals, a frame to all frames: attributes are those of instances of the
+    tests' own classes alone, and what is called are the tests' functions.
+    """
+    own = type(asked).__module__ == "__main__"
+    if question in ("getattr", "setattr"):
+        return own and isinstance(arguments[0], str) and not arguments[0].startswith("_")
+    if question == "call":
+        if isinstance(asked, types.BuiltinMethodType):
+            return type(asked.__self__) in CONTAINERS
+        if isinstance(asked, type):
+            return asked.__module__ == "__main__"
+        return own or isinstance(asked, (types.FunctionType, types.MethodType, partial))
+    callables = (type, types.FunctionType, types.MethodType, types.ModuleType)
+    return question in _READING and not isinstance(asked, callables)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a program that a model wrote passes its tests; the program has no say in it.
+
+Three processes: the program's runs what the model wrote, and the judge's runs the tests, whose
+calls of the program go to the former and come back as data (`peers.py`). That the tests have come
+to their end is said by the judge's process, which the program's cannot reach, to the third, which
+has started both: it ends all that descends from them, and only then tells the caller. The tests
+are in the judge's process alone. `containment.py` has what encloses them.
+"""
+
+import builtins
+import json
+import logging
+import math
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+from specens.training import containment
+from specens.training.peers import Peer
+
+_PASSED = b"passed"
+# What the third process may take to end the others.
+_ENDING_S = 5.0
+# How often the size of the program's folder is looked at, where nothing else limits it.
+_LOOKING_S = 0.05
+_DECLARATION = re.compile(r"\b(?:def|class|function|function called|function named)\s+`?(\w+)")
+_logger = logging.getLogger("specens")
+
+
+def passes(prompt: str, text: str, tests: str, timeout_s: float) -> bool:
+    """Whether prompt and text run as one program to its end, and then the tests beside it.
+
+    Args:
+        prompt: the program's beginning. Its classes may have operators, and its functions the names
+            of Python's own.
+        text: the rest.
+        tests: Python code that uses what the program defines, by name.
+        timeout_s: for everything, seconds.
+    """
+    program = f"{prompt}{text}\n".encode("utf-8", "surrogatepass")
+    facts = json.dumps({"tests": tests, "declared": _DECLARATION.findall(prompt)}).encode()
+    ours, theirs = socket.socketpair()
+    with ours, tempfile.TemporaryDirectory() as folder:
+        # What is closed here nobody finds among this process's files.
+        with theirs, _file(program) as program_file, _file(facts) as facts_file:
+            descriptors = program_file.fileno(), facts_file.fileno(), theirs.fileno()
+            supervisor = _start(descriptors, _encloses(), timeout_s, folder)
+        ours.settimeout(timeout_s + _ENDING_S)
+        try:
+            return ours.recv(len(_PASSED)) == _PASSED
+        except TimeoutError:
+            return False
+        finally:
+            # It ends by itself, and what it has started before it.
+            _end(supervisor)
+
+
+@contextmanager
+def _file(content: bytes) -> Iterator[IO[bytes]]:
+    """A file without a name, to be read from its beginning."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        yield file
+
+
+def _start(
+    descriptors: tuple[int, int, int], encloses: bool, timeout_s: float, folder: str
+) -> "subprocess.Popen[bytes]":
+    """The third process."""
+    root = str(Path(__file__).parents[2])
+    program = (
+        f"import sys; sys.path.insert(0, {root!r}); from specens.training.trial import supervise; "
+        "sys.path.pop(0); supervise(*sys.argv[1:])"
+    )
+    arguments = [*descriptors, int(encloses), timeout_s, folder]
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", program, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        env={},
+        start_new_session=True,
+    )
+
+
+def _end(supervisor: "subprocess.Popen[bytes]") -> None:
+    try:
+        supervisor.wait(_ENDING_S)
+    except subprocess.TimeoutExpired:
+        supervisor.kill()
+        supervisor.wait()
+
+
+@lru_cache(maxsize=1)
+def _encloses() -> bool:
+    """Whether programs are shut off; a line in the log says if they are not."""
+    given = containment.can_enclose()
+    if not given:
+        _logger.warning(
+            "tests: this machine gives no namespaces to this user: what models write runs with "
+            "limits, but is not shut off from disk, network and other processes"
+        )
+    return given
+
+
+def supervise(
+    program: str, facts: str, caller: str, encloses: str, timeout_s: str, folder: str
+) -> None:
+    """Run program and tests in processes of their own, and tell the caller that they have passed.
+
+    Args:
+        program, facts, caller: descriptors of two files and a socket.
+        encloses: "1" or "0". timeout_s: seconds. folder: where the program is.
+    """
+    deadline = time.monotonic() + float(timeout_s)
+    seconds = math.ceil(float(timeout_s))
+    told = socket.socket(fileno=int(caller))
+    containment.adopt_orphans()
+    os.chmod(folder, 0o777)
+    if encloses == "1":
+        containment.enclose(Path(folder))
+    containment.hide()
+    os.chdir(folder)
+    judges_end, programs_end = socket.socketpair()
+    heard, says = socket.socketpair()
+
+    def judge() -> None:
+        for each in (told, programs_end, heard):
+            each.close()
+        os.close(int(program))
+        given = json.loads(_contents(int(facts)))
+        containment.confine(seconds)
+        if _tests_pass(judges_end, given["tests"], given["declared"]):
+            says.sendall(_PASSED)
+
+    def run() -> None:
+        for each in (told, judges_end, heard, says):
+            each.close()
+        os.close(int(facts))
+        if encloses == "1":
+            containment.see_own_processes()
+        source = _contents(int(program))
+        containment.confine(seconds)
+        _run(programs_end, source)
+
+    _in_child(judge)
+    if encloses == "1":
+        containment.leave_processes()
+    _in_child(run)
+    for each in (judges_end, programs_end, says):
+        each.close()
+    verdict = b""
+    while (left := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select([heard, told], [], [], min(left, _LOOKING_S))
+        if ready:
+            # The caller says nothing, and is heard where it is no more.
+            verdict = heard.recv(len(_PASSED)) if heard in ready else b""
+            break
+        if encloses == "0" and containment.bytes_in(Path(folder)) > containment.FOLDER_BYTES:
+            break
+    containment.end_descendants()
+    if verdict:
+        told.sendall(verdict)
+
+
+def _in_child(work: Callable[[], None]) -> None:
+    """In a process that ends with the work, however that ends."""
+    if os.fork() == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+
+
+def _contents(descriptor: int) -> bytes:
+    with open(descriptor, "rb") as file:
+        return file.read()
+
+
+def _run(end: socket.socket, source: bytes) -> None:
+    """Run the program, and then what the tests ask of it."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    code = compile(source.decode("utf-8", "surrogatepass"), "<program>", "exec")
+    exec(code, module.__dict__)
+    Peer(end, judges=False, names=module.__dict__).serve()
+
+
+class _Names(dict[str, Any]):
+    """The tests' global names: their own, Python's, and then the program's.
+
+    A program's name hides one of Python's only where the prompt declares it.
+    """
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(__name__="__main__")
+        self._peer = peer
+
+    def __missing__(self, name: str) -> Any:
+        hidden = hasattr(builtins, name) and name not in self._peer.declared
+        if hidden or name.startswith("__"):
+            raise KeyError(name)
+        return self._peer.ask("name", None, name)
+
+
+def _tests_pass(end: socket.socket, tests: str, declared: Collection[str]) -> bool:
+    """Whether the tests come to their end, after the program has."""
+    peer = Peer(end, judges=True, declared=declared)
+    peer.ask("name", None, "__name__")
+    exec(compile(tests, "<tests>", "exec"), _Names(peer))
+    return not peer.broken

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that are wrong and try to pass all the same, each with its tests after a line of dashes.
+
+A new way is one more entry, and one more name in `AT_THE_WALLS` if namespaces have a part in it.
+"""
+
+from programs import TESTS
+
+WRONG = """\
+def f(x):
+    return 0
+"""
+# Whatever it is asked, it says what a test may want to hear.
+LIAR_CLASS = """\
+class f:
+    def __init__(self, *_):
+        pass
+for name in ("eq", "lt", "le", "gt", "ge", "contains", "bool"):
+    setattr(f, f"__{name}__", lambda *_: True)
+for name in ("sub", "rsub", "abs", "float", "round", "hash", "mod", "and", "xor"):
+    setattr(f, f"__{name}__", lambda *_: 0)
+setattr(f, "__ne__", lambda *_: False)
+"""
+LIAR = "def f(x):\n    return A()\n" + LIAR_CLASS.replace(" f:", " A:").replace("(f,", "(A,")
+# It looks among all objects for the other end, and speaks in its name.
+IMPOSTOR = (
+    WRONG
+    + """
+import gc, json, os, socket, struct, sys
+def send(*messages):
+    for each in gc.get_objects():
+        if isinstance(each, socket.socket):
+            for message in messages:
+                data = message if isinstance(message, bytes) else json.dumps(message).encode()
+                each.sendall(struct.pack("!Q", len(data)) + data)
+"""
+)
+FORGERIES = {
+    "no python": """\
+def f(x):
+    return x +
+"""
+    + TESTS,
+    "wrong": WRONG + TESTS,
+    "exit status 83": WRONG
+    + """import os
+os._exit(83)
+"""
+    + TESTS,
+    "exit status 0": WRONG
+    + """import os
+os._exit(0)
+"""
+    + TESTS,
+    "SystemExit": WRONG
+    + """raise SystemExit(0)
+"""
+    + TESTS,
+    "SystemExit in a call": """\
+import sys
+def f(x):
+    sys.exit(0)
+"""
+    + TESTS,
+    "exit in a call": """\
+import os
+def f(x):
+    os._exit(0)
+"""
+    + TESTS,
+    "atexit": WRONG
+    + """import atexit, os
+atexit.register(os._exit, 0)
+"""
+    + TESTS,
+    "excepthook": WRONG
+    + """import os, sys
+sys.excepthook = lambda *_: os._exit(0)
+"""
+    + TESTS,
+    "a thread": WRONG
+    + """import os, threading
+threading.Timer(0.05, os._exit, (0,)).start()
+---
+import time
+time.sleep(0.3)
+assert f(1) == 2
+""",
+    "a signal": WRONG
+    + """import os, signal
+signal.signal(14, lambda *_: os._exit(0))
+signal.alarm(1)
+"""
+    + TESTS,
+    "its word on every descriptor": WRONG
+    + """import os
+for n in range(256):
+    try:
+        os.write(n, b'passed')
+    except OSError:
+        pass
+"""
+    + TESTS,
+    "its word on standard output": WRONG
+    + """print('passed', flush=True)
+"""
+    + TESTS,
+    "equals anything": LIAR + TESTS,
+    "equals anything, reflected": LIAR
+    + """---
+assert 2 == f(1)
+""",
+    "differs from nothing": LIAR
+    + """---
+assert not f(1) != 2
+""",
+    "at no distance": LIAR
+    + """---
+assert abs(f(1) - 2) < 1e-6
+""",
+    "at no distance, reflected": LIAR
+    + """---
+assert not abs(2 - f(1)) > 1e-6
+""",
+    "in any order": LIAR
+    + """---
+assert 1 < f(1) < 3
+""",
+    "contains anything": LIAR
+    + """---
+assert 2 in f(1)
+""",
+    "equals in a list": LIAR
+    + """---
+assert [f(1)] == [2]
+""",
+    "equals in a set": LIAR
+    + """---
+assert f(1) in {2, 0}
+""",
+    "a class that equals anything": LIAR_CLASS + TESTS,
+    "a class at no distance": LIAR_CLASS
+    + """---
+assert abs(f(1) - 2) < 1e-6
+""",
+    "a class at no distance, in steps": LIAR_CLASS.replace("*_: 0", "*_: f()")
+    + """---
+assert abs(f(1) - 2) < 1e-6
+""",
+    "a number that equals anything": """\
+class A(int):
+    def __eq__(self, o):
+        return True
+def f(x):
+    return A(0)
+"""
+    + TESTS,
+    "text that equals anything": """\
+class A(str):
+    def __eq__(self, o):
+        return True
+def f(x):
+    return A(0)
+---
+assert f(1) == '2'
+""",
+    "Python's names": WRONG
+    + """all = any = isinstance = len = lambda *_: True
+abs = lambda *_: 0
+---
+assert all(f(x) == x + 1 for x in (1, 2))
+""",
+    "Python's functions": WRONG
+    + """import builtins, math
+builtins.abs = math.fabs = lambda x: 0
+builtins.AssertionError = ValueError
+---
+import math
+assert abs(f(1) - 2) < 1e-6 and math.fabs(f(1) - 2) < 1e-6
+""",
+    "a module": WRONG
+    + """import math
+math.isclose = lambda *_: True
+---
+import math
+assert math.isclose(f(1), 2)
+""",
+    "a module's name": WRONG
+    + """import types
+m = types.ModuleType('m')
+m.isclose = lambda *_: True
+---
+assert m.isclose(f(1), 2)
+""",
+    "a trace": WRONG
+    + """import sys, threading
+def t(*_):
+    return t
+sys.settrace(t)
+sys.setprofile(t)
+"""
+    + TESTS,
+    "an answer before the question": IMPOSTOR
+    + """send(['return', None, []], ['return', 2, []], b'passed')
+"""
+    + TESTS,
+    "an answer that is none": IMPOSTOR
+    + """send(b'{' * 100_000)
+---
+try:
+    f(1)
+except: pass
+""",
+    "an answer without an end": IMPOSTOR
+    + """send(['return', None, []], b'[' * (1 << 25))
+---
+try:
+    f(1)
+except: pass
+""",
+    "a pickle": IMPOSTOR
+    + """send(['return', {'pickle': '80049500'}, []])
+---
+try:
+    f(1)
+except: pass
+""",
+    "a function of the judge's": IMPOSTOR
+    + """send(['return', {'global': ['os', 'system']}, []])
+---
+try:
+    f(1)
+except: pass
+""",
+    "names of the judge's": IMPOSTOR
+    + """send(['ask', 'name', None, ['TESTS'], {}])
+"""
+    + TESTS,
+    "globals of a function of the tests": """\
+def f(g):
+    return g.__globals__
+---
+def g():
+    pass
+assert f(g)
+""",
+    "globals through getattr": """\
+def f(g):
+    return g._remote_peer.ask('getattr', g, '__globals__')
+---
+def g():
+    pass
+assert f(g)
+""",
+    "frames of a generator of the tests": """\
+def f(g):
+    return g._remote_peer.ask('getattr', g, 'gi_frame')
+---
+assert f(n for n in [1])
+""",
+    "the gate of the tests": """\
+import os
+def f(g):
+    return g._remote_peer.ask('call', g, 'os')
+---
+import importlib
+assert f(importlib)
+""",
+    "its argument is what was expected": """\
+def f(a):
+    a[0] = 0
+    return [0]
+---
+a = [5]
+assert f(a) == [5]
+""",
+    "the tests' file": WRONG
+    + """import glob, os
+found = ''
+for n in range(3, 256):
+    try:
+        found += os.pread(n, 1000, 0).decode()
+    except OSError:
+        pass
+if 'assert' in found:
+    f = lambda x: 2
+"""
+    + TESTS,
+    "the tests in memory": WRONG
+    + """import gc
+wanted = chr(61) * 2 + ' 79' + '19'[:]
+def texts(o):
+    yield from (o if isinstance(o, (list, tuple)) else ())
+    yield from o.values() if isinstance(o, dict) else ()
+if any(wanted in str(t) for o in gc.get_objects() for t in texts(o)
+       if isinstance(t, (str, bytes)) and t is not wanted):
+    f = lambda x: int('7919')
+---
+assert f(1) == 7919
+""",
+    "the judge's memory": WRONG
+    + """import os
+for p in os.listdir('/proc'):
+    if p.isdigit() and int(p) != os.getpid():
+        for name in ('mem', 'fd/3', 'fd/4', 'fd/5', 'fd/6', 'fd/7', 'fd/8', 'fd/9'):
+            try:
+                with open(f'/proc/{p}/{name}', 'r+b', 0) as x:
+                    x.write(b'passed')
+                    f = lambda x: 2
+            except OSError:
+                pass
+"""
+    + TESTS,
+    "a second copy": WRONG
+    + """import os
+os.fork()
+"""
+    + TESTS,
+    "no end": """\
+def f(x):
+    while True:
+        pass
+"""
+    + TESTS,
+    "too much memory": """\
+b = bytearray(1 << 34)
+def f(x):
+    return x + 1
+"""
+    + TESTS,
+    "a large file": """\
+open('f', 'wb').write(bytes(1 << 22))
+def f(x):
+    return x + 1
+"""
+    + TESTS,
+    "many files": """\
+for n in range(99):
+    open(str(n), 'wb').write(bytes(1 << 20))
+    import time
+    time.sleep(0.01)
+def f(x):
+    return x + 1
+"""
+    + TESTS,
+    "many processes": """\
+import os, time
+for n in range(200):
+    if not os.fork():
+        time.sleep(60)
+def f(x):
+    return x + 1
+"""
+    + TESTS,
+    "lone surrogates": "def f(x):\n    return '\ud800'\n" + TESTS,
+    "a null byte": "def f(x):\n    return 2\0\n" + TESTS,
+}
+# What walls, where there are any, have a part in.
+AT_THE_WALLS = (
+    *("its word on every descriptor", "the tests' file", "the judge's memory", "a large file"),
+    *("many files", "many processes", "too much memory"),
+)
