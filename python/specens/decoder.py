@@ -28,6 +28,7 @@ from specens.loop.weights import PositionWeights
 from specens.members.by_row import ReplayMember
 from specens.members.facts import num_parameters
 from specens.members.probe import member
+from specens.members.evaluation import evaluating
 from specens.members.translated import Translated
 from specens.members.vocabulary import shared_vocabulary
 from specens.members.weight_head import WeightHead, hidden_size
@@ -63,8 +64,9 @@ class SpeculativeDecoder:
 
     The emitted text has exactly the ensemble's law at every position (rules that are not lossless
     aside), and its greedy text is the plain ensemble's, whatever the schedule and the number of
-    speculative tokens. Models, configs and tokenizers are never modified. A decoder runs one call
-    at a time: a nested or concurrent one raises RuntimeError.
+    speculative tokens. Models, configs and tokenizers are never modified; a call runs models in
+    evaluation mode and puts training mode back where it was. A decoder runs one call at a time: a
+    nested or concurrent one raises RuntimeError.
     """
 
     statistics: Statistics | None = None  # of the latest call
@@ -254,7 +256,7 @@ class SpeculativeDecoder:
         if stop_strings:
             stop = self._stop_at(stop_strings, tokenizer)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
-        with self._one_call:
+        with self._one_call, evaluating(self.models):
             try:
                 return self._write(
                     model,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specens.members.by_row import CropMember, ReplayMember
 from specens.members.cache import Masks, Signature, layer_kinds
+from specens.members.evaluation import evaluating
 from specens.members.facts import (
     check_causal_lm,
     forward_arguments,
@@ -339,14 +340,7 @@ def _window(config: Any) -> int | None:
 
 @contextmanager
 def _undisturbed(model: "PreTrainedModel") -> Iterator[None]:
-    """Evaluation mode without gradients or warnings; every module's flag is put back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    """Evaluation mode without gradients or warnings."""
+    with evaluating([model]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
