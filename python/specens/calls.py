@@ -2,7 +2,8 @@
 """What one call of `generate` brings and gets back: prompts, seeds, what is refused, the output.
 
 Transformers hands over whatever its own `generate` prepares. What the loop would lose is refused;
-what is empty or says what holds anyway is accepted. To accept another argument, see `_KNOWN`.
+what is empty or says what holds anyway is accepted. To accept another argument, see `_KNOWN`; what
+the generation config may say is in `loop/generation_config.py`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,14 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specens.loop import generation_config as fields
 from specens.loop.named import integers
 from specens.loop.run import Run
 from specens.loop.statistics import Statistics
 from specens.members.facts import unwrapped
-from specens_kernels.refusal import Refusal, Unsupported
+from specens_kernels.refusal import Refusal
 
 # What transformers adds, and the loop checks or does not need.
 _KNOWN = frozenset(
@@ -70,12 +71,7 @@ def prompt_lengths(
     for name, value in model_kwargs.items():
         if value is not None and name not in _KNOWN and not isinstance(value, bool):
             raise Refusal("generate", name, "None", type(value).__name__)
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name, False):
-            raise Unsupported("generate", name, "False", "True; log_probs are returned instead")
-    mode = generation_config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise Unsupported("generate", "generation_config", "greedy_search or sample", mode.value)
+    fields.check(lambda name, default: getattr(generation_config, name, default))
     if streamer is not None and len(input_ids) != 1:
         raise Refusal("generate", "streamer", "batch size 1", len(input_ids))
     mask = model_kwargs.get("attention_mask")

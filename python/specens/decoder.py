@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from specens.calls import SpeculativeOutput, output_of, prompt_lengths, seeds_of
+from specens.loop import generation_config as fields
 from specens.loop.processors import Warp, per_row, split
 from specens.loop.run import Plan, Run
 from specens.loop.schedule import Models, Schedule
@@ -26,9 +28,9 @@ from specens.loop.statistics import Statistics
 from specens.loop.stopping import Stopper
 from specens.loop.weights import PositionWeights
 from specens.members.by_row import ReplayMember
+from specens.members.evaluation import evaluating
 from specens.members.facts import num_parameters
 from specens.members.probe import member
-from specens.members.evaluation import evaluating
 from specens.members.translated import Translated
 from specens.members.vocabulary import shared_vocabulary
 from specens.members.weight_head import WeightHead, hidden_size
@@ -217,18 +219,29 @@ class SpeculativeDecoder:
                 "None, since the decoder's draft= is what drafts",
                 type(kwargs["assistant_model"]).__name__,
             )
-        for config in (kwargs.get("generation_config"), self.models[0].generation_config):
+        configs = [kwargs.get("generation_config"), self.models[0].generation_config]
+        fields.check(partial(_said, kwargs, configs))  # some of it never comes as far as the loop
+        for config in configs:
             configured = getattr(config, "stop_strings", None)
             if configured is not None:
                 stop_strings = configured if stop_strings is None else stop_strings
                 kwargs["stop_strings"] = None  # transformers would ask for the tokenizer itself
         bound = {"streamer": streamer, "tokenizer": tokenizer, "seed": seed}
 
+        runs = 0
+
         # Not a partial: transformers hands over what it finds in the signature, stop_strings too.
         def loop(model: Any, input_ids: Tensor, **options: Any) -> Any:
+            nonlocal runs
+            runs += 1
             return self(model, input_ids, stop_strings=stop_strings, **bound, **options)
 
-        return self.models[0].generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
+        model = self.models[0]
+        output = model.generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
+        if runs != 1:  # what was written is one model's text, or not the whole of a text
+            expected = f"a {type(model).__name__} that hands each call to this loop once"
+            raise Refusal("generate", "members", expected, f"{runs} times")
+        return output
 
     # Not inference_mode: what a model keeps of a forward must stay usable outside of it.
     @torch.no_grad()
@@ -251,7 +264,9 @@ class SpeculativeDecoder:
         `model` must be one of the members. Transformers hands neither a streamer nor a tokenizer to
         a callable: `stop_strings` need the constructor's tokenizers or `decoder.generate`, and a
         streamer needs `decoder.generate`; given to `model.generate` it gets the prompt and nothing
-        more, not even its end, and a reader of it waits for ever.
+        more, not even its end, and a reader of it waits for ever. An `assistant_model` is not
+        handed on either, and with `cache_implementation="paged"` nothing is: the text is then the
+        model's own. `decoder.generate` refuses both.
         """
         if stop_strings:
             stop = self._stop_at(stop_strings, tokenizer)
@@ -397,6 +412,14 @@ class SpeculativeDecoder:
             min_p=warp.min_p,
             vocab_size=self.vocab_size,
         )
+
+
+def _said(arguments: Mapping[str, Any], configs: Sequence[Any], name: str, default: Any) -> Any:
+    """A field of the generation config that transformers makes of a call's arguments."""
+    if name in arguments:
+        return arguments[name]
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), default)
 
 
 def _drafts(draft: Any) -> list[Any]:

@@ -14,10 +14,10 @@ from typing import Any
 def evaluating(models: Iterable[Any]) -> Iterator[None]:
     """Evaluation mode; flags that differ between modules come back module by module."""
     training = [module for model in models for module in model.modules() if module.training]
-    # The flag alone: a module's own `train` may do more, such as merging adapters.
-    for module in training:
-        module.training = False
     try:
+        # The flag alone: a module's own `train` may do more, such as merging adapters.
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:
