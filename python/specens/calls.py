@@ -2,7 +2,8 @@
 """What one call of `generate` brings and gets back: prompts, seeds, what is refused, the output.
 
 Transformers hands over whatever its own `generate` prepares. What the loop would lose is refused;
-what is empty or says what holds anyway is accepted. To accept another argument, see `_KNOWN`.
+what is empty or says what holds anyway is accepted, whatever its name: see `_check_arguments`. What
+the generation config may say is in `loop/generation_config.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,27 +12,24 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specens.loop import generation_config as fields
 from specens.loop.run import Run
 from specens.loop.statistics import Statistics
+from specens.members.cache import is_filled
 from specens.members.facts import unwrapped
-from specens_kernels.refusal import Refusal, Unsupported
+from specens.members.probe import ignores
+from specens_kernels.refusal import Refusal
 
-# What transformers adds, and the loop checks or does not need.
-_KNOWN = frozenset(
-    {
-        "attention_mask",
-        "position_ids",
-        "cache_position",
-        "logits_to_keep",
-        "past_key_values",
-        "use_cache",
-        "logits_processor",
-        "synced_gpus",
-    }
+# Of a forward: what the prompts are is checked apart, the rest is for the members to say.
+_OWN = frozenset(
+    {"attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache"}
 )
+# Tokens of the prompt on which a label is tried.
+_TRIED = 8
 
 
 @dataclass
@@ -63,18 +61,8 @@ def prompt_lengths(
         raise Refusal(
             "generate", "model", "one of the decoder's members", f"another {type(model).__name__}"
         )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise Refusal("generate", "past_key_values", "an empty cache", "a filled one")
-    for name, value in model_kwargs.items():
-        if value is not None and name not in _KNOWN and not isinstance(value, bool):
-            raise Refusal("generate", name, "None", type(value).__name__)
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name, False):
-            raise Unsupported("generate", name, "False", "True; log_probs are returned instead")
-    mode = generation_config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise Unsupported("generate", "generation_config", "greedy_search or sample", mode.value)
+    fields.check(lambda name, default: getattr(generation_config, name, default))
+    _check_arguments(members, input_ids, model_kwargs)
     if streamer is not None and len(input_ids) != 1:
         raise Refusal("generate", "streamer", "batch size 1", len(input_ids))
     lengths = _row_lengths(input_ids, model_kwargs.get("attention_mask"))
@@ -158,6 +146,43 @@ def _described(given: Any) -> str:
     if isinstance(given, Tensor):
         return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')}"
     return repr(given) if isinstance(given, str | int | float) else type(given).__name__
+
+
+def _check_arguments(
+    members: Sequence[Any], input_ids: Tensor, model_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse arguments with content: the members are given tokens and nothing else."""
+    for name, value in model_kwargs.items():
+        if name in _OWN or _is_empty(value):
+            continue
+        if isinstance(value, Cache):
+            raise Refusal("generate", name, "an empty cache", "a filled one")
+        if _are_zeros(value, input_ids):
+            tokens, zeros = input_ids[:1, -_TRIED:], value[:1, -_TRIED:]
+            if all(ignores(member, name, tokens, zeros) for member in members):
+                continue
+        expected = "nothing beyond the tokens, which are all that members are given"
+        raise Refusal("generate", name, expected, type(value).__name__)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing in it, however deep: no image, no state, no flag that is set."""
+    if isinstance(value, Tensor):
+        return value.numel() == 0
+    if isinstance(value, Cache):
+        return not is_filled(value)
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_empty, value))
+    return value is None or value is False
+
+
+def _are_zeros(value: Any, input_ids: Tensor) -> bool:
+    """Whether it is the label 0 for each token: text, as a rule."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return False
+    return value.shape == input_ids.shape and not bool(value.any())
 
 
 def _are_implied(position_ids: Any, lengths: Sequence[int], width: int) -> bool:

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from specens.calls import (
     prompt_lengths,
     seeds_of,
 )
+from specens.loop import generation_config as fields
 from specens.loop.processors import Warp, per_row, split
 from specens.loop.run import Plan, Run
 from specens.loop.schedule import Models, Schedule
@@ -45,6 +47,7 @@ from specens.loop.statistics import Statistics
 from specens.loop.stopping import Stopper
 from specens.loop.weights import PositionWeights
 from specens.members.by_row import ReplayMember
+from specens.members.evaluation import evaluating
 from specens.members.facts import is_on_meta, num_parameters, vocab_size
 from specens.members.probe import member
 from specens.members.translated import Translated
@@ -87,8 +90,9 @@ class SpeculativeDecoder:
 
     The emitted text has exactly the ensemble's law at every position (rules that are not lossless
     aside), and its greedy text is the plain ensemble's, whatever the schedule and the number of
-    speculative tokens. Models, configs and tokenizers are never modified. A decoder runs one call
-    at a time: a nested or concurrent one raises RuntimeError.
+    speculative tokens. Models, configs and tokenizers are never modified; a call runs models in
+    evaluation mode and puts training mode back where it was. A decoder runs one call at a time: a
+    nested or concurrent one raises RuntimeError.
     """
 
     statistics: Statistics | None = None  # of the latest call
@@ -241,18 +245,29 @@ class SpeculativeDecoder:
                 "None, since the decoder's draft= is what drafts",
                 type(kwargs["assistant_model"]).__name__,
             )
-        for config in (kwargs.get("generation_config"), self.models[0].generation_config):
+        configs = [kwargs.get("generation_config"), self.models[0].generation_config]
+        fields.check(partial(_said, kwargs, configs))  # some of it never comes as far as the loop
+        for config in configs:
             configured = getattr(config, "stop_strings", None)
             if configured is not None:
                 stop_strings = configured if stop_strings is None else stop_strings
                 kwargs["stop_strings"] = None  # transformers would ask for the tokenizer itself
         bound = {"streamer": streamer, "tokenizer": tokenizer, "seed": seed}
 
+        runs = 0
+
         # Not a partial: transformers hands over what it finds in the signature, stop_strings too.
         def loop(model: Any, input_ids: Tensor, **options: Any) -> Any:
+            nonlocal runs
+            runs += 1
             return self(model, input_ids, stop_strings=stop_strings, **bound, **options)
 
-        return self.models[0].generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
+        model = self.models[0]
+        output = model.generate(inputs, streamer=streamer, custom_generate=loop, **kwargs)
+        if runs != 1:  # what was written is one model's text, or not the whole of a text
+            expected = f"a {type(model).__name__} that hands each call to this loop once"
+            raise Refusal("generate", "members", expected, f"{runs} times")
+        return output
 
     # Not inference_mode: what a model keeps of a forward must stay usable outside of it.
     @torch.no_grad()
@@ -275,7 +290,9 @@ class SpeculativeDecoder:
         `model` must be one of the members. Transformers hands neither a streamer nor a tokenizer to
         a callable: `stop_strings` need the constructor's tokenizers or `decoder.generate`, and a
         streamer needs `decoder.generate`; given to `model.generate` it gets the prompt and nothing
-        more, not even its end, and a reader of it waits for ever.
+        more, not even its end, and a reader of it waits for ever. An `assistant_model` is not
+        handed on either, and with `cache_implementation="paged"` nothing is: the text is then the
+        model's own. `decoder.generate` refuses both.
         """
         if strings := strings_of(stop_strings):
             stop = self._stop_at(strings, tokenizer)
@@ -283,16 +300,17 @@ class SpeculativeDecoder:
         caller = object()
         try:
             self._one_call.enter(caller)
-            return self._write(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
-                self.seed if seed is None else seed_of("generate", seed),
-                model_kwargs,
-            )
+            with evaluating(self.models):
+                return self._write(
+                    model,
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    streamer,
+                    self.seed if seed is None else seed_of("generate", seed),
+                    model_kwargs,
+                )
         finally:
             # Nothing is called between the test and the last line, where an interrupt could come.
             if self._one_call.caller is caller:
@@ -448,6 +466,14 @@ class SpeculativeDecoder:
             min_p=warp.min_p,
             vocab_size=self.vocab_size,
         )
+
+
+def _said(arguments: Mapping[str, Any], configs: Sequence[Any], name: str, default: Any) -> Any:
+    """A field of the generation config that transformers makes of a call's arguments."""
+    if name in arguments:
+        return arguments[name]
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), default)
 
 
 def _num_of_one_vocabulary(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -499,6 +500,32 @@ def test_model_that_looks_ahead_is_refused():
         layer.self_attn.is_causal = False
     with pytest.raises(ValueError, match=r"LlamaForCausalLM, whose logits depend on later tokens"):
         member(model)
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "cpmant"])
+def test_architecture_that_looks_ahead_is_refused(kind):
+    with pytest.raises(ValueError, match=r"a causal LM, got .*, whose logits depend on later tok"):
+        member(tiny(kind))
+
+
+@pytest.mark.parametrize("kind", ["axk2", "deepseek_v32", "glm_moe_dsa"])
+def test_index_over_keys_is_exact_or_refused(kind):
+    """With few heads many keys have the score 0: which are chosen depends on how many there are."""
+    with pytest.raises(ValueError, match=r"whose logits depend on later tokens or their number"):
+        member(tiny(kind, index_n_heads=2))
+    rows = Rows(member(tiny(kind)), batch_size=3, capacity=160)
+    rows.play(turns=6)
+    assert rows.compared > 50
+    assert rows.worst < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("llama", 21), ("bloom", 24), ("mamba2", 24)])
+def test_probe_takes_few_forwards(kind, most):
+    model = build(kind)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(1))
+    probe(model)
+    assert len(seen) <= most
 
 
 def test_mode_that_is_not_exact_is_refused():

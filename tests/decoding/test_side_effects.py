@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import gc
+import itertools
 import warnings
 from typing import Any
 
@@ -100,6 +101,46 @@ def test_training_mode_and_gradients_are_left_alone(models):
         loss = model(output.sequences, labels=output.sequences).loss  # as in a training loop
         loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Stop(BaseException):
+    """As a KeyboardInterrupt, which would end the test run."""
+
+
+@pytest.mark.parametrize("schedule", ["plain", "alternating", "draft"])
+@pytest.mark.parametrize("fails", [None, OSError, Stop])
+def test_models_that_are_being_trained_write_as_they_would_in_evaluation(schedule, fails):
+    """Dropout and gradient checkpointing are on again after the call, however it ends."""
+    models = [toy(seed, VOCAB_SIZE, kind="gpt2", n_layer=2) for seed in range(3)]
+    settings = {**prompts((5, 2), VOCAB_SIZE), "max_new_tokens": 10, "do_sample": False}
+    expected = decoder(models, 2, schedule).generate(**settings)
+    for model in models:
+        model.requires_grad_(True).train()
+        # The newer name; transformers 5.17 has the older one alone.
+        name = "activation_checkpointing_enable"
+        getattr(model, name, model.gradient_checkpointing_enable)()
+    models[0].transformer.h[0].eval()  # flags that differ come back one by one
+    modules = [module for model in models for module in model.modules()]
+    before = [module.training for module in modules]
+    fast = decoder(models, 2, schedule)
+    same(fast.generate(**settings), expected)
+    same(models[0].generate(**settings, custom_generate=fast), expected)
+    if fails is not None:
+        during: list[bool] = []
+
+        def end(*_: Any, **__: Any) -> bool:
+            during.extend(module.training for module in modules)
+            if len(during) > 3 * len(modules):
+                raise fails
+            return False
+
+        with pytest.raises(fails):
+            fast.generate(**settings, stopping_criteria=StoppingCriteriaList([end]))
+        used = {module for model in fast.models for module in model.modules()}
+        seen = zip(during, itertools.cycle(modules), strict=False)
+        assert not any(was for was, module in seen if module in used)
+    assert [module.training for module in modules] == before
+    assert all(layer.gradient_checkpointing for layer in models[0].transformer.h)
 
 
 def live_tensors() -> dict[str, int]:

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons are fair: interleaved, within a round, and of text that no config shapes.
 
-What transformers adds to a generation config is one more entry of `SHAPING`.
+What transformers adds to a generation config is one more entry of tools/generation_options.py.
 """
 
 import math
 from typing import Any
 
+import generation_options as options
 import pytest
 import torch
 from toys import toy
-from transformers import GenerationConfig, WatermarkingConfig
+from transformers import GenerationConfig
 
 from specens import SpeculativeDecoder, Statistics
+from specens.loop.generation_config import FIELDS, OBEYED, REFUSED
 from specens.loop.statistics import RowStatistics
 from specens.tuning.compare import compare, sampling, total
 
@@ -51,70 +53,20 @@ def test_compare_stops_at_its_limit_after_one_measured_round() -> None:
     assert (row.rounds, len(log)) == (1, 2)
 
 
-# What a generation config may say, and a value that changes the text, or is refused. More than one
-# where they act together alone.
-SHAPING: dict[str, dict[str, Any]] = {
-    "num_beams": {"num_beams": 4},
-    "constraints": {"constraints": [1]},
-    "force_words_ids": {"force_words_ids": [[1]]},
-    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
-    "dola_layers": {"dola_layers": "low"},
-    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
-    "assistant_early_exit": {"assistant_early_exit": 1},
-    "use_mtp": {"use_mtp": True},
-    "is_assistant": {"is_assistant": True},
-    "guidance_scale": {"guidance_scale": 2.0},
-    "sequence_bias": {"sequence_bias": [[[3], 10.0]]},
-    "encoder_repetition_penalty": {"encoder_repetition_penalty": 5.0},
-    "repetition_penalty": {"repetition_penalty": 5.0},
-    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
-    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
-    "bad_words_ids": {"bad_words_ids": [[1], [3], [5]]},
-    "min_length": {"min_length": 20},
-    "min_new_tokens": {"min_new_tokens": 20},
-    "forced_bos_token_id": {"forced_bos_token_id": 1},
-    "forced_eos_token_id": {"forced_eos_token_id": 1},
-    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (1, 3.0)},
-    "suppress_tokens": {"suppress_tokens": [1, 3, 5]},
-    "begin_suppress_tokens": {"begin_suppress_tokens": [1, 3, 4, 5]},
-    "watermarking_config": {"watermarking_config": WatermarkingConfig(bias=20.0)},
-    "top_h": {"top_h": 0.1},
-    "typical_p": {"typical_p": 0.1},
-    "epsilon_cutoff": {"epsilon_cutoff": 0.4},
-    "eta_cutoff": {"eta_cutoff": 0.4},
-    "token_healing": {"token_healing": True},
-    "max_time": {"max_time": 1e-9},
-    "stop_strings": {"stop_strings": ["w2"]},
-    "num_return_sequences": {"num_return_sequences": 2, "do_sample": True},
-    "output_attentions": {"output_attentions": True},
-    "output_hidden_states": {"output_hidden_states": True},
-    "output_scores": {"output_scores": True},
-    "output_logits": {"output_logits": True},
-    "return_dict_in_generate": {"return_dict_in_generate": True},
-    "temperature": {"temperature": 0.2},
-    "top_k": {"top_k": 1},
-    "top_p": {"top_p": 0.2},
-    "min_p": {"min_p": 0.9},
-}
-# It acts on logits that are no numbers alone.
-RARE = {"remove_invalid_values"}
-# They shape nothing, or come with the call, or are the first model's to say.
-IDLE = {
-    *("max_new_tokens", "max_length", "do_sample", "eos_token_id"),
-    *("pad_token_id", "bos_token_id", "decoder_start_token_id", "renormalize_logits"),
-    *("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "low_memory"),
-    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
-    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-    *("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind"),
-    *("assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile"),
-    *("continuous_batching_config", "transformers_version"),
+# What `sampling` says of a generation config, and a value of each that the text shows; not those
+# that come with the call, nor what acts on logits that are no numbers.
+SHAPING = {
+    name: {**options.OBEYED, **options.REFUSED}[name]
+    for name in sampling(1)
+    if name not in ("max_new_tokens", "do_sample", "remove_invalid_values")
 }
 
 
-def test_everything_that_a_generation_config_may_say_is_judged() -> None:
-    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert known <= {*SHAPING, *RARE, *IDLE}
-    assert {*SHAPING, *RARE} <= {*sampling(1)}
+def test_sampling_says_whatever_has_a_part_in_the_law() -> None:
+    """What it does not say comes with the call, or is the first model's to say, or is idle."""
+    assert {name for name, field in FIELDS.items() if field.verdict == REFUSED} <= {*SHAPING}
+    left = {name for name, field in FIELDS.items() if field.verdict == OBEYED} - {*sampling(1)}
+    assert left == {"max_length", "eos_token_id", "pad_token_id", "bos_token_id"}
 
 
 @pytest.mark.parametrize("name", SHAPING)

@@ -343,6 +343,21 @@ def native_cache(config: Any) -> Cache:
     return DynamicCache(config=config)
 
 
+def is_filled(cache: Cache) -> bool:
+    """Whether any layer holds keys, values or a state of tokens it has seen."""
+    # Layers of a static cache have zeroed memory from the start: lengths and flags tell, not sizes.
+    layers = getattr(cache, "layers", None)
+    if layers is None:  # several caches in one
+        return int(cache.get_seq_length()) > 0
+    for layer in layers:
+        states = getattr(layer, "has_previous_state", False)
+        if any(states.values()) if isinstance(states, dict) else states:
+            return True
+        if isinstance(layer, CacheLayerMixin) and int(layer.get_seq_length()) > 0:
+            return True
+    return False
+
+
 def crop(cache: Cache, tokens: int) -> None:
     """Drop the last `tokens` tokens of a cache made by `full_cache`."""
     cache.crop(-tokens)

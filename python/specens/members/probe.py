@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specens.members.by_row import CropMember, ReplayMember
 from specens.members.cache import Masks, Signature, layer_kinds
+from specens.members.evaluation import evaluating
 from specens.members.facts import (
     check_causal_lm,
     forward_arguments,
@@ -38,8 +39,8 @@ MODES = ("auto", "slot", "crop", "replay")
 
 logger = logging.getLogger("specens")
 
-# Windows up to this many tokens are crossed by the test; longer ones would make it slow, and are
-# taken from the configuration.
+# Windows up to this many tokens are crossed by the test, and indexes that choose up to this many
+# keys; longer ones would make it slow, and are taken from the configuration.
 LONGEST_TESTED_WINDOW = 64
 
 # What a model raises when it is run in a way it does not support.
@@ -133,6 +134,27 @@ def member(model: "PreTrainedModel", *, mode: str = "auto") -> Member:
     return probe(model, mode=mode).member(model)
 
 
+def ignores(model: "PreTrainedModel", name: str, tokens: Tensor, value: Tensor) -> bool:
+    """Whether an argument of a model's forward changes no logits of these tokens.
+
+    Args:
+        model: a causal LM of transformers.
+        name: of the argument; one that the forward does not have changes nothing.
+        tokens: (B, S) int64.
+        value: the argument's.
+    """
+    if name not in forward_arguments(model):
+        return True
+    with _undisturbed(model):
+        tokens, value = tokens.to(model.device), value.to(model.device)
+        expected = model(tokens, return_dict=True).logits
+        try:
+            logits = model(tokens, return_dict=True, **{name: value}).logits
+        except REFUSALS:
+            return False
+        return bool(_errors(logits, expected).max() < _rounding(model) ** 0.5)
+
+
 def _examine(model: "PreTrainedModel", mode: str) -> Probe:
     name = model_name(model)
     # A rounding that sends a token to other experts is no fault of the mode and happens with
@@ -204,38 +226,45 @@ class _Game:
         self.model = model
         self.vocab_size = vocab_size(model)
         self.prompt = 8
-        window = _window(text_config(model))
-        if window is not None and window <= LONGEST_TESTED_WINDOW:
-            self.prompt = max(self.prompt, window + 4)
+        chosen = _chosen_keys(text_config(model))
+        reaches = [_window(text_config(model)), chosen]
+        tested = [reach for reach in reaches if reach and reach <= LONGEST_TESTED_WINDOW]
+        self.prompt = max([self.prompt, *(reach + 4 for reach in tested)])
         generator = torch.Generator().manual_seed(seed)
-        shape = (2, self.prompt + 12)
-        tokens = torch.randint(0, self.vocab_size, shape, generator=generator)
+        width = self.prompt + 12
+        # Two rows are played with; an index breaks ties among keys by how many there are, which a
+        # few rows at a few lengths need not show.
+        rows, lengths = 2, [self.prompt, self.prompt + 6]
+        if chosen in tested:
+            rows, lengths = 16, list(range(self.prompt - 4, width))
+        tokens = torch.randint(0, self.vocab_size, (rows, width), generator=generator)
+        # The embedding of padding is zero in some models, and what they say after it no text.
+        padding = getattr(text_config(model), "pad_token_id", None)
+        if isinstance(padding, int):
+            tokens[tokens == padding] = (padding + 1) % self.vocab_size
         self.sequences = tokens.to(model.device)
         extra = {"use_cache": False} if "use_cache" in forward_arguments(model) else {}
         self._plain: Callable[[Tensor], Tensor] = lambda tokens: (
             model(tokens, return_dict=True, **extra).logits
         )
         self.expected = torch.cat([self._plain(row[None]) for row in self.sequences])
-        prefix = self._plain(self.sequences[:, : self.prompt])
-        noise = self.typical(self.errors(prefix, self.expected[:, : self.prompt]))
-        if not noise < 0.2:
-            kind = type(model).__name__
-            fault = f"{kind}, whose logits depend on later tokens (by {noise:.2g} of their spread)"
-            raise Refusal("member", "model", "a causal LM", fault)
+        noise = max(map(self._noise, lengths))
         # Rounding stays well below the square root of the unit roundoff, relative to the spread
-        # of the logits, and a wrong mask or position well above. No dtype is finer than float32,
-        # in which norms and states are computed anyway. What two plain forwards differ by is
-        # measured; beyond a quarter of the spread nothing is rounding.
-        epsilon = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
-        if model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-            epsilon = max(epsilon, 2.0**-10)
-        self.tolerance = min(max(epsilon**0.5, 4 * noise), 0.25)
+        # of the logits, and a wrong mask or position well above. In low precision what two plain
+        # forwards differ by is measured; beyond a quarter of the spread nothing is rounding.
+        rounding = _rounding(model) ** 0.5
+        if not noise < (0.2 if _is_coarse(model) else rounding):
+            fault = (
+                f"{type(model).__name__}, whose logits depend on later tokens or their number "
+                f"(by {noise:.2g} of their spread)"
+            )
+            raise Refusal("member", "model", "a causal LM", fault)
+        self.tolerance = min(max(rounding, 4 * noise), 0.25)
 
-    def errors(self, logits: Tensor, expected: Tensor) -> Tensor:
-        """(n,) float64. Of (…, V) logits, root mean square in units of the logits' spread."""
-        expected = expected.to(torch.float64).flatten(0, -2)
-        error = logits.to(expected).flatten(0, -2) - expected
-        return error.square().mean(-1).sqrt() / expected.std(-1).clamp_min(1e-30)
+    def _noise(self, length: int) -> float:
+        """How much two plain forwards differ, one of a prefix and one of the whole."""
+        prefix = self._plain(self.sequences[:, :length])
+        return self.typical(_errors(prefix, self.expected[:, :length]))
 
     def typical(self, errors: Tensor) -> float:
         """The largest of (n,) errors; in low precision the upper quartile."""
@@ -262,7 +291,7 @@ class _Game:
             logits = member.forward(torch.stack(tokens), counts, among)
             for row, span, count, row_logits in zip(rows, spans, counts, logits, strict=True):
                 expected = self.expected[row, span][:count]
-                errors.setdefault(kind, []).append(self.errors(row_logits[:count], expected))
+                errors.setdefault(kind, []).append(_errors(row_logits[:count], expected))
 
         def reject(lengths: Sequence[int]) -> None:
             junk = self.sequences[: len(lengths)].flip(1)[:, :2]
@@ -290,7 +319,7 @@ class _Game:
         """Whether a tree's logits are those of its paths, in rows of two lengths."""
         n = self.prompt
         member.start(2, n + 8)
-        member.forward(self.sequences[:, :n], [n, n - 1])
+        member.forward(self.sequences[:2, :n], [n, n - 1])
         # Node 0 has children 1 and 2; node 3 is a child of 1.
         tree_mask = torch.eye(4, dtype=torch.bool, device=self.sequences.device)
         tree_mask[1, 0] = tree_mask[2, 0] = tree_mask[3, 0] = tree_mask[3, 1] = True
@@ -310,7 +339,7 @@ class _Game:
                     self.expected[row, length + 2 : length + 3],
                 ]
             )
-            if not float(self.errors(logits[row], expected).max()) < self.tolerance:
+            if not float(_errors(logits[row], expected).max()) < self.tolerance:
                 return False
         return True
 
@@ -318,21 +347,37 @@ class _Game:
         """The most capable form of the argument of that name which the model understands."""
         if "logits_to_keep" not in forward_arguments(self.model):
             return "all"
-        tokens = self.sequences[:, : self.prompt]
+        tokens = self.sequences[:2, : self.prompt]
         index = torch.tensor([[2, 3], [0, 1]], device=tokens.device)
         expected = torch.stack([self.expected[0, 2:4], self.expected[1, 0:2]])
         for form, argument in (("rows", index), ("last", 2)):
             if form == "last":
-                expected = self.expected[:, self.prompt - 2 : self.prompt]
+                expected = self.expected[:2, self.prompt - 2 : self.prompt]
             try:
                 logits = self.model(tokens, return_dict=True, logits_to_keep=argument).logits
             except REFUSALS:
                 continue
             if logits.shape != expected.shape:
                 continue
-            if self.typical(self.errors(logits, expected)) < 0.25:
+            if self.typical(_errors(logits, expected)) < 0.25:
                 return form
         return "all"
+
+
+def _errors(logits: Tensor, expected: Tensor) -> Tensor:
+    """(n,) float64. Of (…, V) logits, root mean square in units of the logits' spread."""
+    expected = expected.to(torch.float64).flatten(0, -2)
+    error = logits.to(expected).flatten(0, -2) - expected
+    return error.square().mean(-1).sqrt() / expected.std(-1).clamp_min(1e-30)
+
+
+def _rounding(model: "PreTrainedModel") -> float:
+    """The unit roundoff of a model's products."""
+    # No dtype is finer than float32, in which norms and states are computed anyway.
+    epsilon = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
+    if model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return max(epsilon, 2.0**-10)
+    return epsilon
 
 
 def _is_coarse(model: "PreTrainedModel") -> bool:
@@ -350,16 +395,17 @@ def _window(config: Any) -> int | None:
     return masks.window
 
 
+def _chosen_keys(config: Any) -> int | None:
+    """How many keys a layer with an index chooses of all there are, or None."""
+    blocks = getattr(config, "index_topk_blocks", None)
+    if blocks:
+        return int(blocks * getattr(config, "index_block_size", 1))
+    return getattr(config, "index_topk", None) or getattr(config, "indexer_budget", None)
+
+
 @contextmanager
 def _undisturbed(model: "PreTrainedModel") -> Iterator[None]:
-    """Evaluation mode without gradients or warnings; every module's flag is put back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    """Evaluation mode without gradients or warnings."""
+    with evaluating([model]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specens.decoder import SpeculativeDecoder
+from specens.loop.generation_config import FIELDS, OPEN
 from specens.loop.statistics import Statistics
 from specens.schedules import Alternating, Speculative
 from specens.tuning.finite import finite
@@ -226,52 +226,7 @@ def workload(
 
 # All that a generation config may say about the law, or about what `generate` returns, switched
 # off. Said in the call, even None goes before what the model's own generation config has.
-_NEUTRAL: Mapping[str, Any] = MappingProxyType(
-    {
-        # Which way of decoding it is.
-        "num_beams": 1,
-        "constraints": None,
-        "force_words_ids": None,
-        "penalty_alpha": None,
-        "dola_layers": None,
-        "prompt_lookup_num_tokens": None,
-        "assistant_early_exit": None,
-        "use_mtp": None,
-        "is_assistant": False,
-        # Logits processors.
-        "guidance_scale": None,
-        "sequence_bias": None,
-        "encoder_repetition_penalty": 1.0,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "encoder_no_repeat_ngram_size": 0,
-        "bad_words_ids": None,
-        "min_length": 0,
-        "min_new_tokens": None,
-        "forced_bos_token_id": None,
-        "forced_eos_token_id": None,
-        "remove_invalid_values": False,
-        "exponential_decay_length_penalty": None,
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
-        "watermarking_config": None,
-        # Warpers that the kernels do not have.
-        "top_h": None,
-        "typical_p": 1.0,
-        "epsilon_cutoff": 0.0,
-        "eta_cutoff": 0.0,
-        # What goes in, when it stops, and what comes out.
-        "token_healing": False,
-        "max_time": None,
-        "stop_strings": (),
-        "num_return_sequences": 1,
-        "output_attentions": False,
-        "output_hidden_states": False,
-        "output_scores": False,
-        "output_logits": False,
-        "return_dict_in_generate": False,
-    }
-)
+_NEUTRAL = {name: field.neutral for name, field in FIELDS.items() if field.neutral is not OPEN}
 
 
 def sampling(
