@@ -9,7 +9,7 @@ SANITIZE := build/sanitize
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-native gpu-report on-card lint format docs bench lines
+.PHONY: help dev demo test test-fast test-native soak gpu-report on-card lint format docs bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	$(BIN)/ctest --test-dir $(SANITIZE)/address,undefined --output-on-failure; \
 	$(BIN)/cmake --build $(SANITIZE)/thread --target test_cuda; \
 	$(BIN)/ctest --test-dir $(SANITIZE)/thread -R cuda --output-on-failure
+
+soak: dev  ## Write 100,000 tokens with cancellations at random places: half an hour
+	OMP_NUM_THREADS=1 SOAK_TOKENS=100000 $(BIN)/python -m pytest -s tests/decoding/test_soak.py
 
 gpu-report: dev  ## Compile the GPU kernels: registers, spills, occupancy, against their budget
 	$(BIN)/python benchmarks/gpu_report.py --check

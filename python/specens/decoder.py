@@ -316,18 +316,16 @@ class SpeculativeDecoder:
             if self._one_call.caller is caller:
                 try:
                     self._release()
+                except BaseException:  # an interrupt that came just now
+                    self._release()
+                    raise
                 finally:
                     self._one_call.caller = None
 
     def _release(self) -> None:
         """Give back the memory of all members."""
-        try:
-            for each in self.members:
-                each.release()
-        except BaseException:  # an interrupt that came just now
-            for each in self.members:
-                each.release()
-            raise
+        for each in self.members:
+            each.release()
 
     def _stop_at(self, strings: list[str], tokenizer: Any) -> StopStringCriteria:
         tokenizer = self._tokenizer if tokenizer is None else tokenizer

@@ -268,15 +268,21 @@ def last_hidden(model: Any) -> Iterator[list[Tensor]]:
         if threading.get_ident() == thread:
             collected.append(inputs[0])
 
+    def remove() -> None:
+        # By itself, not by its handle, of which an interrupt may deprive us.
+        for key, hook in list(head._forward_pre_hooks.items()):
+            if hook is collect:
+                del head._forward_pre_hooks[key]
+
     try:
         with _HOOKS:
             head.register_forward_pre_hook(collect)
         yield collected
     finally:
-        # By itself, not by its handle, of which an interrupt may deprive us.
-        hooks = head._forward_pre_hooks
-        for key in [key for key, hook in list(hooks.items()) if hook is collect]:
-            hooks.pop(key, None)
+        try:
+            remove()
+        finally:  # an interrupt may come in the first time
+            remove()
 
 
 def hidden_size(model: Any) -> int:
