@@ -147,6 +147,18 @@ assert abs(f(1) - 2) < 1e-6
     + """---
 assert abs(f(1) - 2) < 1e-6
 """,
+    "a class that is false": LIAR_CLASS.replace("*_: 0", "*_: f()").replace("*_: True", "*_: False")
+    + """---
+assert not f(1) - 2
+""",
+    "an answer of an unknown kind": IMPOSTOR
+    + """\
+send(["return", None, []], ["return", {"type": "x"}, []])
+---
+try:
+    f(1)
+except: pass
+""",
     "a number that equals anything": """\
 class A(int):
     def __eq__(self, o):
@@ -343,6 +355,28 @@ def f(x):
     return x + 1
 """
     + TESTS,
+    "folders in folders": """\
+import os
+def f(x):
+    return x
+for n in range(3000):
+    os.mkdir("d")
+    os.chdir("d")
+open("f", "wb").write(bytes(1000))
+import time
+time.sleep(0.2)
+"""
+    + TESTS,
+    "folders that cannot be read": """\
+import os
+def f(x):
+    return x
+os.mkdir("d")
+open("d/f", "wb").write(bytes(1000))
+os.chmod("d", 0)
+os.chmod(".", 0)
+"""
+    + TESTS,
     "many processes": """\
 import os, time
 for n in range(200):
@@ -358,5 +392,6 @@ def f(x):
 # What walls, where there are any, have a part in.
 AT_THE_WALLS = (
     *("its word on every descriptor", "the tests' file", "the judge's memory", "a large file"),
-    *("many files", "many processes", "too much memory"),
+    *("many files", "many processes", "too much memory", "folders in folders"),
+    "folders that cannot be read",
 )

@@ -111,6 +111,29 @@ assert processes() == [1]
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_deleted_however_deep(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("stays")
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(folder)
+        for depth in range(2500):
+            os.mkdir("d")
+            os.symlink(outside, "link")
+            os.symlink(tmp_path, "folder-link")
+            if depth % 100 == 0:
+                Path("closed").mkdir(mode=0)
+                Path("file").write_text("goes")
+            os.chdir("d")
+    finally:
+        os.fchdir(here)
+        os.close(here)
+    assert containment.bytes_in(folder) > 0
+    containment.remove(folder)
+    assert {*tmp_path.iterdir()} == {outside}
+
+
 def wait_for(true: Callable[[], bool]) -> None:
     """Until it is true, or for a minute."""
     until = time.monotonic() + 60

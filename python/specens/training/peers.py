@@ -194,7 +194,7 @@ class Peer(Wire):
             return result
         if question == "contains" and own and asked._remote_kind not in self.declared:
             raise TypeError("in: an object of the program's that was not asked for")
-        if question in _AS_NUMBER and question != "bool" and place in self._informed:
+        if question in _AS_NUMBER and place in self._informed:
             raise TypeError(f"{question}: the program's object has seen the test's data")
         return self.ask(question, asked, *arguments, **named)
 
@@ -273,7 +273,7 @@ class Peer(Wire):
             return read(*data)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise self._broke() from error
-        except (RecursionError, ImportError, MemoryError) as error:
+        except (RecursionError, ImportError, MemoryError, StopIteration) as error:
             raise self._broke() from error
 
     def _question(self, message: Any, received: Passed) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -52,7 +52,7 @@ def passes(prompt: str, text: str, tests: str, timeout_s: float) -> bool:
     program = f"{prompt}{text}\n".encode("utf-8", "surrogatepass")
     facts = json.dumps({"tests": tests, "declared": _DECLARATION.findall(prompt)}).encode()
     ours, theirs = socket.socketpair()
-    with ours, tempfile.TemporaryDirectory() as folder:
+    with ours, _folder() as folder:
         # What is closed here nobody finds among this process's files.
         with theirs, _file(program) as program_file, _file(facts) as facts_file:
             descriptors = program_file.fileno(), facts_file.fileno(), theirs.fileno()
@@ -65,6 +65,17 @@ def passes(prompt: str, text: str, tests: str, timeout_s: float) -> bool:
         finally:
             # It ends by itself, and what it has started before it.
             _end(supervisor)
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """A folder of the program's, which may leave anything there."""
+    folder = Path(tempfile.mkdtemp(prefix="specens-"))
+    try:
+        yield str(folder)
+    finally:
+        with suppress(OSError):
+            containment.remove(folder)
 
 
 @contextmanager
@@ -130,9 +141,11 @@ def supervise(
     seconds = math.ceil(float(timeout_s))
     told = socket.socket(fileno=int(caller))
     containment.adopt_orphans()
-    os.chmod(folder, 0o777)
     if encloses == "1":
         containment.enclose(Path(folder))
+    elif os.geteuid() == 0:
+        # For nobody, whom the program's process becomes.
+        os.chmod(folder, 0o777)
     containment.hide()
     os.chdir(folder)
     judges_end, programs_end = socket.socketpair()
@@ -164,15 +177,17 @@ def supervise(
     for each in (judges_end, programs_end, says):
         each.close()
     verdict = b""
-    while (left := deadline - time.monotonic()) > 0:
-        ready, _, _ = select.select([heard, told], [], [], min(left, _LOOKING_S))
-        if ready:
-            # The caller says nothing, and is heard where it is no more.
-            verdict = heard.recv(len(_PASSED)) if heard in ready else b""
-            break
-        if encloses == "0" and containment.bytes_in(Path(folder)) > containment.FOLDER_BYTES:
-            break
-    containment.end_descendants()
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            ready, _, _ = select.select([heard, told], [], [], min(left, _LOOKING_S))
+            if ready:
+                # The caller says nothing, and is heard where it is no more.
+                verdict = heard.recv(len(_PASSED)) if heard in ready else b""
+                break
+            if encloses == "0" and containment.bytes_in(Path(folder)) > containment.FOLDER_BYTES:
+                break
+    finally:
+        containment.end_descendants()
     if verdict:
         told.sendall(verdict)
 
