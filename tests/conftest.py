@@ -6,6 +6,7 @@ skipped with its reason; test_ops.py has the list of what it may refuse.
 """
 
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from importlib import import_module
@@ -21,8 +22,9 @@ from specens_kernels import dispatch, triton
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--card: what test_conformance.py compares runs on a CUDA device."""
+    """--card: what test_conformance.py compares runs on a CUDA device. --zoo: test_families.py."""
     parser.addoption("--card", action="store_true", help="compare kernels on a CUDA device")
+    parser.addoption("--zoo", action="store_true", help="write with every architecture there is")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,3 +97,21 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
     except specens_kernels.Unsupported as reason:
         pytest.skip(str(reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With --zoo, what became of each architecture."""
+    if not terminalreporter.config.getoption("zoo"):
+        return
+    found = {
+        dict(report.user_properties)["family"]: dict(report.user_properties)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and dict(report.user_properties).get("family")
+    }
+    terminalreporter.section("families")
+    for name, row in sorted(found.items()):
+        cells = f"{name:26} {row['outcome']:9} {row['modes']:7} {row['reason']}"
+        terminalreporter.write_line(cells.rstrip())
+    counts = Counter(row["outcome"] for row in found.values())
+    terminalreporter.write_line(", ".join(f"{n} {outcome}" for outcome, n in counts.most_common()))
