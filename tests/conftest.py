@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from importlib import import_module
+from operator import itemgetter
 from types import ModuleType
 
 import calls
@@ -103,15 +104,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """With --zoo, what became of each architecture."""
     if not terminalreporter.config.getoption("zoo"):
         return
-    found = {
-        dict(report.user_properties)["family"]: dict(report.user_properties)
+    rows = [
+        dict(report.user_properties)
         for reports in terminalreporter.stats.values()
         for report in reports
-        if isinstance(report, pytest.TestReport) and dict(report.user_properties).get("family")
-    }
+        if isinstance(report, pytest.TestReport) and report.when == "call"
+    ]
     terminalreporter.section("families")
-    for name, row in sorted(found.items()):
-        cells = f"{name:26} {row['outcome']:9} {row['modes']:7} {row['reason']}"
+    counts: Counter[str] = Counter()
+    for row in sorted(rows, key=itemgetter("family")):
+        outcome = row.get("outcome", "wrong")  # it crashed
+        cells = f"{row['family']:26} {outcome:9} {row.get('modes', ''):7} {row.get('reason', '')}"
         terminalreporter.write_line(cells.rstrip())
-    counts = Counter(row["outcome"] for row in found.values())
+        counts[outcome] += 1
     terminalreporter.write_line(", ".join(f"{n} {outcome}" for outcome, n in counts.most_common()))

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from specens.calls import SpeculativeOutput, output_of, prompt_lengths, seeds_of
+from specens.calls import SpeculativeOutput, check_rope, output_of, prompt_lengths, seeds_of
 from specens.loop import generation_config as fields
 from specens.loop.processors import Warp, per_row, split
 from specens.loop.run import Plan, Run
@@ -335,13 +335,16 @@ class SpeculativeDecoder:
             self.acceptances,
             weights,
         )
+        width = input_ids.shape[1]
+        stopper = Stopper(stopping_criteria, generation_config, width)
+        check_rope(self.models[: self.num_ensemble], lengths, width, stopper.max_length)
         run = Run(
             plan,
             input_ids,
             lengths,
             seeds_of(seed, input_ids),
             per_row(processors, len(input_ids)),
-            Stopper(stopping_criteria, generation_config, input_ids.shape[1]),
+            stopper,
             statistics,
         )
         began = time.perf_counter()
@@ -356,7 +359,7 @@ class SpeculativeDecoder:
             names = ", ".join(str(bit.name) for bit in Status if bit & statistics.status)
             _logger.warning("generate: degenerate logits: %s", names)
         self.statistics = statistics
-        return output_of(run, input_ids.shape[1], generation_config)
+        return output_of(run, width, generation_config)
 
     def _check_warp(self, warp: Warp, processors: Sequence[Any], law: Law) -> None:
         """Refuse warpers and processors that the law or the schedule cannot serve."""

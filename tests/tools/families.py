@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from toys import noisy, prompts
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -26,6 +27,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from specens import SpeculativeDecoder
 from specens.members.facts import forward_arguments
+from specens.members.probe import REFUSALS
 from specens_kernels import Refusal
 
 VOCAB_SIZE = 128
@@ -298,6 +300,10 @@ def whole(model: Any, tokens: Tensor) -> Tensor:
         return model(tokens, return_dict=True, **extra).logits
 
 
+# What transformers raises where it cannot.
+FOREIGN = (*REFUSALS, ImportError, StrictDataclassError)
+
+
 @dataclass
 class Verdict:
     """What became of an architecture: "right", "refused" or "wrong", and why.
@@ -358,11 +364,11 @@ def examine(model_type: str) -> Verdict:
         try:
             model = tiny(model_type)
             models = [model, noisy(model, 0.5), noisy(model, 0.4, seed=1)]
-        except Exception as error:
+        except FOREIGN as error:
             return Verdict("not tiny", in_one_line(error))
         try:
             model.generate(prompts((3,), FIRST_SPECIAL)["input_ids"], max_new_tokens=2)
-        except Exception as error:
+        except FOREIGN as error:
             return Verdict("cannot", f"transformers' own generate: {in_one_line(error)}")
         oracle = Oracle(models[:2], WEIGHTS)
         modes = ""
@@ -379,8 +385,6 @@ def examine(model_type: str) -> Verdict:
                         return Verdict("wrong", f"{schedule}, batch {lengths}: {fault}", modes)
             except Refusal as refusal:
                 return Verdict("refused", in_one_line(refusal), modes)
-            except Exception as error:
-                return Verdict("wrong", f"{schedule}: {in_one_line(error)}", modes)
     return Verdict("right", "", modes)
 
 
