@@ -9,7 +9,7 @@ SANITIZE := build/sanitize
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-native soak gpu-report on-card lint format docs bench lines
+.PHONY: help dev demo test test-fast test-zoo test-native soak gpu-report on-card lint format docs bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,10 @@ test: dev test-native  ## Run every test this machine can run
 
 test-fast: dev  ## Run the tests that take less than a second
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+# Minutes to an hour, by the number of cores.
+test-zoo: dev  ## Write with every architecture of transformers, and print what became of each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --zoo -q -r fE tests/decoding/test_families.py
 
 test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	@if [ "$(SPECENS_NATIVE)" != 1 ] && ! command -v $(CXX) >/dev/null; then \

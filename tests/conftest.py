@@ -6,9 +6,11 @@ skipped with its reason; test_ops.py has the list of what it may refuse.
 """
 
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from importlib import import_module
+from operator import itemgetter
 from types import ModuleType
 
 import calls
@@ -21,8 +23,9 @@ from specens_kernels import dispatch, triton
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--card: what test_conformance.py compares runs on a CUDA device."""
+    """--card: what test_conformance.py compares runs on a CUDA device. --zoo: test_families.py."""
     parser.addoption("--card", action="store_true", help="compare kernels on a CUDA device")
+    parser.addoption("--zoo", action="store_true", help="write with every architecture there is")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,3 +98,23 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
     except specens_kernels.Unsupported as reason:
         pytest.skip(str(reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With --zoo, what became of each architecture."""
+    if not terminalreporter.config.getoption("zoo"):
+        return
+    rows = [
+        dict(report.user_properties)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.when == "call"
+    ]
+    terminalreporter.section("families")
+    counts: Counter[str] = Counter()
+    for row in sorted(rows, key=itemgetter("family")):
+        outcome = row.get("outcome", "wrong")  # it crashed
+        cells = f"{row['family']:26} {outcome:9} {row.get('modes', ''):7} {row.get('reason', '')}"
+        terminalreporter.write_line(cells.rstrip())
+        counts[outcome] += 1
+    terminalreporter.write_line(", ".join(f"{n} {outcome}" for outcome, n in counts.most_common()))

@@ -20,7 +20,7 @@ from specens.loop import generation_config as fields
 from specens.loop.run import Run
 from specens.loop.statistics import Statistics
 from specens.members.cache import is_filled
-from specens.members.facts import unwrapped
+from specens.members.facts import model_name, rope_switches, unwrapped
 from specens.members.probe import ignores
 from specens_kernels.refusal import Refusal
 
@@ -146,6 +146,29 @@ def _described(given: Any) -> str:
     if isinstance(given, Tensor):
         return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')}"
     return repr(given) if isinstance(given, str | int | float) else type(given).__name__
+
+
+def check_rope(members: Sequence[Any], lengths: Sequence[int], width: int, max_length: int) -> None:
+    """Refuse texts that grow past where a rotary embedding changes: caches have the old one.
+
+    Args:
+        members: of the ensemble.
+        lengths: of the prompts. width: their columns.
+        max_length: columns that a row has at most.
+    """
+    for member in members:
+        for kind, tokens in rope_switches(member):
+            # The last token of a text is not read, nor is that of a prompt at first.
+            longest = max_length - width + max(lengths) - 1
+            beyond = kind == "longrope" and min(lengths) - 1 > tokens
+            if longest > tokens and not beyond:
+                expected = (
+                    f"texts of {tokens + 1} tokens at most, where the rotary embedding ({kind}) of "
+                    f"{model_name(member)} changes"
+                )
+                if kind == "longrope":
+                    expected += ", or longer prompts in all rows"
+                raise Refusal("generate", "max_length", expected, longest + 1)
 
 
 def _check_arguments(

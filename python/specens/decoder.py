@@ -34,6 +34,7 @@ from specens.arguments import (
 from specens.calls import (
     SpeculativeOutput,
     check_ids,
+    check_rope,
     check_types,
     output_of,
     prompt_lengths,
@@ -378,13 +379,16 @@ class SpeculativeDecoder:
             self.acceptances,
             weights,
         )
+        width = input_ids.shape[1]
+        stopper = Stopper(stopping_criteria, generation_config, width)
+        check_rope(self.models[: self.num_ensemble], lengths, width, stopper.max_length)
         run = Run(
             plan,
             input_ids,
             lengths,
             seeds_of(seed, input_ids),
             per_row(processors, len(input_ids)),
-            Stopper(stopping_criteria, generation_config, input_ids.shape[1]),
+            stopper,
             statistics,
         )
         began = time.perf_counter()
@@ -399,7 +403,7 @@ class SpeculativeDecoder:
             names = ", ".join(str(bit.name) for bit in Status if bit & statistics.status)
             _logger.warning("generate: degenerate logits: %s", names)
         self.statistics = statistics
-        return output_of(run, input_ids.shape[1], generation_config)
+        return output_of(run, width, generation_config)
 
     def _check_unchanged(self) -> None:
         """Refuse models that are not what they were when the decoder was made."""

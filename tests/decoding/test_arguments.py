@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny
+from families import FIRST_SPECIAL, Oracle, tiny
 from toys import prompts, toy
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -99,3 +99,40 @@ def test_a_static_cache_is_empty_though_it_has_memory():
     model(PROMPTS["input_ids"], past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="past_key_values: expected an empty cache, got a filled"):
         fast.generate(**SETTINGS, past_key_values=cache)
+
+
+_FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+_ROPES = {
+    "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 80, **_FACTORS},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("schedule", ["plain", "lookup"])
+@pytest.mark.parametrize("kind", _ROPES)
+def test_texts_do_not_grow_past_where_a_rotary_embedding_changes(kind, schedule):
+    """Of 81 tokens the last is not read; below and, with two embeddings, above, texts are right."""
+    rope = {"rope_theta": 10000.0, **_ROPES[kind]}
+    changes = {"max_position_embeddings": 80} if kind == "dynamic" else {}
+    model = tiny("llama", rope_parameters=rope, **changes)
+    fast = SpeculativeDecoder([model], schedule=schedule)
+    oracle = Oracle([model], (1.0,))
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    for lengths, new, right in (
+        ((70, 40), 11, True),
+        ((70, 40), 12, False),
+        ((82,), 12, kind == "longrope"),
+        ((90, 82), 12, kind == "longrope"),
+        ((90, 81), 12, False),
+    ):
+        inputs = prompts(lengths, FIRST_SPECIAL)
+        if not right:
+            with pytest.raises(ValueError, match=r"^generate: max_length: expected texts of 81 to"):
+                fast.generate(**inputs, **settings, max_new_tokens=new)
+            continue
+        output = fast.generate(**inputs, **settings, max_new_tokens=new)
+        width = max(lengths)
+        for row, length in enumerate(lengths):
+            prompt = output.sequences[row, width - length : width].tolist()
+            written = output.sequences[row, width:].tolist()
+            assert oracle.fault(prompt, written, output.log_probs[row].tolist()) == ""

@@ -62,6 +62,28 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def rope_switches(model: Any) -> list[tuple[str, int]]:
+    """(kind, tokens) of each rotary embedding that longer texts are read with another one of.
+
+    Longer than that, "longrope" reads the whole text with other frequencies, and "dynamic" with
+    others at every length.
+    """
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    switches = []
+    for each in layers:
+        kind = str(each.get("rope_type"))
+        if kind == "longrope":
+            tokens = each.get("original_max_position_embeddings")
+            tokens = tokens or getattr(config, "original_max_position_embeddings", None)
+        else:
+            tokens = getattr(config, "max_position_embeddings", None) if "dynamic" in kind else None
+        if tokens:
+            switches.append((kind, int(tokens)))
+    return switches
+
+
 def unwrapped(model: Any) -> Any:
     """The transformers model inside the wrappers of torch.compile and PEFT, or the model itself.
 
