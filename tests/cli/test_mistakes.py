@@ -102,9 +102,9 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
         "do_sample: expected True for schedule 'component', got False (here: --temperature above 0",
     ),
     "temperature": (("generate", "x", "--temperature", "-1"), "--temperature"),
-    "top-p": (("generate", "x", "--top-p", "0"), "--top-p: expected a mass in (0, 1]"),
-    "top-p of tune": (("tune", "--top-p", "7"), "tune: --top-p: expected a mass in (0, 1]"),
-    "min-p": (("generate", "x", "--min-p", "1"), "--min-p: expected a ratio in [0, 1)"),
+    "top-p": (("generate", "x", "--top-p", "1.1"), "--top-p: expected a mass in [0, 1]"),
+    "top-p of tune": (("tune", "--top-p", "7"), "tune: --top-p: expected a mass in [0, 1]"),
+    "min-p": (("generate", "x", "--min-p", "1.1"), "--min-p: expected a ratio in [0, 1]"),
     "dtype": (("generate", "x", "--dtype", "float8"), "--dtype: expected one of auto, bfloat16"),
     "no such device": (
         ("generate", "x", "--device", "banana"),
