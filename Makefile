@@ -9,7 +9,7 @@ SANITIZE := build/sanitize
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-zoo test-native soak gpu-report on-card lint format docs bench lines
+.PHONY: help dev demo test test-fast test-zoo test-native soak fuzz gpu-report on-card lint format docs bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -45,7 +45,8 @@ test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	  echo "No C++ compiler: the native tests are skipped."; exit 0; fi; \
 	set -ex; \
 	for sanitize in address,undefined thread; do \
-	  $(BIN)/cmake -S . -B $(SANITIZE)/$$sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  $(BIN)/cmake --no-warn-unused-cli -S . -B $(SANITIZE)/$$sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) \
 	    -DSPECENS_SANITIZE=$$sanitize -DSPECENS_WERROR=ON --log-level=WARNING; \
 	done; \
 	$(BIN)/cmake --build $(SANITIZE)/address,undefined; \
@@ -55,6 +56,11 @@ test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 
 soak: dev  ## Write 100,000 tokens with cancellations at random places: half an hour
 	OMP_NUM_THREADS=1 SOAK_TOKENS=100000 $(BIN)/python -m pytest -s tests/decoding/test_soak.py
+
+fuzz: test-native  ## Run 20,000 random native calls under sanitizers, most of them wrong
+	$(BIN)/cmake $(SANITIZE)/address,undefined -DSPECENS_FUZZ_CALLS=20000 --log-level=WARNING
+	$(BIN)/ctest --test-dir $(SANITIZE)/address,undefined -R fuzz --verbose --timeout 0
+	$(BIN)/cmake $(SANITIZE)/address,undefined -DSPECENS_FUZZ_CALLS=500 --log-level=WARNING
 
 gpu-report: dev  ## Compile the GPU kernels: registers, spills, occupancy, against their budget
 	$(BIN)/python benchmarks/gpu_report.py --check

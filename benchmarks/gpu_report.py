@@ -135,8 +135,7 @@ def made(ensemble: str, members: int, **options: Any) -> tuple[list[torch.Tensor
     law = Law([1 / members] * members, ensemble, **options)
     shape = (1, NODES + 1, VOCAB_SIZE)
     logits = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(members)]
-    device = torch.device("meta")
-    return logits, law.tensors("report", 1, NODES + 1, members, device, VOCAB_SIZE)
+    return logits, law.tensors("report", torch.device("meta"), VOCAB_SIZE)
 
 
 def verifies(

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the ops' arguments: what does not fit raises a `Refusal`, and kernels need not ask.
 
-A check returns its argument where the kernels take it in another shape or dtype. To check a new
-argument, add a function here and call it in `ops.py`.
+Each op has a check of all that crosses the dispatcher, `check_<op>`. It runs inside the registered
+implementations, so that it holds for whoever calls: the public function, an exported graph, or
+`torch.ops.specens` by itself. What only the public functions take is read here first (`tensors`,
+`members`, `nodes`, ...). To check a new argument, add it to its op's check.
 """
 
 from collections.abc import Sequence
@@ -11,21 +13,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .acceptance import AcceptanceRule
-from .law import Law, LawTensors
-from .refusal import Refusal
+from . import arguments
+from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from .call import VerifyCall
+from .ensembles import SPACES, Ensemble
+from .law import FLOATS, INTEGERS, SCOPES, Law, LawTensors
+from .refusal import Refusal, shown
+from .storage import cast, wrong
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-INTEGERS = (torch.int32, torch.int64)
-
-
-def wrong(op: str, argument: str, expected: str, got: Tensor) -> Refusal:
-    """The refusal of a tensor, by its shape, dtype and device."""
-    dtype = str(got.dtype).removeprefix("torch.")
-    return Refusal(op, argument, expected, f"{tuple(got.shape)} {dtype} on {got.device}")
+_FILTERS = LawTensors._fields[2:5]
 
 
-def check_coordinates(seeds: Tensor, positions: Tensor, stream: int, index: int) -> None:
+def tensors(op: str, names: Sequence[str], values: Sequence[object]) -> None:
+    """Refuse what is no tensor."""
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, Tensor):
+            raise Refusal(op, name, "a tensor", shown(value))
+
+
+def members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
+    """The logits as a list, and the law's parameters."""
+    if not isinstance(logits, (list, tuple)) or len(logits) == 0:
+        raise Refusal(op, "logits", "a list of M >= 1 tensors", f"a {type(logits).__name__}")
+    for m, tensor in enumerate(logits):
+        if not isinstance(tensor, Tensor):
+            raise Refusal(op, f"logits[{m}]", "a tensor", shown(tensor))
+    if not isinstance(law, Law):
+        raise Refusal(op, "law", "a Law", shown(law))
+    vocab_size = law.vocab_size or max(min([tensor.shape[-1:].numel() for tensor in logits]), 1)
+    return list(logits), law.tensors(op, logits[0].device, vocab_size)
+
+
+def nodes(value: Tensor) -> Tensor:
+    """(B or 1, columns), of those or (columns,)."""
+    return value[None] if value.dim() == 1 else value
+
+
+def draft_temperature(value: Tensor) -> Tensor:
+    """(1,) or (B,) float32, of (), (1,) or (B,) float."""
+    if value.dim() > 1 or value.dtype not in FLOATS:
+        raise wrong("verify", "draft_temperature", "() or (B,) float", value)
+    return cast("verify", "draft_temperature", value.reshape(-1), torch.float32)
+
+
+def memory(value: Tensor) -> Tensor:
+    """(B,) float64, of (B,) float."""
+    if value.dtype not in FLOATS:
+        raise wrong("verify", "memory", "(B,) float", value)
+    return cast("verify", "memory", value, torch.float64)
+
+
+def check_uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> None:
     """All that `uniforms` takes."""
     if seeds.dim() != 1 or seeds.dtype != torch.int64:
         raise wrong("uniforms", "seeds", "(B,) int64", seeds)
@@ -40,13 +78,71 @@ def check_coordinates(seeds: Tensor, positions: Tensor, stream: int, index: int)
             raise Refusal("uniforms", name, "an integer in [0, 2^32)", value)
 
 
-def check_members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
-    """The checked logits and the law's parameters."""
-    if isinstance(logits, Tensor) or len(logits) == 0:
-        raise Refusal(op, "logits", "a list of M >= 1 tensors", type(logits))
-    first = logits[0]
-    shape, device = first.shape, first.device
-    vocab_size = law.vocab_size or max(min([tensor.shape[-1:].numel() for tensor in logits]), 1)
+def check_mix(logits: list[Tensor], law: LawTensors) -> None:
+    """All that `mix` takes."""
+    _check_members("mix", logits, law)
+
+
+def check_sample(logits: list[Tensor], uniforms: Tensor, law: LawTensors, member: int) -> None:
+    """All that `sample` takes; member -1 is the ensemble."""
+    _check_members("sample", logits, law)
+    batch, rows = logits[0].shape[0], logits[0].shape[1]
+    _check_numbers("sample", uniforms, batch, rows, logits[0].device)
+    if not -1 <= member < len(logits):
+        raise Refusal("sample", "member", f"None or 0 to {len(logits) - 1}", member)
+
+
+def check_verify(call: VerifyCall) -> None:
+    """All that `verify` takes."""
+    drafts, logits, law = call.draft_tokens, call.logits, call.law
+    if drafts.dim() != 2 or drafts.dtype not in INTEGERS:
+        raise wrong("verify", "draft_tokens", "(B, N) int32 or int64", drafts)
+    _check_members("verify", logits, law)
+    batch, count = drafts.shape
+    device = drafts.device
+    rows = count + 1 if call.bonus else count
+    if logits[0].shape[0] != batch or logits[0].shape[1] != rows or logits[0].device != device:
+        raise wrong("verify", "logits[0]", f"(B={batch}, {rows}, V) on {device}", logits[0])
+    _check_numbers("verify", call.uniforms, batch, count + 1, device)
+    rule = _check_rule(call.acceptance, call.parameters)
+    if rule.block and call.parents is not None:
+        raise Refusal("verify", "parents", "None for acceptance 'block'", "a tensor")
+    if call.memory is not None:
+        _check_memory(call.memory, rule, batch, device)
+    if call.parents is not None:
+        _check_nodes("parents", call.parents, batch, count + 1, device)
+    if call.proposers is not None:
+        _check_nodes("proposers", call.proposers, batch, count, device)
+        if call.draft_logits is not None:
+            raise Refusal("verify", "proposers", "None beside draft_logits", "a tensor")
+    if call.draft_logits is not None:
+        _check_draft_logits(call.draft_logits, batch, count, law.vocab_size, device)
+    if call.draft_temperature is not None:
+        _check_draft_temperature(call.draft_temperature, batch, device)
+    if call.lse is not None:
+        if not law.averages_members:
+            expected = "None for a law other than a mixture of scope 'member'"
+            raise Refusal("verify", "lse", expected, "a tensor")
+        _check_lse("lse", call.lse, (batch, rows, len(logits)), law, device)
+    if call.draft_lse is not None:
+        if call.draft_logits is None:
+            raise Refusal("verify", "draft_lse", "None without draft_logits", "a tensor")
+        _check_lse("draft_lse", call.draft_lse, call.draft_logits.shape[:2], law, device)
+
+
+def _check_members(op: str, logits: list[Tensor], law: LawTensors) -> None:
+    _check_rows(op, logits, law.vocab_size)
+    shape = logits[0].shape
+    _check_law(op, law, shape[0], shape[1], len(logits), logits[0].device)
+
+
+def _check_rows(op: str, logits: Sequence[Tensor], vocab_size: int) -> None:
+    """M >= 1 tensors (B, T, V >= vocab_size), which lie alike but for their strides."""
+    if len(logits) == 0:
+        raise Refusal(op, "logits", "a list of M >= 1 tensors", "none")
+    if vocab_size < 1:
+        raise Refusal(op, "vocab_size", "a count >= 1", vocab_size)
+    shape, device = logits[0].shape, logits[0].device
     for m, tensor in enumerate(logits):
         size = tensor.shape
         if (
@@ -61,10 +157,60 @@ def check_members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTens
             raise wrong(op, f"logits[{m}]", expected, tensor)
         if tensor.stride()[2] != 1 and size[2] > 1:
             raise wrong(op, f"logits[{m}]", "contiguous rows", tensor)
-    return list(logits), law.tensors(op, shape[0], shape[1], len(logits), device, vocab_size)
 
 
-def check_numbers(op: str, numbers: Tensor, batch: int, rows: int, device: torch.device) -> None:
+def _check_law(
+    op: str, law: LawTensors, batch: int, rows: int, count: int, device: torch.device
+) -> None:
+    if law.flat is None:
+        _check_law_kinds(op, law, device)
+    shape = law.weights.shape
+    if (
+        not 1 <= len(shape) <= 3
+        or shape[-1] != count
+        or (len(shape) > 1 and shape[0] != batch)
+        or (len(shape) == 3 and shape[1] != rows)
+    ):
+        expected = f"(M={count},), (B={batch}, M) or (B, T={rows}, M)"
+        raise Refusal(op, "weights", expected, tuple(shape))
+    shape = law.temperature.shape
+    most = count if law.scope == "member" else 1
+    if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (1, most):
+        expected = f"(), (B={batch},) or (B or 1, {most})"
+        raise Refusal(op, "temperature", expected, tuple(shape))
+    for name, value in zip(_FILTERS, law[2:5], strict=True):
+        if value is not None and (value.dim() != 1 or value.shape[0] not in (1, batch)):
+            raise Refusal(op, name, f"(B={batch},)", tuple(value.shape))
+
+
+def _check_law_kinds(op: str, law: LawTensors, device: torch.device) -> None:
+    """What a law made of numbers alone is for certain."""
+    for name, value in zip(LawTensors._fields[:5], law[:5], strict=True):
+        dtype = torch.int32 if name == "top_k" else torch.float32
+        if value is not None and (value.dtype != dtype or value.device != device):
+            raise wrong(op, name, f"{str(dtype).removeprefix('torch.')} on {device}", value)
+    arguments.name(op, "space", law.space, SPACES)
+    arguments.name(op, "scope", law.scope, SCOPES)
+    if law.fold:
+        Ensemble.by_key(law.fold)
+    if not 0 <= law.plausibility <= 1 or (law.plausibility > 0 and law.space != "logits"):
+        expected = "0, or for space 'logits' a number in [0, 1]"
+        raise Refusal(op, "plausibility", expected, law.plausibility)
+
+
+def _check_rule(name: str, parameters: Sequence[float]) -> AcceptanceRule:
+    rule = ACCEPTANCE_RULES.get(name)
+    if rule is None:
+        raise Refusal.unknown("verify", "acceptance", name, sorted(ACCEPTANCE_RULES))
+    if len(parameters) != len(rule.parameters):
+        expected = f"{len(rule.parameters)} numbers for acceptance {name!r}"
+        raise Refusal("verify", "parameters", expected, shown(list(parameters)))
+    for parameter, value in zip(rule.parameters, parameters, strict=True):
+        parameter.check(name, value)
+    return rule
+
+
+def _check_numbers(op: str, numbers: Tensor, batch: int, rows: int, device: torch.device) -> None:
     """The blocks that an op draws with."""
     if (
         numbers.shape != (batch, rows, 4)
@@ -74,14 +220,9 @@ def check_numbers(op: str, numbers: Tensor, batch: int, rows: int, device: torch
         raise wrong(op, "uniforms", f"(B={batch}, {rows}, 4) float32 on {device}", numbers)
 
 
-def check_nodes(
-    argument: str, value: Tensor | None, batch: int, columns: int, device: torch.device
-) -> Tensor | None:
-    """(B or 1, columns) integers, of those or (columns,)."""
-    if value is None:
-        return None
-    if value.dim() == 1:
-        value = value[None]
+def _check_nodes(
+    argument: str, value: Tensor, batch: int, columns: int, device: torch.device
+) -> None:
     if (
         value.dim() != 2
         or value.shape[0] not in (1, batch)
@@ -91,34 +232,39 @@ def check_nodes(
     ):
         expected = f"(B={batch} or 1, {columns}) int32 or int64 on {device}"
         raise wrong("verify", argument, expected, value)
-    return value
 
 
-def check_draft_logits(
-    draft: Tensor, batch: int, nodes: int, vocab_size: int, device: torch.device
+def _check_draft_logits(
+    draft: Tensor, batch: int, count: int, vocab_size: int, device: torch.device
 ) -> None:
     """Logits of a draft outside the ensemble."""
     shape = draft.shape
     if (
         draft.dim() != 3
         or shape[0] != batch
-        or shape[1] not in (nodes, nodes + 1)
+        or shape[1] not in (count, count + 1)
         or shape[2] < vocab_size
         or draft.dtype not in FLOATS
         or draft.device != device
     ):
-        expected = f"(B={batch}, N={nodes} or N+1, V >= {vocab_size}) float on {device}"
+        expected = f"(B={batch}, N={count} or N+1, V >= {vocab_size}) float on {device}"
         raise wrong("verify", "draft_logits", expected, draft)
     if draft.stride(-1) != 1 and shape[2] > 1:
         raise wrong("verify", "draft_logits", "contiguous rows", draft)
 
 
-def check_lse(
-    argument: str,
-    lse: Tensor,
-    shape: Sequence[int],
-    law: LawTensors,
-    device: torch.device,
+def _check_draft_temperature(value: Tensor, batch: int, device: torch.device) -> None:
+    if (
+        value.dim() != 1
+        or value.shape[0] not in (1, batch)
+        or value.dtype != torch.float32
+        or value.device != device
+    ):
+        raise wrong("verify", "draft_temperature", f"() or (B={batch},) float on {device}", value)
+
+
+def _check_lse(
+    argument: str, lse: Tensor, shape: Sequence[int], law: LawTensors, device: torch.device
 ) -> None:
     """Log-sum-exps, of the members or of a separate draft."""
     if any(value is not None for value in (law.top_k, law.top_p, law.min_p)):
@@ -127,27 +273,9 @@ def check_lse(
         raise wrong("verify", argument, f"{tuple(shape)} float32 on {device}", lse)
 
 
-def check_draft_temperature(value: Tensor, batch: int, device: torch.device) -> Tensor:
-    """(1,) or (B,) float32, of (), (1,) or (B,) float."""
-    shape = value.shape
-    if (
-        len(shape) > 1
-        or (len(shape) == 1 and shape[0] not in (1, batch))
-        or value.dtype not in FLOATS
-        or value.device != device
-    ):
-        raise wrong("verify", "draft_temperature", f"() or (B={batch},) float on {device}", value)
-    return value.reshape(-1).to(torch.float32)
-
-
-def check_memory(
-    memory: Tensor | None, rule: AcceptanceRule, batch: int, device: torch.device
-) -> Tensor | None:
-    """(B,) float64, of a rule that remembers."""
-    if memory is None:
-        return None
+def _check_memory(memory: Tensor, rule: AcceptanceRule, batch: int, device: torch.device) -> None:
+    """Of a rule that remembers."""
     if not rule.remembers:
         raise Refusal("verify", "memory", f"None for acceptance {rule.name!r}", "a tensor")
-    if memory.shape != (batch,) or memory.dtype not in FLOATS or memory.device != device:
+    if memory.shape != (batch,) or memory.dtype != torch.float64 or memory.device != device:
         raise wrong("verify", "memory", f"(B={batch},) float on {device}", memory)
-    return memory.double()

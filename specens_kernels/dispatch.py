@@ -2,8 +2,10 @@
 """Which implementation runs an op: the backends, and each op's registration with torch.
 
 PyTorch's dispatcher picks by device: the reference is registered for every one, and for the CPU and
-CUDA a function that asks the backends in order. A schema follows from the annotations of the op's
-reference. To add an op: its fake and a line at the end here, and its public function in `ops.py`.
+CUDA a function that asks the backends in order. Whichever runs, the op's check of `checks.py` comes
+first, for a graph or another caller of `torch.ops.specens` passes the public function by. A schema
+follows from the annotations of the op's reference. To add an op: its check; its fake and a line at
+the end here; and its public function in `ops.py`.
 To add a backend: a module with `AVAILABLE`, `REASON` and the ops, and its name in the two tables.
 """
 
@@ -19,11 +21,12 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from . import cuda, native, reference, triton
+from . import checks, cuda, native, reference, triton
 from .call import VerifyCall
 from .eager import is_eager_call
 from .law import LawTensors
 from .refusal import Refusal, Unsupported
+from .storage import is_readable, unreadable
 
 # For each type of device, the backends that "auto" tries, the best first.
 PREFERRED = {"cpu": ("native",), "cuda": ("cuda", "triton")}
@@ -68,7 +71,9 @@ def backend(name: str) -> Iterator[None]:
         _backend.reset(before)
 
 
-def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) -> Callable[..., Any]:
+def _first_that_can(
+    name: str, check: Callable[..., None], reference_op: Callable[..., Any], device: str
+) -> Callable[..., Any]:
     """The implementation of one op on one type of device; what a backend refuses goes to the next.
 
     Why a backend was left is said once, in the log.
@@ -76,6 +81,7 @@ def _first_that_can(name: str, reference_op: Callable[..., Any], device: str) ->
     logged: set[str] = set()
 
     def run(*arguments: Any) -> Any:
+        check(*arguments)
         chosen = _backend.get()
         if chosen == "reference":
             return reference_op(*arguments)
@@ -192,7 +198,9 @@ def _fake_verify(call: VerifyCall) -> tuple[Tensor, ...]:
     return tuple(call.draft_tokens.new_empty(shape, dtype=dtype) for shape, dtype in results)
 
 
-def _register(name: str, reference_op: Callable[..., Any], fake: Any) -> Callable[..., Any]:
+def _register(
+    name: str, reference_op: Callable[..., Any], check: Callable[..., None], fake: Any
+) -> Callable[..., Any]:
     """Register one op under the schema of its reference; returns the function to call."""
     kinds = get_type_hints(reference_op)
     returned = kinds.pop("return")
@@ -200,25 +208,77 @@ def _register(name: str, reference_op: Callable[..., Any], fake: Any) -> Callabl
     _define(f"{name}({_schema(kinds)}) -> ({results})")
     reference_op = torch.no_grad()(reference_op)
 
+    def checked(*arguments: Any) -> Any:
+        """On devices that have the reference alone."""
+        check(*arguments)
+        return reference_op(*arguments)
+
+    def checked_fake(*arguments: Any) -> Any:
+        check(*arguments)
+        return fake(*arguments)
+
     def rebuilding(implementation: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *flat: implementation(*_rebuilt(kinds.values(), iter(flat)))
 
+    def readable(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        """Refuse tensors that cannot be read; fakes never can."""
+
+        def run(*arguments: Any) -> Any:
+            for tensor in _tensors(arguments):
+                if not is_readable(tensor):
+                    raise _unreadable(name, kinds, arguments)
+            return implementation(*arguments)
+
+        return run
+
+    runs = {device: _first_that_can(name, check, reference_op, device) for device in PREFERRED}
     _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    _lib.impl(name, rebuilding(reference_op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"specens::{name}", rebuilding(fake), lib=_lib)
-    runs = {device: _first_that_can(name, reference_op, device) for device in PREFERRED}
+    _lib.impl(name, rebuilding(readable(checked)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"specens::{name}", rebuilding(checked_fake), lib=_lib)
     for device, run in runs.items():
-        _lib.impl(name, rebuilding(run), device.upper())
+        _lib.impl(name, rebuilding(readable(run)), device.upper())
     op: Callable[..., Any] = getattr(torch.ops.specens, name).default
+    # Torch's own way is to expand one number, which leaves no rows.
+    _lib.impl(name, lambda *flat: op(*map(_written_out, flat)), "ZeroTensor")
 
     def call(*arguments: Any) -> Any:
         tensors = _tensors(arguments)
         # The dispatcher would only call one of our functions, at twice a small call's cost.
         if tensors[0].device.type in runs and is_eager_call(tensors):
+            for tensor in tensors:
+                if not is_readable(tensor):
+                    raise _unreadable(name, kinds, arguments)
             return runs[tensors[0].device.type](*arguments)
         return op(*flattened(arguments))
 
     return call
+
+
+def _written_out(argument: Any) -> Any:
+    """Tensors that are 0 without memory as tensors of zeros."""
+    if isinstance(argument, list):
+        return [_written_out(each) for each in argument]
+    if isinstance(argument, Tensor) and argument._is_zerotensor():
+        return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+    return argument
+
+
+def _unreadable(name: str, kinds: Mapping[str, Any], arguments: Iterable[Any]) -> Refusal:
+    """The refusal of the first tensor that cannot be read."""
+    given = dict(zip(_field_names(kinds), flattened(arguments), strict=True))
+    for argument, value in given.items():
+        for place, tensor in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(tensor, Tensor) and not is_readable(tensor):
+                where = f"{argument}[{place}]" if isinstance(value, list) else argument
+                return unreadable(name, where, tensor)
+    raise AssertionError("every tensor can be read")
+
+
+def _field_names(kinds: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for name, kind in kinds.items():
+        names += _field_names(_FIELDS[kind]) if kind in _FIELDS else [name]
+    return names
 
 
 def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
@@ -229,8 +289,8 @@ def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
             continue
         if isinstance(argument, Tensor):
             tensors.append(argument)
-        elif isinstance(argument, list):
-            tensors += argument
+        elif isinstance(argument, list):  # of tensors, or of a rule's parameters
+            tensors += argument if argument and isinstance(argument[0], Tensor) else []
         elif isinstance(argument, VerifyCall):
             tensors += _tensors(argument)
         elif isinstance(argument, LawTensors) and argument.flat is None:
@@ -238,10 +298,10 @@ def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
     return tensors
 
 
-call_uniforms = _register("uniforms", reference.uniforms, _fake_uniforms)
-call_mix = _register("mix", reference.mix, _fake_mix)
-call_sample = _register("sample", reference.sample, _fake_sample)
-call_verify = _register("verify", reference.verify, _fake_verify)
+call_uniforms = _register("uniforms", reference.uniforms, checks.check_uniforms, _fake_uniforms)
+call_mix = _register("mix", reference.mix, checks.check_mix, _fake_mix)
+call_sample = _register("sample", reference.sample, checks.check_sample, _fake_sample)
+call_verify = _register("verify", reference.verify, checks.check_verify, _fake_verify)
 
 if not native.AVAILABLE:
     _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .refusal import Refusal
+from . import arguments
+from .refusal import Refusal, shown
 
 # Rows x vocabulary of one chunk, in numbers: some 16 MiB in float32 for each intermediate.
 _CHUNK_NUMBERS = 1 << 22
@@ -106,8 +107,11 @@ def divergence(target_logits: Tensor, draft_logits: Tensor, kind: str = "kl") ->
     Raises:
         Refusal: shapes differ, an unknown kind, or a gradient is wanted that is not there.
     """
-    if kind not in DIVERGENCES:
-        raise Refusal.unknown("divergence", "kind", kind, sorted(DIVERGENCES))
+    arguments.name("divergence", "kind", kind, sorted(DIVERGENCES))
+    for name, value in (("target_logits", target_logits), ("draft_logits", draft_logits)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else shown(value)
+            raise Refusal("divergence", name, "a tensor of floats", got)
     if target_logits.shape != draft_logits.shape or draft_logits.dim() == 0:
         expected = f"{tuple(draft_logits.shape)} as draft_logits"
         raise Refusal("divergence", "target_logits", expected, tuple(target_logits.shape))

@@ -21,6 +21,7 @@ Kernels know the weighted sums alone, refuse any other fold, and the reference o
 space is kernel work: `SPACES` here, the reference, csrc/ and triton/.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -28,7 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from .refusal import Refusal
+from . import arguments
+from .refusal import Refusal, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +56,7 @@ class Ensemble:
     result is the law; NaN counts as -inf. Scope "member" warps the members before the fold, scope
     "ensemble" the result. Weights are any finite numbers, and 0 means what the fold makes of it.
 
-    name: what users and messages call it.
+    name: what users and messages call it: letters, digits, "_", "-" and ".".
     space: what is combined: "probabilities", or "logits" with the softmax taken afterwards.
     source: the paper that defines it.
     fold: the combination; None is the weighted sum, in which a member of weight 0 is absent.
@@ -68,11 +70,15 @@ class Ensemble:
     key: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
-        """Check the space, and make the fold known by its key."""
-        if self.space not in SPACES:
-            raise Refusal.unknown("ensemble", "space", self.space, SPACES)
+        """Check the fields, and make the fold known by its key."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):
+            expected = "a word of letters, digits, '_', '-' and '.'"
+            raise Refusal("ensemble", "name", expected, shown(self.name))
+        arguments.name("ensemble", "space", self.space, SPACES)
+        if not isinstance(self.source, str):
+            raise Refusal("ensemble", "source", "a string", shown(self.source))
         if self.fold is not None and not callable(self.fold):
-            raise Refusal("ensemble", "fold", "None or a function", repr(self.fold))
+            raise Refusal("ensemble", "fold", "None or a function", shown(self.fold))
         if self.fold is not None:
             object.__setattr__(self, "key", f"{self.name}@{uuid4().hex}")
             _BY_KEY[self.key] = self
@@ -86,9 +92,7 @@ class Ensemble:
         """The ensemble itself, or the entry of that name; raises Refusal for an unknown one."""
         if isinstance(given, Ensemble):
             return given
-        if given not in ENSEMBLES:
-            raise Refusal.unknown("law", "ensemble", given, sorted(ENSEMBLES))
-        return ENSEMBLES[given]
+        return arguments.entry("law", "ensemble", given, ENSEMBLES)
 
     @staticmethod
     def by_key(key: str) -> "Ensemble":

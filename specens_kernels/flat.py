@@ -117,8 +117,6 @@ def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         raise Unsupported("kernels", "logits", "bfloat16, float16 or float32", tensor.dtype)
-    if tensor._is_zerotensor():
-        raise Unsupported("kernels", "logits", "tensors with memory", "a zero tensor")
     batch_stride, row_stride, _ = tensor.stride()
     return tensor.data_ptr(), dtype, batch_stride, row_stride
 

@@ -6,19 +6,24 @@ knows by then (everything but the batch size) is not looked at again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import arguments
 from .eager import is_eager_call
 from .ensembles import Ensemble
-from .refusal import Refusal, Unsupported
+from .refusal import Refusal, Unsupported, shown
+from .storage import cast, is_readable
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 SCOPES = ("member", "ensemble")
+# Beyond these, single precision holds no reciprocal with which logits could be multiplied.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
 _FILTERS = ("top_k", "top_p", "min_p")
 # The fields that may be tensors, as the kernels read them.
 _DTYPES = {
@@ -30,6 +35,12 @@ _DTYPES = {
 }
 # A filter that is off has no tensor.
 _OFF = {"top_k": 0, "top_p": 1, "min_p": 0}
+# What is expected of a filter that is a number, how it is read, and the largest.
+_RANGES: dict[str, tuple[str, Callable[[object], float], float]] = {
+    "top_k": ("a count in [0, 2^31)", arguments.count, 2**31 - 1),
+    "top_p": ("a mass in [0, 1]", arguments.number, 1),
+    "min_p": ("a ratio in [0, 1]", arguments.number, 1),
+}
 
 
 class LawTensors(NamedTuple):
@@ -82,16 +93,18 @@ class Law:
 
     Numbers become tensors at the first call on a device, which copies them there; a CUDA graph is
     captured after it. Tensors lie on the device of the logits and are read at every call. Their
-    values are not checked, for that would need the host.
+    values are not checked, for that would need the host; a temperature beyond the range counts as
+    the end of it, and one that is NaN or negative as 0.
 
     weights: M numbers, or (M,), (B, M) or (B, T, M) float tensor. Mixture: >= 0, summing to 1.
     ensemble: "mixture" or "product", an entry of `ENSEMBLES`; or an `Ensemble` with a fold of one's
         own, which the reference alone obeys.
-    temperature: a number, M numbers, or a (), (B,), (1, M) or (B, M) float tensor. >= 0; rows where
-        all are 0 are greedy. Scope "ensemble" takes one per row: a number, (), (B,) or (B, 1).
+    temperature: a number, M numbers, or a (), (B,), (1, M) or (B, M) float tensor. 0, or within
+        [1e-30, 1e30]; rows where all are 0 are greedy. Scope "ensemble" takes one per row: a
+        number, (), (B,) or (B, 1).
     top_k: a count or (B,) integer tensor. 0 is off.
-    top_p: a mass in (0, 1] or (B,) float tensor. 1 is off.
-    min_p: a ratio in [0, 1) or (B,) float tensor, of the largest probability. 0 is off.
+    top_p: a mass in [0, 1] or (B,) float tensor. 1 is off, 0 keeps the most probable tokens.
+    min_p: a ratio in [0, 1] or (B,) float tensor, of the largest probability. 0 is off.
     scope: "member" or "ensemble".
     plausibility: [0, 1]. Drops tokens that the first member (the expert) finds less than this times
         its most probable token; 0 is off. For space "logits".
@@ -109,104 +122,93 @@ class Law:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every number that is known now."""
+        """Check every number that is known now, and keep it as what it was read as."""
         # Not fields: a copy of a law makes tensors of its own.
         object.__setattr__(self, "_tensors", {})
         object.__setattr__(self, "_numbers", {})
         ensemble = Ensemble.of(self.ensemble)
-        if self.scope not in SCOPES:
-            raise Refusal.unknown("law", "scope", self.scope, SCOPES)
-        if not 0.0 <= self.plausibility <= 1.0:
-            raise _out_of_range("plausibility", "a number in [0, 1]", self.plausibility)
-        if self.plausibility > 0 and ensemble.space != "logits":
-            raise _out_of_range("plausibility", f"0 for {ensemble.name!r}", self.plausibility)
-        if not isinstance(self.weights, Tensor):
-            _check_weights([float(weight) for weight in self.weights], ensemble)
-        self._check_temperature()
-        top_k: Any = self.top_k
-        if not isinstance(top_k, (Tensor, Integral)) or (
-            isinstance(top_k, Integral) and not 0 <= int(top_k) < 2**31
-        ):
-            raise _out_of_range("top_k", "a count in [0, 2^31)", top_k)
-        if not isinstance(self.top_p, Tensor) and not 0.0 < self.top_p <= 1.0:
-            raise _out_of_range("top_p", "a mass in (0, 1]", self.top_p)
-        if not isinstance(self.min_p, Tensor) and not 0.0 <= self.min_p < 1.0:
-            raise _out_of_range("min_p", "a ratio in [0, 1)", self.min_p)
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise _out_of_range("vocab_size", "a count >= 1", self.vocab_size)
+        arguments.name("law", "scope", self.scope, SCOPES)
+        for name in _DTYPES:
+            object.__setattr__(self, name, self._checked(name, ensemble))
+        object.__setattr__(self, "plausibility", _plausibility(self.plausibility, ensemble))
+        if self.vocab_size is not None:
+            size = arguments.count(self.vocab_size)
+            if size < 1:
+                raise _out_of_range("vocab_size", "a count >= 1", self.vocab_size)
+            object.__setattr__(self, "vocab_size", size)
+        given = [
+            (i, name) for i, name in enumerate(_DTYPES) if isinstance(getattr(self, name), Tensor)
+        ]
+        object.__setattr__(self, "_given", given)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy and a pickle take along: not the tensors, nor the addresses noted there."""
         return self.__dict__ | {"_tensors": {}, "_numbers": {}}
 
-    def _check_temperature(self) -> None:
-        if isinstance(self.temperature, Tensor):
-            return
-        given: Any = self.temperature
-        values = [float(given)] if isinstance(given, Real) else list(given)
-        if any(not 0.0 <= value < float("inf") for value in values):
-            raise _out_of_range("temperature", "finite numbers >= 0", self.temperature)
-        if self.scope == "ensemble" and len(values) != 1:
-            expected = "one number for scope 'ensemble'"
-            raise _out_of_range("temperature", expected, self.temperature)
+    def _checked(self, name: str, ensemble: Ensemble) -> Any:
+        """A field that may be a tensor."""
+        given = getattr(self, name)
+        if isinstance(given, Tensor):
+            return _checked_tensor(name, given)
+        if name == "weights":
+            return _checked_weights(given, ensemble)
+        if name == "temperature":
+            return self._checked_temperature(given)
+        expected, read, most = _RANGES[name]
+        value = read(given)
+        if not 0 <= value <= most:
+            raise _out_of_range(name, expected, given)
+        return value
 
-    def tensors(
-        self, op: str, batch: int, rows: int, members: int, device: torch.device, vocab_size: int
-    ) -> LawTensors:
+    def _checked_temperature(self, given: Any) -> float | tuple[float, ...]:
+        number = arguments.number(given)
+        values = (number,) if number == number else arguments.numbers(given)
+        if not values or not all(
+            value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE for value in values
+        ):
+            expected = f"0 or numbers in [{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}]"
+            raise _out_of_range("temperature", expected, given)
+        if self.scope == "ensemble" and len(values) != 1:
+            raise _out_of_range("temperature", "one number for scope 'ensemble'", given)
+        return number if number == number else values
+
+    def tensors(self, op: str, device: torch.device, vocab_size: int) -> LawTensors:
         """What the ops take. Made once for each device, where the law is made of numbers.
 
         Raises:
-            Refusal: a shape does not fit B, T and M, or a tensor is not on `device`; the message
-                names `op`.
+            Refusal: a tensor is not on `device`; the message names `op`.
         """
-        tensors: dict[tuple[torch.device, int], LawTensors] = self.__dict__["_tensors"]
-        known = tensors.get((device, vocab_size))
-        if known is None:
-            known = self._make_tensors(op, device, vocab_size)
-            if known.flat is not None and is_eager_call([known.weights, known.temperature]):
-                tensors[device, vocab_size] = known
-        shape = known.weights.shape
-        if (
-            shape[-1] != members
-            or len(shape) > 3
-            or (len(shape) > 1 and shape[0] != batch)
-            or (len(shape) == 3 and shape[1] != rows)
-        ):
-            expected = f"(M={members},), (B={batch}, M) or (B, T={rows}, M)"
-            raise Refusal(op, "weights", expected, tuple(shape))
-        shape = known.temperature.shape
-        most = members if self.scope == "member" else 1
-        if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (1, most):
-            expected = f"(), (B={batch},) or (B or 1, {most})"
-            raise Refusal(op, "temperature", expected, tuple(shape))
-        for name, value in zip(_FILTERS, known[2:5], strict=True):
-            if value is not None and (value.dim() != 1 or value.shape[0] not in (1, batch)):
-                raise Refusal(op, name, f"(B={batch},)", tuple(value.shape))
-        return known
+        known = self._template(device, vocab_size)
+        if not self.__dict__["_given"]:
+            return known
+        values: list[Any] = list(known)
+        for place, name in self.__dict__["_given"]:
+            values[place] = _as_kernels_read(op, name, getattr(self, name), device)
+        return LawTensors(*values)
 
-    def _make_tensors(self, op: str, device: torch.device, vocab_size: int) -> LawTensors:
+    def _template(self, device: torch.device, vocab_size: int) -> LawTensors:
+        """All but the fields that are the caller's tensors, in whose places these are."""
+        templates: dict[tuple[torch.device, int], LawTensors] = self.__dict__["_tensors"]
+        known = templates.get((device, vocab_size))
+        if known is not None:
+            return known
         numbers = self._number_tensors(device)
-        fields: dict[str, Any] = dict(numbers)
-        for name, dtype in _DTYPES.items():
-            value = getattr(self, name)
-            if not isinstance(value, Tensor):
-                continue
-            if value.device != device:
-                raise Refusal(op, name, f"a tensor on {device}", f"one on {value.device}")
-            value = value.to(dtype)
-            if name == "temperature" and value.dim() < 2:
-                value = value.reshape(-1, 1)
-            fields[name] = value.reshape(-1) if name in _FILTERS else value
         ensemble = Ensemble.of(self.ensemble)
-        return LawTensors(
+        fields: dict[str, Any] = {
+            name: numbers[name] if name in numbers else getattr(self, name) for name in _DTYPES
+        }
+        known = LawTensors(
             **fields,
             space=ensemble.space,
             fold=ensemble.key,
             scope=self.scope,
             plausibility=self.plausibility,
             vocab_size=vocab_size,
-            flat=[] if len(numbers) == len(_DTYPES) else None,
+            flat=None if self.__dict__["_given"] else [],
         )
+        if is_eager_call([tensor for tensor in numbers.values() if tensor is not None]):
+            templates[device, vocab_size] = known
+        return known
 
     def _number_tensors(self, device: torch.device) -> dict[str, Tensor | None]:
         """Of the fields that are numbers; made once for each device."""
@@ -228,14 +230,48 @@ class Law:
         return tensors
 
 
-def _check_weights(weights: list[float], ensemble: Ensemble) -> None:
-    if not weights or any(not math.isfinite(weight) for weight in weights):
-        raise _out_of_range("weights", "M >= 1 finite numbers", weights)
+def _as_kernels_read(op: str, name: str, value: Tensor, device: torch.device) -> Tensor:
+    """A field that is a tensor, in the shape and dtype of `LawTensors`."""
+    if value.device != device:
+        raise Refusal(op, name, f"a tensor on {device}", f"one on {value.device}")
+    if value.dtype == torch.int64 and is_readable(value):
+        value = value.clamp(0, 2**31 - 1)  # a count that int32 does not hold is still a count
+    value = cast(op, name, value, _DTYPES[name])
+    if name == "temperature":
+        return value if value.dim() > 1 else value.reshape(-1, 1)
+    return value.reshape(1) if value.dim() == 0 and name != "weights" else value
+
+
+def _plausibility(given: object, ensemble: Ensemble) -> float:
+    value = arguments.number(given)
+    if not 0 <= value <= 1:
+        raise _out_of_range("plausibility", "a number in [0, 1]", given)
+    if value > 0 and ensemble.space != "logits":
+        raise _out_of_range("plausibility", f"0 for {ensemble.name!r}", given)
+    return value
+
+
+def _checked_tensor(name: str, value: Tensor) -> Tensor:
+    if value.dtype not in (INTEGERS if name == "top_k" else FLOATS):
+        expected = "integers" if name == "top_k" else "floats"
+        raise _out_of_range(name, f"a number or a tensor of {expected}", value.dtype)
+    return value
+
+
+def _checked_weights(given: object, ensemble: Ensemble) -> tuple[float, ...]:
+    weights = arguments.numbers(given)
+    rounded = [arguments.single(weight) for weight in weights]
+    if not weights or not all(map(math.isfinite, rounded)):
+        raise _out_of_range("weights", "M >= 1 finite numbers of float32", given)
+    vanished = any(kept == 0 != weight for weight, kept in zip(weights, rounded, strict=True))
+    if vanished and ensemble.space == "logits":  # a member that vetoes would be absent
+        raise _out_of_range("weights", "0 or numbers that float32 does not round to 0", given)
     is_mean = ensemble.space == "probabilities" and ensemble.fold is None
     if is_mean and (min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
         expected = f"numbers >= 0 that sum to 1 for {ensemble.name!r}"
-        raise _out_of_range("weights", expected, weights)
+        raise _out_of_range("weights", expected, list(weights))
+    return weights
 
 
 def _out_of_range(argument: str, expected: str, got: object) -> Refusal:
-    return Refusal("law", argument, expected, got)
+    return Refusal("law", argument, expected, shown(got))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public ops: what each takes, what it returns, and its checks.
 
-`dispatch.py` chooses the implementation and `checks.py` refuses what does not fit; kernels assume
-checked input. To add an op: write it in `reference/`, register it in `dispatch.py`, then its public
-function here, and a test file and a benchmark of the same name.
+`dispatch.py` chooses the implementation and has `checks.py` refuse what does not fit; kernels
+assume checked input. What is read here is what cannot cross the dispatcher as it is. To add an op:
+write it in `reference/`, register it in `dispatch.py`, then its public function here, and a test
+file and a benchmark of the same name.
 """
 
 import enum
@@ -13,13 +14,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
+from . import arguments, checks, dispatch, reference
 from .acceptance import Acceptance
 from .call import VerifyCall
 from .law import Law
-from .refusal import Refusal
+from .refusal import Refusal, shown
 
 POINT_MASS = reference.PADDING
+# Tensors that `verify` takes or leaves.
+_OPTIONAL = (
+    "parents",
+    "proposers",
+    "draft_logits",
+    "draft_temperature",
+    "lse",
+    "draft_lse",
+    "memory",
+)
 
 
 class Stream(enum.IntEnum):
@@ -98,8 +109,13 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: Stream | int, *, index: i
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    checks.check_coordinates(seeds, positions, int(stream), index)
-    numbers: Tensor = dispatch.call_uniforms(seeds, positions, int(stream), index)
+    checks.tensors("uniforms", ("seeds", "positions"), (seeds, positions))
+    words = arguments.count(stream), arguments.count(index)
+    if not 0 <= words[0] < 2**32:
+        raise Refusal("uniforms", "stream", "an integer in [0, 2^32)", shown(stream))
+    if not 0 <= words[1] < 2**32:
+        raise Refusal("uniforms", "index", "an integer in [0, 2^32)", shown(index))
+    numbers: Tensor = dispatch.call_uniforms(seeds, positions, *words)
     return numbers
 
 
@@ -118,7 +134,7 @@ def mix(logits: Sequence[Tensor], law: Law) -> tuple[Tensor, Tensor]:
 
     Source: Fu et al. 2025, arXiv:2502.01662.
     """
-    tensors, parameters = checks.check_members("mix", logits, law)
+    tensors, parameters = checks.members("mix", logits, law)
     log_probs, status = dispatch.call_mix(tensors, parameters)
     return log_probs, status
 
@@ -143,14 +159,14 @@ def sample(
 
     Source: Fu et al. 2025, arXiv:2502.01662.
     """
-    tensors, parameters = checks.check_members("sample", logits, law)
-    batch, rows = logits[0].shape[0], logits[0].shape[1]
-    checks.check_numbers("sample", uniforms, batch, rows, logits[0].device)
-    if member is not None and not 0 <= member < len(logits):
-        raise Refusal("sample", "member", f"None or 0 to {len(logits) - 1}", member)
+    tensors, parameters = checks.members("sample", logits, law)
+    checks.tensors("sample", ("uniforms",), (uniforms,))
     if member is not None:
-        return Sample(*dispatch.call_sample(tensors, uniforms, parameters, member))
-    alone = len(logits) == 1 and parameters.averages_members
+        place = arguments.count(member)
+        if not 0 <= place < len(tensors):
+            raise Refusal("sample", "member", f"None or 0 to {len(tensors) - 1}", shown(member))
+        return Sample(*dispatch.call_sample(tensors, uniforms, parameters, place))
+    alone = len(tensors) == 1 and parameters.averages_members
     if not alone or not isinstance(law.weights, Tensor):
         # Alone it is the same law, but one that has a log-sum-exp, which `verify` can be told.
         return Sample(*dispatch.call_sample(tensors, uniforms, parameters, 0 if alone else -1))
@@ -192,7 +208,8 @@ def verify(
             row i draw the token after node i. The same uniforms give the same tokens everywhere.
         law: how the members become one distribution. The proposal is warped the same way.
         parents: (N+1,), (1, N+1) or (B, N+1) int32 or int64. Parent of each node, lower than the
-            node; -1 for the root, node 0. None is a chain.
+            node; -1 for the root, node 0. None is a chain. A draft with another parent is lost: it
+            is not tried, and the row's status says INVALID_DRAFT.
         proposers: (N,), (1, N) or (B, N) int32 or int64. The member whose law each node was drawn
             from; -1 for a point mass. None is a point mass everywhere, unless `draft_logits`.
         draft_logits: (B, N, V_d) or (B, N+1, V_d). Bare logits of a separate draft; row i is the
@@ -219,51 +236,27 @@ def verify(
     Source: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318; Fu et al.
     2025, arXiv:2502.01662.
     """
-    if draft_tokens.dim() != 2 or draft_tokens.dtype not in checks.INTEGERS:
-        raise checks.wrong("verify", "draft_tokens", "(B, N) int32 or int64", draft_tokens)
-    tensors, parameters = checks.check_members("verify", logits, law)
-    batch, nodes = draft_tokens.shape
-    device = draft_tokens.device
-    rows = nodes + 1 if bonus else nodes
-    if logits[0].shape[0] != batch or logits[0].shape[1] != rows or logits[0].device != device:
-        expected = f"(B={batch}, {rows}, V) on {device}"
-        raise checks.wrong("verify", "logits[0]", expected, logits[0])
-    checks.check_numbers("verify", uniforms, batch, nodes + 1, device)
+    tensors, parameters = checks.members("verify", logits, law)
+    checks.tensors("verify", ("draft_tokens", "uniforms"), (draft_tokens, uniforms))
+    optional = (parents, proposers, draft_logits, draft_temperature, lse, draft_lse, memory)
+    for name, value in zip(_OPTIONAL, optional, strict=True):
+        if value is not None and not isinstance(value, Tensor):
+            raise Refusal("verify", name, "a tensor or None", shown(value))
     chosen = Acceptance.of(acceptance)
-    if chosen.rule.block and parents is not None:
-        raise Refusal("verify", "parents", "None for acceptance 'block'", "a tensor")
-    memory = checks.check_memory(memory, chosen.rule, batch, device)
-    parents = checks.check_nodes("parents", parents, batch, nodes + 1, device)
-    proposers = checks.check_nodes("proposers", proposers, batch, nodes, device)
-    if draft_logits is not None:
-        if proposers is not None:
-            raise Refusal("verify", "proposers", "None beside draft_logits", "a tensor")
-        checks.check_draft_logits(draft_logits, batch, nodes, parameters.vocab_size, device)
-    if draft_temperature is not None:
-        draft_temperature = checks.check_draft_temperature(draft_temperature, batch, device)
-    if lse is not None:
-        if not parameters.averages_members:
-            expected = "None for a law other than a mixture of scope 'member'"
-            raise Refusal("verify", "lse", expected, "a tensor")
-        checks.check_lse("lse", lse, (batch, rows, len(tensors)), parameters, device)
-    if draft_lse is not None:
-        if draft_logits is None:
-            raise Refusal("verify", "draft_lse", "None without draft_logits", "a tensor")
-        checks.check_lse("draft_lse", draft_lse, draft_logits.shape[:2], parameters, device)
     call = VerifyCall(
         tensors,
         draft_tokens,
         uniforms,
         parameters,
-        parents,
-        proposers,
+        None if parents is None else checks.nodes(parents),
+        None if proposers is None else checks.nodes(proposers),
         draft_logits,
-        draft_temperature,
+        None if draft_temperature is None else checks.draft_temperature(draft_temperature),
         lse,
         draft_lse,
         chosen.rule.name,
         chosen.parameters,
-        memory,
-        bonus,
+        None if memory is None else checks.memory(memory),
+        arguments.flag("verify", "bonus", bonus),
     )
     return Verdict(*dispatch.call_verify(call))

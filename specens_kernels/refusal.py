@@ -10,6 +10,15 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 _R = TypeVar("_R", bound="Refusal")
+_LONGEST = 60
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: in one short line, or else its type."""
+    text = repr(value)
+    if isinstance(value, str) or (len(text) <= _LONGEST and "\n" not in text):
+        return text
+    return f"a {type(value).__name__}"
 
 
 class Refusal(ValueError):
@@ -35,7 +44,7 @@ class Refusal(ValueError):
     @classmethod
     def unknown(cls: type[_R], op: str, argument: str, name: object, known: Iterable[str]) -> _R:
         """Of a name that a table does not have."""
-        return cls(op, argument, f"one of {', '.join(known)}", repr(name))
+        return cls(op, argument, f"one of {', '.join(known)}", shown(name))
 
 
 class Unsupported(Refusal, NotImplementedError):

@@ -55,7 +55,7 @@ void RowLaws::move_to(int64_t batch, int64_t row) {
 }
 
 double RowLaws::temperature(int member) const {
-  return greedy_ ? 1.0 : ensemble_.temperature.at(batch_, 0, member);
+  return greedy_ ? 1.0 : bounded_temperature(ensemble_.temperature.at(batch_, 0, member));
 }
 
 // At which a member is folded.

@@ -73,7 +73,7 @@ bool ChainWalk::read_proposal(int64_t row, Proposal* proposal) const {
   } else if (params_.draft_logits.data != nullptr && dense_) {
     proposal->row = row_of(params_.draft_logits, batch_, row);
     proposal->dtype = params_.draft_logits.dtype;
-    proposal->temperature = params_.draft_temperature.at(batch_);
+    proposal->temperature = bounded_temperature(params_.draft_temperature.at(batch_));
     if (params_.draft_lse.data != nullptr) proposal->lse = params_.draft_lse.at(batch_, row);
   }
   return true;

@@ -13,7 +13,8 @@ __device__ __forceinline__ bool filters_at(const Ensemble& ensemble, int64_t b) 
          (ensemble.min_p.data != nullptr && ensemble.min_p.at(b) > 0.0f);
 }
 
-__device__ __forceinline__ void set_temperature(Field& field, float temperature) {
+__device__ __forceinline__ void set_temperature(Field& field, float given) {
+  const float temperature = bounded_temperature(given);
   field.temperature = temperature;
   field.inverse_temperature =
       temperature > 0.0f ? 1.0 / static_cast<double>(temperature) : -static_cast<double>(kNoMass);

@@ -27,12 +27,16 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..refusal import Refusal
+from .. import arguments
+from ..refusal import Refusal, shown
 
 if TYPE_CHECKING:
     from .rules import Judgement, Situation
 
     Judge = Callable[..., Judgement]
+
+_INFINITY = float("inf")
+_MOST = 2**31 - 1  # of what is counted
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class _Function:
 
 
 class Parameter(NamedTuple):
-    """A number that a rule takes: its default, and the range [low, high] it must lie in.
+    """A finite number that a rule takes: its default, and the range [low, high] it must lie in.
 
-    open_low: whether low itself is out of range.
+    open_low: whether low itself is out of range. whole: whether it is a count.
     """
 
     name: str
@@ -63,17 +67,19 @@ class Parameter(NamedTuple):
     low: float
     high: float
     open_low: bool = False
+    whole: bool = False
 
     def check(self, rule: str, value: object) -> float:
         """The value as a float, or a Refusal that says the range."""
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            number = float("nan")
-        if not self.low <= number <= self.high or (self.open_low and number == self.low):
-            interval = f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
-            expected = f"a number in {interval} for {rule!r}"
-            raise Refusal("acceptance", self.name, expected, value)
+        number = arguments.number(value)
+        within = self.low < number if self.open_low else self.low <= number
+        if not (within and number <= self.high and number < _INFINITY) or (
+            self.whole and not number.is_integer()
+        ):
+            low = f"{'(' if self.open_low else '['}{self.low:g}"
+            high = f"{self.high:g}{']' if self.high < _INFINITY else ')'}"
+            expected = f"a {'whole ' * self.whole}number in {low}, {high} for {rule!r}"
+            raise Refusal("acceptance", self.name, expected, shown(value))
         return number
 
 
@@ -114,7 +120,6 @@ class AcceptanceRule:
         return self.law == "target"
 
 
-_INFINITY = float("inf")
 _ALPHA = (Parameter("alpha", 0.2, 0.0, 1.0),)
 _CASCADES = "Narasimhan et al. 2024, arXiv:2405.19261"
 _FSD = "Holsman et al. 2025, arXiv:2502.20704"
@@ -129,7 +134,7 @@ def _gated_by(divergence: str, threshold: float, highest: float) -> AcceptanceRu
         (
             Parameter("threshold", threshold, 0.0, highest),
             # 0 is all tokens; else those most probable to the target, and one for the rest.
-            Parameter("top_k", 0, 0, 2**31 - 1),
+            Parameter("top_k", 0, 0, _MOST, whole=True),
         ),
         needs_draft=True,
     )
@@ -254,7 +259,7 @@ _RULES = (
         _Function("gates", "top_k"),
         "the draft's on the target's k most probable tokens, else the target's",
         "Cactus, ICLR 2026, cf. arXiv:2211.17192",
-        (Parameter("k", 3, 1, 2**31 - 1),),
+        (Parameter("k", 3, 1, _MOST, whole=True),),
         by_token=True,
     ),
     # Smoothing 0 is BiLD's rollback rule (arXiv:2302.07863).
@@ -276,7 +281,7 @@ _RULES = (
             Parameter("target_entropy", 2.0, 0.0, _INFINITY),
             Parameter("draft_entropy", 2.0, 0.0, _INFINITY),
             Parameter("overlap", 0.8, 0.0, 1.0),
-            Parameter("top_n", 10, 1, 2**31 - 1),
+            Parameter("top_n", 10, 1, _MOST, whole=True),
         ),
         needs_draft=True,
         by_token=True,
@@ -294,9 +299,7 @@ class Acceptance:
 
     def __init__(self, name: str = "rejection", **parameters: Any) -> None:
         """Check the name, the parameters' names and their ranges; raises Refusal."""
-        if name not in ACCEPTANCE_RULES:
-            raise Refusal.unknown("acceptance", "name", name, sorted(ACCEPTANCE_RULES))
-        self.rule = ACCEPTANCE_RULES[name]
+        self.rule = arguments.entry("acceptance", "name", name, ACCEPTANCE_RULES)
         known = [parameter.name for parameter in self.rule.parameters]
         for given in parameters:
             if given not in known:
@@ -312,20 +315,23 @@ class Acceptance:
         """The rule itself, or what its text says: "js", "js:threshold=0.3"."""
         if isinstance(given, Acceptance):
             return given
-        if not isinstance(given, str):
-            raise Refusal("acceptance", "name", "a rule or its text", repr(given))
-        return _DEFAULTS.get(given) or Acceptance.parse(given)
+        if isinstance(given, str) and ":" in given:
+            return Acceptance.parse(given)
+        return arguments.entry("acceptance", "name", given, _DEFAULTS)
 
     @staticmethod
     def parse(text: str) -> "Acceptance":
         """A rule as it is written on a command line: "js" or "js:threshold=0.3,top_k=50"."""
         name, _, rest = text.partition(":")
-        parameters = {}
+        parameters: dict[str, float | str] = {}
         for part in rest.split(",") if rest else []:
             key, equals, value = part.partition("=")
             if not equals or key.strip() in parameters:
                 raise Refusal("acceptance", name, "name=number, each name once", repr(part))
-            parameters[key.strip()] = value
+            try:
+                parameters[key.strip()] = float(value)
+            except ValueError:
+                parameters[key.strip()] = value.strip()  # no parameter may be that
         return Acceptance(name, **parameters)
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ensembles import Ensemble
-from ..law import LawTensors
+from ..law import LEAST_TEMPERATURE, MOST_TEMPERATURE, LawTensors
 from ..refusal import Refusal
 
 # Log-probabilities closer than this, in nats, are tied where the most probable token is asked for.
@@ -152,6 +152,12 @@ def expand_weights(weights: Tensor, batch: int, rows: int) -> Tensor:
     return weights.double().expand(batch, rows, weights.shape[-1])
 
 
+def bounded(temperature: Tensor) -> Tensor:
+    """As float64; one beyond what a `Law` of numbers takes counts as the nearest that it does."""
+    values = temperature.double()
+    return torch.where(values > 0, values.clamp(LEAST_TEMPERATURE, MOST_TEMPERATURE), values)
+
+
 def greedy_rows(law: LawTensors, batch: int) -> Tensor:
     """(B,) bool: rows whose temperatures are all 0."""
     return ~(law.temperature > 0).any(-1).expand(batch)
@@ -215,11 +221,15 @@ def _obeyed(values: Sequence[Tensor], weights: Tensor, ensemble: Ensemble) -> Te
     assert ensemble.fold is not None
     is_law = ensemble.space == "probabilities"
     laws = torch.stack([normalise(value).log_probs.exp() if is_law else value for value in values])
-    combined = ensemble.fold(laws, weights.movedim(-1, 0)[..., None])
+    # Memory of its own: what a fold does to it is nobody else's business.
+    combined = ensemble.fold(laws, weights.movedim(-1, 0)[..., None].clone())
     if not isinstance(combined, Tensor) or combined.shape != values[0].shape:
         got = tuple(combined.shape) if isinstance(combined, Tensor) else type(combined).__name__
         expected = f"{tuple(values[0].shape)} of laws {tuple(laws.shape)}"
         raise Refusal(ensemble.name, "fold", expected, got)
+    if combined.is_complex() or combined.device != laws.device:
+        here = f"{combined.dtype} on {combined.device}"
+        raise Refusal(ensemble.name, "fold", f"real numbers on {laws.device}", here)
     combined = combined.double()
     if not is_law:
         return combined.masked_fill(torch.isnan(combined), -torch.inf)
@@ -245,7 +255,7 @@ def target_law(logits: Sequence[Tensor], law: LawTensors, lse: Tensor | None = N
     weights = expand_weights(law.weights, batch, rows)
     greedy = greedy_rows(law, batch)
     filters = _filters(law, greedy)
-    temperatures = law.temperature.double().expand(batch, len(logits))
+    temperatures = bounded(law.temperature).expand(batch, len(logits))
     temperatures = temperatures.masked_fill(greedy[:, None], 1.0)
     by_member = [temperature[:, None, None] for temperature in temperatures.unbind(-1)]
     values, known = [], []
@@ -294,11 +304,12 @@ def proposal_law(
     """The law of one member or draft alone, warped like the target, and the status bits.
 
     Args:
-        logits: (B, T, V) float. temperature: (B,) float64.
+        logits: (B, T, V) float. temperature: (B,) float.
         greedy: (B,) bool. Rows whose law ignores the temperature and the filters.
         lse: (B, T) float. Where it is known; the law then sums to what it sums to.
     """
     value, status = clean(logits, law.vocab_size)
+    temperature = bounded(temperature)
     known = given(lse, value, temperature, greedy)
     temperature = temperature.masked_fill(greedy, 1.0)[:, None, None]
     scores = warp(value, temperature, *_filters(law, greedy))

@@ -18,7 +18,7 @@ def sample(
     batch = len(uniforms)
     if member >= 0:
         greedy = greedy_rows(law, batch)
-        temperature = law.temperature.double().expand(batch, len(logits))[:, member]
+        temperature = law.temperature.expand(batch, len(logits))[:, member]
         alone, status = proposal_law(logits[member], temperature, law, greedy)
         target = TargetLaw(
             alone.log_probs,

@@ -21,7 +21,8 @@ PADDING = -1
 LEAST_RESIDUAL = 2.0**-40
 
 # Status bits beside those of laws.py.
-INVALID_DRAFT = 8  # a draft id outside [0, vocab_size); it was rejected
+# A draft id outside [0, vocab_size), or a draft whose parent is no earlier node; it was rejected.
+INVALID_DRAFT = 8
 EMPTY_RESIDUAL = 16  # rejected, yet target <= kept everywhere; the target stays the law
 
 
@@ -51,6 +52,7 @@ class _Sequence(NamedTuple):
     tokens: list[int]  # token of node i at i - 1
     parents: list[int]
     proposers: list[int]  # of node i at i - 1; a member, or PADDING for a point mass
+    at_zero: bool  # the row's temperatures are all 0
     coins: Tensor  # (N + 1,) float64
     draft_logits: Tensor | None
     draft_temperature: Tensor
@@ -64,16 +66,23 @@ class _Sequence(NamedTuple):
         here = slice(row, row + 1)
         lse = None if self.lse is None else self.lse[:, here]
         law = target_law([t[:, here] for t in self.logits], _at_row(self.law, row), lse)
-        at_zero = bool(law.greedy)
-        greedy = at_zero or self.rule.greedy
-        return _Target(law.log_probs[0, 0], int(law.status), int(law.unread), at_zero, greedy)
+        greedy = self.at_zero or self.rule.greedy
+        return _Target(law.log_probs[0, 0], int(law.status), int(law.unread), self.at_zero, greedy)
 
     def children(self, row: int) -> list[int]:
         return [
             node
             for node, parent in enumerate(self.parents)
-            if node > 0 and parent == row and self.tokens[node - 1] != PADDING
+            if node > row and parent == row and self.tokens[node - 1] != PADDING
         ]
+
+    def is_a_tree(self) -> bool:
+        """Whether every draft hangs off an earlier node, so that none is lost and none a cycle."""
+        return all(
+            0 <= parent < node or self.tokens[node - 1] == PADDING
+            for node, parent in enumerate(self.parents)
+            if node > 0
+        )
 
     def step(self, row: int, memory: Tensor, bonus: bool) -> _Step | None:
         """Try the children of `row` in order; None if there is none to try and no bonus token."""
@@ -140,13 +149,13 @@ class _Sequence(NamedTuple):
             lse = self.draft_lse
         else:
             logits = self.logits[proposer]
-            temperature = self.law.temperature.double().expand(1, len(self.logits))[:, proposer]
+            temperature = self.law.temperature.expand(1, len(self.logits))[:, proposer]
             lse = None if self.lse is None else self.lse[..., proposer]
         here = slice(row, row + 1)
         at_zero = torch.full((1,), target.at_zero, device=logits.device)
         alone, status = proposal_law(
             logits[:, here],
-            temperature.double(),
+            temperature,
             self.law,
             at_zero,
             None if lse is None else lse[:, here],
@@ -205,7 +214,7 @@ class _Sequence(NamedTuple):
 
 def _walk(sequence: _Sequence, memory: Tensor | None, bonus: bool) -> Iterator[_Step]:
     """The steps from the root to the emitted token."""
-    if sequence.rule.block and not bool(greedy_rows(sequence.law, 1)):
+    if sequence.rule.block and not sequence.at_zero:
         kept, last, targets, status = sequence.block(bonus)
         for row in range(kept):
             yield _Step(row + 1, None, targets[row], status)
@@ -267,6 +276,8 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         proposers = torch.full((1, nodes), PADDING, device=host)
     if temperature is None:
         temperature = law.temperature[:, 0]
+    # Once for the call: on a GPU each question waits for the device.
+    at_zero = greedy_rows(law, batch).tolist()
     for b in range(batch):
         here = slice(b, b + 1)
         sequence = _Sequence(
@@ -274,6 +285,7 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             tokens=call.draft_tokens[b].tolist(),
             parents=parents.expand(batch, nodes + 1)[b].tolist(),
             proposers=proposers.expand(batch, nodes)[b].tolist(),
+            at_zero=at_zero[b],
             coins=numbers[b, :, 0].double(),
             draft_logits=None if call.draft_logits is None else call.draft_logits[here],
             draft_temperature=temperature.expand(batch)[here],
@@ -283,6 +295,8 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             rule=ACCEPTANCE_RULES[call.acceptance],
             parameters=call.parameters,
         )
+        if not sequence.is_a_tree():
+            status[b] = INVALID_DRAFT
         memory = None if call.memory is None else call.memory[b]
         for accepted, step in enumerate(_walk(sequence, memory, call.bonus)):
             status[b] |= step.status

@@ -10,10 +10,14 @@ float32 image.
 import triton
 import triton.language as tl
 
+from ..law import LEAST_TEMPERATURE, MOST_TEMPERATURE
+
 SUB_TILE = tl.constexpr(1024)
 NAN_LOGITS = tl.constexpr(1)
 INFINITE_LOGITS = tl.constexpr(2)
 EMPTY_LAW = tl.constexpr(4)
+LEAST = tl.constexpr(LEAST_TEMPERATURE)
+MOST = tl.constexpr(MOST_TEMPERATURE)
 
 
 def given(value):
@@ -46,7 +50,8 @@ def is_greedy(law, b):
 def _or_one(temperature, greedy):
     """The temperature, 1 where it is 0 or the row greedy, and whether it is a hard 0."""
     soft = temperature > 0
-    return tl.where(soft, temperature, 1.0).to(tl.float32), (greedy == 0) & (soft == 0)
+    bounded = tl.minimum(tl.maximum(temperature, LEAST), MOST)
+    return tl.where(soft, bounded, 1.0).to(tl.float32), (greedy == 0) & (soft == 0)
 
 
 @triton.jit

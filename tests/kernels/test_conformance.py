@@ -223,7 +223,7 @@ def hard_rows(name: str) -> tuple[Tensor, Tensor]:
 
 HARD_ROWS = ["q(x) is 0", "p(x) is 0", "p is one token", "q is one token", "p is empty"]
 HARD_ROWS += ["q is empty", "NaN", "infinite", "p is q", "uniform"]
-BOUNDLESS = list(product(("cactus", "mentored"), (0.0, math.inf)))
+BOUNDLESS = list(product(("cactus", "mentored"), (0.0, 1e308)))
 DRAFTED, TEMPERATURES = ("by a member", "as a point"), (1.0, 0.0)
 HARD_CALLS = list(product(HARD_ROWS, DRAFTED, TEMPERATURES))
 

@@ -185,7 +185,7 @@ def test_what_has_no_kernel_is_refused(why: str, emulator: Any) -> None:
 
 
 def test_a_workspace_that_is_too_small_is_refused(emulator: Any) -> None:
-    arguments, _ = flat.flattened_mix([ROWS], Law().tensors("mix", 1, 2, 1, ROWS.device, 5))
+    arguments, _ = flat.flattened_mix([ROWS], Law().tensors("mix", ROWS.device, 5))
     needed = emulator.cuda_mix_workspace(arguments)
     workspace = torch.zeros(needed - 1, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="cuda: the workspace is too small"):

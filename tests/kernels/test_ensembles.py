@@ -260,12 +260,12 @@ def test_auto_runs_the_reference_and_says_so(fold: str, caplog: pytest.LogCaptur
     if not native.AVAILABLE:
         pytest.skip(native.REASON)
     logits = members()
-    named = dataclasses.replace(FOLDS[fold], name=f"mine of {fold}")  # nobody has said it yet
+    named = dataclasses.replace(FOLDS[fold], name=f"mine_{fold}")  # nobody has said it yet
     law = Law((0.5, 0.25, 0.25), named)
     with caplog.at_level(logging.WARNING, "specens_kernels"), specens_kernels.backend("auto"):
         found = mix(logits, law)
     assert [record.getMessage() for record in caplog.records] == [
-        f"mix: native: ensemble: expected fold=None, got the fold of 'mine of {fold}'; the "
+        f"mix: native: ensemble: expected fold=None, got the fold of 'mine_{fold}'; the "
         "reference, which is slow, runs instead"
     ]
     with specens_kernels.backend("reference"):
@@ -297,6 +297,8 @@ def test_a_fold_sees_all_members_and_the_weights_of_each_row() -> None:
     ("fold", "message"),
     [
         (lambda laws, weights: laws, r"expected \(2, 3, 37\) of laws \(3, 2, 3, 37\), got \(3, 2"),
+        (lambda laws, weights: laws[0] * 1j, "expected real numbers on cpu, got torch.complex128"),
+        (lambda laws, weights: laws[0].to("meta"), "expected real numbers on cpu, got .* on meta"),
         (lambda laws, weights: 1.0, r"expected \(2, 3, 37\) of laws .*, got float"),
         (lambda laws, weights: laws[0] - laws[1], "expected finite numbers >= 0, got -"),
         (lambda laws, weights: laws[0] / 0, "expected finite numbers >= 0, got inf to inf"),
@@ -310,6 +312,34 @@ def test_what_a_fold_may_not_return_is_refused(fold: Any, message: str) -> None:
         pytest.raises(Refusal, match=f"mine: fold: {message}"),
     ):
         mix(members(), law)
+
+
+@pytest.mark.parametrize("space", ["probabilities", "logits"])
+def test_a_fold_may_write_into_what_it_is_given(space: Any) -> None:
+    def careless(laws: Tensor, weights: Tensor) -> Tensor:
+        result = (weights * laws).sum(0)
+        laws.fill_(NAN)
+        weights.fill_(NAN)
+        return result
+
+    def careful(laws: Tensor, weights: Tensor) -> Tensor:
+        return (weights * laws).sum(0)
+
+    logits, numbers = members(2), torch.rand(2, 3, 4)
+    tokens = torch.randint(0, 37, (2, 2))
+    for dtype in (torch.float32, torch.float64):
+        for weights in (torch.tensor([0.25, 0.75]), torch.rand(2, 2), torch.rand(2, 3, 2)):
+            given, before = weights.to(dtype), [value.clone() for value in (weights, *logits)]
+            answers = []
+            for fold in (careless, careful):
+                law = Law(given, Ensemble("mine", space, fold=fold))
+                with specens_kernels.backend("reference"):
+                    verdict = verify(logits, tokens, numbers, law)
+                    answers.append((*mix(logits, law), *sample(logits, numbers, law), *verdict))
+            for one, other in zip(*answers, strict=True):
+                assert torch.equal(one, other)
+            for value, kept in zip((given, *logits), before, strict=True):
+                assert torch.equal(value, kept.to(value.dtype))
 
 
 def test_a_fold_of_logits_that_is_nan_gives_no_mass() -> None:

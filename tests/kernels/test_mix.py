@@ -103,7 +103,7 @@ def test_every_width_and_type_agrees_with_the_reference(
     logits = [(3 * torch.randn(2, 3, vocab_size)).to(dtype) for _ in range(2)]
     law = Law((0.4, 0.6), temperature=(0.8, 1.1), top_k=50)
     log_probs, status = mix(logits, law)
-    parameters = law.tensors("mix", 2, 3, 2, log_probs.device, vocab_size)
+    parameters = law.tensors("mix", log_probs.device, vocab_size)
     expected, _ = reference.mix([member.double() for member in logits], parameters)
     torch.testing.assert_close(log_probs, expected.float(), **CLOSE)
     assert not status.any()

@@ -139,7 +139,7 @@ def test_tensors_elsewhere_are_refused_before_their_addresses_are_taken() -> Non
     there = torch.device("meta")
     rows, numbers = ROWS.to(there), NUMBERS.to(there)
     tokens = torch.zeros(1, 1, dtype=torch.int64, device=there)
-    law = Law().tensors("mix", 1, 2, 1, there, 5)
+    law = Law().tensors("mix", there, 5)
     calls = {
         "uniforms": (tokens[0], tokens, 0, 0),
         "mix": ([rows], law),

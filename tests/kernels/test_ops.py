@@ -76,7 +76,7 @@ def inputs(batch: int = 2, vocab_size: int = 11) -> tuple[list[Tensor], Tensor, 
 def op_calls() -> list[Any]:
     """Every op with every optional argument given and left out."""
     logits, numbers, draft = inputs()
-    law = LAW.tensors("test", 2, 3, 2, draft.device, 11)
+    law = LAW.tensors("test", draft.device, 11)
     numbers_of_law = (torch.ones(2) / 2, torch.ones(1, 1), None, None, None)
     bare = LawTensors(*numbers_of_law, "logits", "", "ensemble", 0.1, 9)
     plain = LawTensors(*numbers_of_law, "probabilities", "", "member", 0.0, 9)
@@ -324,9 +324,9 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: verify(
-            two(), DRAFT, NUMBERS, HALVES, acceptance="likelihood", memory=torch.zeros(3)
+            two(), DRAFT, NUMBERS, HALVES, acceptance="likelihood", memory=torch.zeros(3).double()
         ),
-        "verify: memory: expected (B=2,) float on cpu, got (3,) float32 on cpu",
+        "verify: memory: expected (B=2,) float on cpu, got (3,) float64 on cpu",
     ),
     (
         lambda: verify(two(), DRAFT, NUMBERS, HALVES, parents=torch.zeros(2, dtype=torch.int32)),

@@ -56,7 +56,7 @@ def test_the_law_by_exact_inversion(options: dict[str, Any], member: int | None)
 
     def tokens_at(points: Tensor) -> Tensor:
         count = len(points)
-        arguments = law.tensors("sample", count, 1, 2, points.device, 5)
+        arguments = law.tensors("sample", points.device, 5)
         rows = [row.expand(count, 1, 5) for row in logits]
         drawn = reference.sample(
             rows, numbers_of(0.3, 0.6, points), arguments, -1 if member is None else member
@@ -183,7 +183,7 @@ def test_every_backend_draws_the_same_token(
     law = law_of((0.25, 0.75), **options)
     numbers = torch.rand(8, 4, 4)
     drawn = sample(logits, numbers, law)
-    arguments = law.tensors("sample", 8, 4, 2, numbers.device, vocab_size)
+    arguments = law.tensors("sample", numbers.device, vocab_size)
     expected = Sample(*reference.sample(logits, numbers, arguments, -1))
     assert torch.equal(drawn.tokens, expected.tokens)
     torch.testing.assert_close(drawn.log_probs, expected.log_probs, atol=2e-5, rtol=1e-5)

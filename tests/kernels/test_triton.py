@@ -134,7 +134,7 @@ def test_the_package_imports_without_triton() -> None:
 
 
 def law_tensors(members: int) -> LawTensors:
-    return Law([1 / members] * members).tensors("mix", 1, 1, members, torch.device("cpu"), 5)
+    return Law([1 / members] * members).tensors("mix", torch.device("cpu"), 5)
 
 
 def test_what_has_no_kernel_is_refused() -> None:

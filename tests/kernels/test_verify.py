@@ -8,6 +8,7 @@ import laws
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specens_kernels import (
     PADDING,
@@ -289,9 +290,38 @@ def test_nodes_that_hang_nowhere_are_not_visited(backend: str) -> None:
     lost[:, 0] = lost[:, 2] = PADDING
     expected = verify(logits, lost, numbers, Law(), parents=ints(-1, 0, 0, 0, 2))
     assert expected.path[:, :2].tolist() == [[2, 4]] * 3
+    expected = expected._replace(status=expected.status | Status.INVALID_DRAFT)
     for nowhere in (-1, -7, 99, 2**31 - 1, -(2**31)):
         parents = ints(0, nowhere, 0, nowhere, 2)
         assert_same(verify(logits, draft, numbers, Law(), parents=parents), expected)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_reference_asks_for_the_temperature_once_a_call() -> None:
+    """On a GPU the walk asks the device about every row; not also whether that is greedy."""
+    law = Law(temperature=0.0).tensors("verify", torch.device("cpu"), 20)
+
+    def waits(nodes: int) -> int:
+        tokens = torch.zeros(1, nodes, dtype=torch.int64)
+        logits = torch.zeros(1, nodes + 1, 20)
+        with Waits() as mode:
+            verdict = reference.verify(VerifyCall([logits], tokens, coins(1, nodes, 0.0), law))
+        assert verdict[2].item() == nodes
+        return mode.count
+
+    # Its status, what of it is unread, the coin, whether there is a law and whether it is the best.
+    assert waits(6) - waits(5) == 5
 
 
 def test_a_long_chain_and_a_broad_root(backend: str) -> None:
@@ -732,7 +762,7 @@ def test_every_backend_emits_what_the_reference_emits(
     law = Law(weights, **options)
     rows = [member[:, :nodes] for member in logits]
     draft = sample(rows, torch.rand(batch, nodes, 4), law, member=0).tokens
-    arguments = law.tensors("verify", batch, nodes + 1, members, draft.device, vocab_size)
+    arguments = law.tensors("verify", draft.device, vocab_size)
     parents = None if tree is None else ints(*tree)[None]
     apart = (shared + torch.randn_like(shared)).to(dtype)
     drawn = torch.zeros(1, nodes, dtype=torch.int32)

@@ -206,7 +206,7 @@ def in_float64(
     chosen = Acceptance.of(acceptance or rule_of(case))
 
     def run(call: Call) -> tuple[Tensor, Tensor]:
-        batch, rows, _ = call.logits[0].shape
+        batch = len(call.logits[0])
         law = law_of(case, batch)
         device = call.draft_tokens.device
         temperature = case.draft_temperature
@@ -215,7 +215,7 @@ def in_float64(
                 call.logits,
                 call.draft_tokens,
                 call.uniforms,
-                law.tensors("verify", batch, rows, case.members, device, case.vocab_size),
+                law.tensors("verify", device, case.vocab_size),
                 parents=call.parents,
                 proposers=call.proposers,
                 draft_logits=call.draft_logits,
@@ -287,7 +287,7 @@ BUGS = {
     ),
     "the draft is not warped": (
         "three members, temperatures of their own",
-        "temperature = self.law.temperature.double().expand(1, len(self.logits))[:, proposer]",
+        "temperature = self.law.temperature.expand(1, len(self.logits))[:, proposer]",
         "temperature = torch.ones(1)",
     ),
     "draws come from the sub-tile's number": (

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a tensor's memory can be read, which torch does not ask before it reads.
+
+FSDP, for one, frees the storage of tensors that are still in use, and a buffer's tensor may begin
+between two numbers. Asked of every tensor before its address is taken or its numbers are cast.
+"""
+
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from .refusal import Refusal, shown
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its storage reaches its last element, and its elements are aligned."""
+    size = tensor.itemsize
+    try:
+        held = tensor.untyped_storage().nbytes()
+        misaligned = tensor.data_ptr() % size != 0
+    except (NotImplementedError, RuntimeError):  # sparse, or of another layout without strides
+        return False
+    reach = tensor.numel()  # from the first element on
+    if reach > 0 and not tensor.is_contiguous():
+        strides = tensor.stride()
+        reach = 1 + sum(map(mul, tensor.shape, strides)) - sum(strides)
+    if reach == 0:
+        return True
+    return not misaligned and (tensor.storage_offset() + reach) * size <= held
+
+
+def cast(op: str, argument: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype."""
+    if tensor.dtype == dtype:
+        return tensor
+    if not is_readable(tensor):
+        raise unreadable(op, argument, tensor)
+    return tensor.to(dtype)
+
+
+def unreadable(op: str, argument: str, tensor: Tensor) -> Refusal:
+    """The refusal of a tensor that is not."""
+    return wrong(op, argument, "a dense tensor that holds its memory, aligned", tensor)
+
+
+def wrong(op: str, argument: str, expected: str, got: object) -> Refusal:
+    """The refusal of a tensor, by its shape, dtype and device, or of what is none."""
+    if not isinstance(got, Tensor):
+        return Refusal(op, argument, expected, shown(got))
+    dtype = str(got.dtype).removeprefix("torch.")
+    return Refusal(op, argument, expected, f"{tuple(got.shape)} {dtype} on {got.device}")
