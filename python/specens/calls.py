@@ -28,7 +28,7 @@ from specens_kernels.refusal import Refusal
 _OWN = frozenset(
     {"attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache"}
 )
-# Tokens of the prompt on which a label is tried.
+# Tokens of the prompt on which a label or a flag is tried.
 _TRIED = 8
 
 
@@ -180,16 +180,17 @@ def _check_arguments(
             continue
         if isinstance(value, Cache):
             raise Refusal("generate", name, "an empty cache", "a filled one")
-        if _are_zeros(value, input_ids):
-            tokens, zeros = input_ids[:1, -_TRIED:], value[:1, -_TRIED:]
-            if all(ignores(member, name, tokens, zeros) for member in members):
+        zeros = _are_zeros(value, input_ids)
+        if zeros or value is True:
+            tokens, tried = input_ids[:1, -_TRIED:], value[:1, -_TRIED:] if zeros else value
+            if all(ignores(member, name, tokens, tried) for member in members):
                 continue
         expected = "nothing beyond the tokens, which are all that members are given"
         raise Refusal("generate", name, expected, type(value).__name__)
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether there is nothing in it, however deep: no image, no state, no flag that is set."""
+    """Whether there is nothing in it, however deep: no image, no state, no flag."""
     if isinstance(value, Tensor):
         return value.numel() == 0
     if isinstance(value, Cache):

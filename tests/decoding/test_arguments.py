@@ -74,6 +74,13 @@ def test_zeros_that_change_the_logits_are_content():
         fast.generate(**settings, token_type_ids=zeros)
 
 
+def test_a_flag_that_changes_no_logits_is_nothing():
+    model = tiny("mixtral")
+    fast = SpeculativeDecoder([model], schedule="lookup")
+    expected = model.generate(**SETTINGS)
+    assert torch.equal(fast.generate(**SETTINGS, output_router_logits=True), expected)
+
+
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "lfm2", "llama"])
 def test_caches_are_nothing_while_they_are_empty(kind):
     model = tiny(kind)

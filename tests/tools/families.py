@@ -56,7 +56,7 @@ SIZES = {
     r"sliding_window$|window_size|attention_chunk|window$|block_size": WINDOW,
     r"lora_rank|_rank$|rope_head_dim|nope_head_dim|rotary_dim|dim_head|d_kv|d_head|v_head_dim": 16,
     r"head_dim|head_size|kv_channels": 16,
-    r"num_hidden_layers|n_layers?$|num_layers|layers$|^depth$": 4,
+    r"num_hidden_layers|n_layers?$|num_layers|layers$|^depth$": 2,
     r"num_.*heads|n_heads?$|attention_heads": 4,
     r"image_size|img_size": 16,
     r"patch_size|patch$": 4,
@@ -123,6 +123,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0],
     },
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "dots3_note": {
+        "audio_config.adapter_input_size": 64,
+        "audio_config.adapter_out_dim": 64,
+        "vision_config.adapter_out_dim": 64,
+    },
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
@@ -130,9 +135,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32,
     },
     "gemma3": {"mm_tokens_per_image": 4},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xlstm": {"qk_dim_factor": 1.0, "num_blocks": 2},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "dots3_note_text": {
@@ -165,6 +173,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+}
+CHANGES["dots3_note"] |= {
+    f"text_config.{name}": value for name, value in CHANGES["dots3_note_text"].items()
 }
 CHANGES["qwen4_exp"] = {f"text_config.{name}": v for name, v in CHANGES["qwen4_exp_text"].items()}
 CHANGES["cohere_compass"] = {
@@ -407,5 +418,5 @@ def written_wrong(decoder: SpeculativeDecoder, oracle: Oracle, lengths: tuple[in
 
 
 def in_one_line(error: Exception) -> str:
-    said = (str(error).splitlines() or ["no message"])[0][:200]
+    said = " ".join(str(error).split())[:300]
     return said if isinstance(error, Refusal) else f"{type(error).__name__}: {said}"

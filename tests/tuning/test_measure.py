@@ -22,7 +22,7 @@ from specens.members.member import Member
 from specens.schedules import STOPS, EntropyStop, Lookup, Plain, Speculative, read_schedule
 from specens.schedules.stops import stop_features
 from specens.tuning import decoder_of, stops, tune
-from specens.tuning.agreement import Agreement, curve, read, starts
+from specens.tuning.agreement import Agreement, chunks, curve, read, starts
 from specens.tuning.compare import sampling
 from specens.tuning.lookups import LookUps, replayed
 from specens.tuning.measure import Sweep
@@ -115,6 +115,18 @@ def test_what_is_predicted_is_what_the_loop_takes(
         expected = seconds_per_token(decoder, temperature, 4 if temperature > 0 else 1)
         tolerance = 1e-9 if one.name == "plain" else 0.06 if temperature > 0 else 0.03
         assert one.seconds == pytest.approx(expected, rel=tolerance), one.name
+
+
+def test_models_that_are_being_trained_are_read_in_evaluation_mode() -> None:
+    models = [toy(seed, 11, kind="gpt2") for seed in range(2)]
+    text = prompts((20,))["input_ids"]
+    members = SpeculativeDecoder(models, schedule="plain").members
+    expected = list(chunks(members, text, 4))
+    for model in models:
+        model.train()
+    for given, wanted in zip(chunks(members, text, 4), expected, strict=True):
+        assert all(map(torch.equal, given, wanted))
+    assert all(module.training for model in models for module in model.modules())
 
 
 def test_acceptance_is_the_overlap_of_the_laws(models: list[Any]) -> None:

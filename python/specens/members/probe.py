@@ -134,7 +134,7 @@ def member(model: "PreTrainedModel", *, mode: str = "auto") -> Member:
     return probe(model, mode=mode).member(model)
 
 
-def ignores(model: "PreTrainedModel", name: str, tokens: Tensor, value: Tensor) -> bool:
+def ignores(model: "PreTrainedModel", name: str, tokens: Tensor, value: Tensor | bool) -> bool:
     """Whether an argument of a model's forward changes no logits of these tokens.
 
     Args:
@@ -146,7 +146,8 @@ def ignores(model: "PreTrainedModel", name: str, tokens: Tensor, value: Tensor) 
     if name not in forward_arguments(model):
         return True
     with _undisturbed(model):
-        tokens, value = tokens.to(model.device), value.to(model.device)
+        tokens = tokens.to(model.device)
+        value = value if isinstance(value, bool) else value.to(model.device)
         expected = model(tokens, return_dict=True).logits
         try:
             logits = model(tokens, return_dict=True, **{name: value}).logits

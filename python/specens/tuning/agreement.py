@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specens.decoder import SpeculativeDecoder
 from specens.loop.profile import Kept, Stopped
+from specens.members.evaluation import evaluating
 from specens.members.member import Member
 from specens.schedules import STOPS, LearnedStop
 from specens.tuning.lookups import LookUps
@@ -119,18 +120,19 @@ def read(
 def chunks(members: Sequence[Member], text: Tensor, skip: int) -> Iterator[list[Tensor]]:
     """Every model's logits (1, T, V) at some positions after another, from `skip` on."""
     length = text.shape[1]
-    try:
-        for member in members:
-            member.start(1, length)
-            if skip > 0:
-                member.forward(text[:, :skip], [skip], keep_last=1)
-        for first in range(skip, length, _CHUNK):
-            tokens = text[:, first : first + _CHUNK]
-            count = tokens.shape[1]
-            yield [member.forward(tokens, [count]).to(text.device) for member in members]
-    finally:
-        for member in members:
-            member.release()
+    with evaluating([member.model for member in members]):
+        try:
+            for member in members:
+                member.start(1, length)
+                if skip > 0:
+                    member.forward(text[:, :skip], [skip], keep_last=1)
+            for first in range(skip, length, _CHUNK):
+                tokens = text[:, first : first + _CHUNK]
+                count = tokens.shape[1]
+                yield [member.forward(tokens, [count]).to(text.device) for member in members]
+        finally:
+            for member in members:
+                member.release()
 
 
 def law_of(logits: Sequence[Tensor], law: Law) -> Tensor:
