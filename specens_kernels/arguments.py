@@ -6,8 +6,8 @@ it. A bool is no number and a number no flag: NumPy's and torch's pass for eithe
 only. Needs no torch.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from ctypes import c_float
 from numbers import Integral, Real
 from typing import TypeVar
 
@@ -47,7 +47,12 @@ def count(value: object) -> int:
 
 def single(value: float) -> float:
     """The nearest number of single precision, in which kernels compute; infinite beyond it."""
-    return c_float(value).value
+    if not math.isfinite(value):
+        return value
+    # By arithmetic alone, which torch.compile can follow.
+    unit = math.ldexp(1.0, max(math.frexp(value)[1] - 24, -149))
+    nearest = round(value / unit) * unit
+    return nearest if abs(nearest) < 2.0**128 else math.copysign(math.inf, value)
 
 
 def flag(op: str, argument: str, value: object) -> bool:

@@ -19,7 +19,7 @@ from .call import VerifyCall
 from .ensembles import SPACES, Ensemble
 from .law import FLOATS, INTEGERS, SCOPES, Law, LawTensors
 from .refusal import Refusal, shown
-from .storage import cast, wrong
+from .storage import cast, viewable, wrong
 
 _FILTERS = LawTensors._fields[2:5]
 
@@ -27,8 +27,8 @@ _FILTERS = LawTensors._fields[2:5]
 def tensors(op: str, names: Sequence[str], values: Sequence[object]) -> None:
     """Refuse what is no tensor."""
     for name, value in zip(names, values, strict=True):
-        if not isinstance(value, Tensor):
-            raise Refusal(op, name, "a tensor", shown(value))
+        if not isinstance(value, Tensor) or value.is_nested:
+            raise wrong(op, name, "a tensor", value)
 
 
 def members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
@@ -36,24 +36,29 @@ def members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
     if not isinstance(logits, (list, tuple)) or len(logits) == 0:
         raise Refusal(op, "logits", "a list of M >= 1 tensors", f"a {type(logits).__name__}")
     for m, tensor in enumerate(logits):
-        if not isinstance(tensor, Tensor):
-            raise Refusal(op, f"logits[{m}]", "a tensor", shown(tensor))
+        if not isinstance(tensor, Tensor) or tensor.is_nested:
+            raise wrong(op, f"logits[{m}]", "a tensor", tensor)
     if not isinstance(law, Law):
         raise Refusal(op, "law", "a Law", shown(law))
     vocab_size = law.vocab_size or max(min([tensor.shape[-1:].numel() for tensor in logits]), 1)
     return list(logits), law.tensors(op, logits[0].device, vocab_size)
 
 
-def nodes(value: Tensor) -> Tensor:
+def nodes(name: str, value: Tensor) -> Tensor:
     """(B or 1, columns), of those or (columns,)."""
-    return value[None] if value.dim() == 1 else value
+    return viewable("verify", name, value)[None] if value.dim() == 1 else value
 
 
 def draft_temperature(value: Tensor) -> Tensor:
     """(1,) or (B,) float32, of (), (1,) or (B,) float."""
     if value.dim() > 1 or value.dtype not in FLOATS:
         raise wrong("verify", "draft_temperature", "() or (B,) float", value)
-    return cast("verify", "draft_temperature", value.reshape(-1), torch.float32)
+    return cast(
+        "verify",
+        "draft_temperature",
+        viewable("verify", "draft_temperature", value).reshape(-1),
+        torch.float32,
+    )
 
 
 def memory(value: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import arguments
-from .refusal import Refusal, shown
+from .law import FLOATS
+from .refusal import Refusal
+from .storage import viewable, wrong
 
 # Rows x vocabulary of one chunk, in numbers: some 16 MiB in float32 for each intermediate.
 _CHUNK_NUMBERS = 1 << 22
@@ -51,7 +53,7 @@ class Divergence:
 def _times(log_law: Tensor, other: Tensor) -> Tensor:
     """The law times another quantity, which counts nothing where the law has no mass."""
     law = log_law.exp()
-    return torch.where(law > 0, law * other, 0)
+    return torch.where(law == 0, 0, law * other)
 
 
 def _kl(log_first: Tensor, log_second: Tensor) -> Tensor:
@@ -76,6 +78,11 @@ def _tv(log_target: Tensor, log_draft: Tensor) -> Tensor:
     return 0.5 * (log_target.exp() - log_draft.exp()).abs().sum(-1)
 
 
+def _sign(difference: Tensor) -> Tensor:
+    """-1, 0 or 1, and NaN of NaN."""
+    return torch.where(torch.isnan(difference), difference, torch.sign(difference))
+
+
 DIVERGENCES = {
     divergence.name: divergence
     for divergence in (
@@ -89,7 +96,7 @@ DIVERGENCES = {
             "js", _js, lambda target, draft: 0.5 * _times(draft, draft - _middle(target, draft))
         ),
         Divergence("js_fsd", _js_fsd, None),
-        Divergence("tv", _tv, lambda target, draft: 0.5 * draft.exp() * torch.sign(draft - target)),
+        Divergence("tv", _tv, lambda target, draft: 0.5 * draft.exp() * _sign(draft - target)),
     )
 }
 
@@ -103,16 +110,22 @@ def divergence(target_logits: Tensor, draft_logits: Tensor, kind: str = "kl") ->
         draft_logits: (..., V), the same shape. Differentiable, once.
         kind: an entry of `DIVERGENCES`.
     Returns:
-        (...) nats, float32 (float64 if an argument is).
+        (...) nats, float32 (float64 if an argument is). NaN where the logits have no law.
     Raises:
-        Refusal: shapes differ, an unknown kind, or a gradient is wanted that is not there.
+        Refusal: shapes or devices differ, an unknown kind, or a gradient that is not there is
+            wanted.
     """
     arguments.name("divergence", "kind", kind, sorted(DIVERGENCES))
     for name, value in (("target_logits", target_logits), ("draft_logits", draft_logits)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else shown(value)
-            raise Refusal("divergence", name, "a tensor of floats", got)
-    if target_logits.shape != draft_logits.shape or draft_logits.dim() == 0:
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+            raise wrong("divergence", name, "(..., V) float", value)
+        viewable("divergence", name, value)
+    if target_logits.device != draft_logits.device:
+        expected = f"a tensor on {draft_logits.device}"
+        raise wrong("divergence", "target_logits", expected, target_logits)
+    if draft_logits.shape[-1:] in ((), (0,)):
+        raise wrong("divergence", "draft_logits", "(..., V >= 1) float", draft_logits)
+    if target_logits.shape != draft_logits.shape:
         expected = f"{tuple(draft_logits.shape)} as draft_logits"
         raise Refusal("divergence", "target_logits", expected, tuple(target_logits.shape))
     if target_logits.requires_grad and torch.is_grad_enabled():

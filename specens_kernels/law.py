@@ -17,7 +17,7 @@ from . import arguments
 from .eager import is_eager_call
 from .ensembles import Ensemble
 from .refusal import Refusal, Unsupported, shown
-from .storage import cast, is_readable
+from .storage import cast, is_readable, viewable
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -133,8 +133,8 @@ class Law:
         object.__setattr__(self, "plausibility", _plausibility(self.plausibility, ensemble))
         if self.vocab_size is not None:
             size = arguments.count(self.vocab_size)
-            if size < 1:
-                raise _out_of_range("vocab_size", "a count >= 1", self.vocab_size)
+            if not 1 <= size < 2**31:
+                raise _out_of_range("vocab_size", "a count in [1, 2^31)", self.vocab_size)
             object.__setattr__(self, "vocab_size", size)
         given = [
             (i, name) for i, name in enumerate(_DTYPES) if isinstance(getattr(self, name), Tensor)
@@ -236,7 +236,7 @@ def _as_kernels_read(op: str, name: str, value: Tensor, device: torch.device) ->
         raise Refusal(op, name, f"a tensor on {device}", f"one on {value.device}")
     if value.dtype == torch.int64 and is_readable(value):
         value = value.clamp(0, 2**31 - 1)  # a count that int32 does not hold is still a count
-    value = cast(op, name, value, _DTYPES[name])
+    value = viewable(op, name, cast(op, name, value, _DTYPES[name]))
     if name == "temperature":
         return value if value.dim() > 1 else value.reshape(-1, 1)
     return value.reshape(1) if value.dim() == 0 and name != "weights" else value

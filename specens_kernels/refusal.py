@@ -15,7 +15,10 @@ _LONGEST = 60
 
 def shown(value: object) -> str:
     """A value as a message shows it: in one short line, or else its type."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__}"
     if isinstance(value, str) or (len(text) <= _LONGEST and "\n" not in text):
         return text
     return f"a {type(value).__name__}"

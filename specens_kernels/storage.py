@@ -10,11 +10,14 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from .eager import is_eager_call
 from .refusal import Refusal, shown
 
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether its storage reaches its last element, and its elements are aligned."""
+    if tensor.is_nested:
+        return False
     size = tensor.itemsize
     try:
         held = tensor.untyped_storage().nbytes()
@@ -28,6 +31,13 @@ def is_readable(tensor: Tensor) -> bool:
     if reach == 0:
         return True
     return not misaligned and (tensor.storage_offset() + reach) * size <= held
+
+
+def viewable(op: str, argument: str, tensor: Tensor) -> Tensor:
+    """The tensor itself, of which a view in another shape can be taken."""
+    if is_eager_call((tensor,)) and not is_readable(tensor):
+        raise unreadable(op, argument, tensor)
+    return tensor
 
 
 def cast(op: str, argument: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,5 +58,7 @@ def wrong(op: str, argument: str, expected: str, got: object) -> Refusal:
     """The refusal of a tensor, by its shape, dtype and device, or of what is none."""
     if not isinstance(got, Tensor):
         return Refusal(op, argument, expected, shown(got))
+    if got.is_nested:
+        return Refusal(op, argument, expected, "a nested tensor")
     dtype = str(got.dtype).removeprefix("torch.")
     return Refusal(op, argument, expected, f"{tuple(got.shape)} {dtype} on {got.device}")

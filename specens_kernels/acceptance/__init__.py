@@ -297,7 +297,7 @@ class Acceptance:
     parameters: its numbers in the registry's order; those not given are the defaults.
     """
 
-    def __init__(self, name: str = "rejection", **parameters: Any) -> None:
+    def __init__(self, name: str = "rejection", /, **parameters: Any) -> None:
         """Check the name, the parameters' names and their ranges; raises Refusal."""
         self.rule = arguments.entry("acceptance", "name", name, ACCEPTANCE_RULES)
         known = [parameter.name for parameter in self.rule.parameters]
@@ -322,6 +322,8 @@ class Acceptance:
     @staticmethod
     def parse(text: str) -> "Acceptance":
         """A rule as it is written on a command line: "js" or "js:threshold=0.3,top_k=50"."""
+        if not isinstance(text, str):
+            raise Refusal("acceptance", "name", "a rule's text", shown(text))
         name, _, rest = text.partition(":")
         parameters: dict[str, float | str] = {}
         for part in rest.split(",") if rest else []:

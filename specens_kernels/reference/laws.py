@@ -14,6 +14,7 @@ from torch import Tensor
 from ..ensembles import Ensemble
 from ..law import LEAST_TEMPERATURE, MOST_TEMPERATURE, LawTensors
 from ..refusal import Refusal
+from ..storage import is_readable, unreadable
 
 # Log-probabilities closer than this, in nats, are tied where the most probable token is asked for.
 TIE = 2.0**-40
@@ -223,6 +224,8 @@ def _obeyed(values: Sequence[Tensor], weights: Tensor, ensemble: Ensemble) -> Te
     laws = torch.stack([normalise(value).log_probs.exp() if is_law else value for value in values])
     # Memory of its own: what a fold does to it is nobody else's business.
     combined = ensemble.fold(laws, weights.movedim(-1, 0)[..., None].clone())
+    if isinstance(combined, Tensor) and not is_readable(combined):
+        raise unreadable(ensemble.name, "fold", combined)
     if not isinstance(combined, Tensor) or combined.shape != values[0].shape:
         got = tuple(combined.shape) if isinstance(combined, Tensor) else type(combined).__name__
         expected = f"{tuple(values[0].shape)} of laws {tuple(laws.shape)}"

@@ -24,6 +24,7 @@ from specens_kernels import (
     Refusal,
     Status,
     Stream,
+    arguments,
     divergence,
     mix,
     sample,
@@ -454,3 +455,69 @@ def test_a_draft_that_hangs_off_no_earlier_node_is_reported(parents: list[int]) 
     assert all(node + 1 not in verdict.path[0].tolist() for node in lost)
     tokens[0, lost] = -1  # none is there: nothing is wrong
     assert verify(logits, tokens, numbers, Law(), parents=tree).status.item() == 0
+
+
+def held_by_none(laws: Tensor, weights: Tensor) -> Tensor:
+    return freed(laws[0].clone())
+
+
+OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a rule's text with a name of Python's": (
+        lambda: Acceptance.parse("js:name=3"),
+        "acceptance: name: expected threshold, top_k for 'js', got name",
+    ),
+    "a rule's text that is none": (
+        lambda: Acceptance.parse(None),  # type: ignore[arg-type]
+        "acceptance: name: expected a rule's text, got None",
+    ),
+    "a fold whose result has no memory": (
+        lambda: mix([floats(1, 2, 5)], Law(ensemble=Ensemble("e", "logits", fold=held_by_none))),
+        "e: fold: expected a dense tensor that holds its memory, aligned, got (1, 2, 5) float64",
+    ),
+    "a fold whose result is sparse": (
+        lambda: mix(
+            [floats(1, 2, 5)],
+            Law(ensemble=Ensemble("e", "logits", fold=lambda laws, weights: laws[0].to_sparse())),
+        ),
+        "e: fold: expected a dense tensor that holds its memory, aligned, got (1, 2, 5) float64",
+    ),
+    "a sparse temperature": (
+        lambda: mix([floats(2, 2, 5)], Law(temperature=torch.ones(2).to_sparse())),
+        "mix: temperature: expected a dense tensor that holds its memory, aligned, got (2,)",
+    ),
+    "an integer of more digits than Python writes": (
+        lambda: Law(top_k=10**5000),
+        "law: top_k: expected a count in [0, 2^31), got a int",
+    ),
+    "a vocabulary of more than 31 bits": (
+        lambda: Law(vocab_size=2**31),
+        "law: vocab_size: expected a count in [1, 2^31), got 2147483648",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.filterwarnings("ignore:.*beta state:UserWarning")
+def test_what_a_value_holds_is_looked_at_before_it_is_used(what: str) -> None:
+    asked, expected = OTHERS[what]
+    with pytest.raises(Refusal, match=f"^{re.escape(expected)}"):
+        asked()
+
+
+def test_single_precision_is_what_numpy_says() -> None:
+    dice = np.random.default_rng(0)
+    values = dice.uniform(-1, 1, 500) * 10.0 ** dice.integers(-330, 309, 500)
+    edges = [0.0, math.inf, -math.inf, 16777217.0, 16777219.0, 3.4028235677973366e38, 1e-45, 5e-324]
+    for value in [*values.tolist(), *edges]:
+        with np.errstate(over="ignore", under="ignore"):
+            assert arguments.single(value) == float(np.float32(value))
+    assert math.isnan(arguments.single(math.nan))
+
+
+def test_a_law_is_made_inside_of_a_compiled_function() -> None:
+    def program(logits: Tensor) -> Tensor:
+        return mix([logits, logits], Law((0.3, 0.7), temperature=0.5, top_k=4))[0]
+
+    logits = floats(1, 2, 9)
+    compiled = torch.compile(program, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(logits), program(logits))

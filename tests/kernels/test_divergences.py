@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specens_kernels import DIVERGENCES, divergence, divergences
+from specens_kernels import DIVERGENCES, Refusal, divergence, divergences
 
 TRAINABLE = [name for name, entry in DIVERGENCES.items() if entry.weighted_slope is not None]
 
@@ -149,3 +149,35 @@ def test_mistakes_are_refused() -> None:
         assert divergence(target, draft, "js_fsd").shape == (6,)
     with pytest.raises(ValueError, match="target_logits: expected no gradient"):
         divergence(draft, target)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_where_there_is_no_law_there_is_no_divergence(kind: str) -> None:
+    good = torch.tensor([[0.0, 1.0, 2.0]])
+    for broken in (math.nan, math.inf, [-math.inf] * 3):
+        bad = good.clone()
+        bad[0, : 1 if isinstance(broken, float) else 3] = torch.tensor(broken)
+        assert divergence(bad, good, kind).isnan().all()
+        assert divergence(good, bad, kind).isnan().all()
+        if DIVERGENCES[kind].weighted_slope is not None:
+            wanted = good.clone().requires_grad_()
+            divergence(bad, wanted, kind).sum().backward()
+            assert wanted.grad is not None
+            assert wanted.grad.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "expected"),
+    [
+        (torch.ones(2, 3, device="meta"), torch.ones(2, 3), "target_logits: expected a tensor on"),
+        (torch.ones(2, 0), torch.ones(2, 0), r"draft_logits: expected \(..., V >= 1\) float"),
+        (torch.ones(2, 3).to_sparse(), torch.ones(2, 3), "target_logits: expected a dense tensor"),
+        (torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(2, 3), "target_logits: expected"),
+    ],
+    ids=["device", "no vocabulary", "sparse", "float8"],
+)
+def test_tensors_that_it_cannot_read_are_refused(
+    target: Tensor, draft: Tensor, expected: str
+) -> None:
+    with pytest.raises(Refusal, match=f"^divergence: {expected}"):
+        divergence(target, draft)
