@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import arguments
+from .law import FLOATS
 from .refusal import Refusal, shown
+from .storage import is_tensor
 
 # Rows x vocabulary of one chunk, in numbers: some 16 MiB in float32 for each intermediate.
 _CHUNK_NUMBERS = 1 << 22
@@ -109,12 +111,17 @@ def divergence(target_logits: Tensor, draft_logits: Tensor, kind: str = "kl") ->
     """
     arguments.name("divergence", "kind", kind, sorted(DIVERGENCES))
     for name, value in (("target_logits", target_logits), ("draft_logits", draft_logits)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else shown(value)
+        if not is_tensor(value):
+            raise Refusal("divergence", name, "a tensor of floats", shown(value))
+        if value.layout != torch.strided or value.dtype not in FLOATS:
+            got = f"{value.layout} {value.dtype}"
             raise Refusal("divergence", name, "a tensor of floats", got)
     if target_logits.shape != draft_logits.shape or draft_logits.dim() == 0:
         expected = f"{tuple(draft_logits.shape)} as draft_logits"
         raise Refusal("divergence", "target_logits", expected, tuple(target_logits.shape))
+    if target_logits.device != draft_logits.device:
+        expected = f"one on {draft_logits.device} as draft_logits"
+        raise Refusal("divergence", "target_logits", expected, target_logits.device)
     if target_logits.requires_grad and torch.is_grad_enabled():
         raise Refusal("divergence", "target_logits", "no gradient", "requires_grad")
     wants_gradient = draft_logits.requires_grad and torch.is_grad_enabled()

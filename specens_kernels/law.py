@@ -17,7 +17,7 @@ from . import arguments
 from .eager import is_eager_call
 from .ensembles import Ensemble
 from .refusal import Refusal, Unsupported, shown
-from .storage import cast, is_readable
+from .storage import cast, is_readable, is_tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -133,8 +133,8 @@ class Law:
         object.__setattr__(self, "plausibility", _plausibility(self.plausibility, ensemble))
         if self.vocab_size is not None:
             size = arguments.count(self.vocab_size)
-            if size < 1:
-                raise _out_of_range("vocab_size", "a count >= 1", self.vocab_size)
+            if not 1 <= size < 2**31:
+                raise _out_of_range("vocab_size", "a count in [1, 2^31)", self.vocab_size)
             object.__setattr__(self, "vocab_size", size)
         given = [
             (i, name) for i, name in enumerate(_DTYPES) if isinstance(getattr(self, name), Tensor)
@@ -252,9 +252,10 @@ def _plausibility(given: object, ensemble: Ensemble) -> float:
 
 
 def _checked_tensor(name: str, value: Tensor) -> Tensor:
-    if value.dtype not in (INTEGERS if name == "top_k" else FLOATS):
+    if not is_tensor(value) or value.dtype not in (INTEGERS if name == "top_k" else FLOATS):
         expected = "integers" if name == "top_k" else "floats"
-        raise _out_of_range(name, f"a number or a tensor of {expected}", value.dtype)
+        got = f"{'a nested' if value.is_nested else 'a'} tensor of {value.dtype}"
+        raise Refusal("law", name, f"a number or a tensor of {expected}", got)
     return value
 
 

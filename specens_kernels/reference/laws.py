@@ -14,6 +14,7 @@ from torch import Tensor
 from ..ensembles import Ensemble
 from ..law import LEAST_TEMPERATURE, MOST_TEMPERATURE, LawTensors
 from ..refusal import Refusal
+from ..storage import is_tensor
 
 # Log-probabilities closer than this, in nats, are tied where the most probable token is asked for.
 TIE = 2.0**-40
@@ -223,12 +224,13 @@ def _obeyed(values: Sequence[Tensor], weights: Tensor, ensemble: Ensemble) -> Te
     laws = torch.stack([normalise(value).log_probs.exp() if is_law else value for value in values])
     # Memory of its own: what a fold does to it is nobody else's business.
     combined = ensemble.fold(laws, weights.movedim(-1, 0)[..., None].clone())
-    if not isinstance(combined, Tensor) or combined.shape != values[0].shape:
-        got = tuple(combined.shape) if isinstance(combined, Tensor) else type(combined).__name__
+    if not is_tensor(combined) or combined.shape != values[0].shape:
+        got = tuple(combined.shape) if is_tensor(combined) else type(combined).__name__
         expected = f"{tuple(values[0].shape)} of laws {tuple(laws.shape)}"
         raise Refusal(ensemble.name, "fold", expected, got)
-    if combined.is_complex() or combined.device != laws.device:
-        here = f"{combined.dtype} on {combined.device}"
+    plain = combined.layout == laws.layout and not (combined.is_complex() or combined.is_quantized)
+    if not plain or combined.device != laws.device:
+        here = f"{combined.layout} {combined.dtype} on {combined.device}"
         raise Refusal(ensemble.name, "fold", f"real numbers on {laws.device}", here)
     combined = combined.double()
     if not is_law:
@@ -330,4 +332,5 @@ def first_argmax(values: Tensor) -> Tensor:
     """
     ids = torch.arange(values.shape[-1], device=values.device)
     tied = values >= values.amax(-1, keepdim=True) - TIE
-    return torch.where(tied, ids, values.shape[-1]).amin(-1)
+    # NaN, which weights that are no weights make, ties with nothing: then it is the last.
+    return torch.where(tied, ids, values.shape[-1] - 1).amin(-1)
