@@ -45,7 +45,7 @@ test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	  echo "No C++ compiler: the native tests are skipped."; exit 0; fi; \
 	set -ex; \
 	for sanitize in address,undefined thread; do \
-	  $(BIN)/cmake --no-warn-unused-cli -S . -B $(SANITIZE)/$$sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  $(BIN)/cmake -Wno-unused-cli -S . -B $(SANITIZE)/$$sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) \
 	    -DSPECENS_SANITIZE=$$sanitize -DSPECENS_WERROR=ON --log-level=WARNING; \
 	done; \

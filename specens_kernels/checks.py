@@ -19,7 +19,7 @@ from .call import VerifyCall
 from .ensembles import SPACES, Ensemble
 from .law import FLOATS, INTEGERS, SCOPES, Law, LawTensors
 from .refusal import Refusal, shown
-from .storage import cast, viewable, wrong
+from .storage import cast, is_tensor, viewable, wrong
 
 _FILTERS = LawTensors._fields[2:5]
 
@@ -27,8 +27,8 @@ _FILTERS = LawTensors._fields[2:5]
 def tensors(op: str, names: Sequence[str], values: Sequence[object]) -> None:
     """Refuse what is no tensor."""
     for name, value in zip(names, values, strict=True):
-        if not isinstance(value, Tensor) or value.is_nested:
-            raise wrong(op, name, "a tensor", value)
+        if not is_tensor(value):
+            raise Refusal(op, name, "a tensor", shown(value))
 
 
 def members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
@@ -36,8 +36,8 @@ def members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
     if not isinstance(logits, (list, tuple)) or len(logits) == 0:
         raise Refusal(op, "logits", "a list of M >= 1 tensors", f"a {type(logits).__name__}")
     for m, tensor in enumerate(logits):
-        if not isinstance(tensor, Tensor) or tensor.is_nested:
-            raise wrong(op, f"logits[{m}]", "a tensor", tensor)
+        if not is_tensor(tensor):
+            raise Refusal(op, f"logits[{m}]", "a tensor", shown(tensor))
     if not isinstance(law, Law):
         raise Refusal(op, "law", "a Law", shown(law))
     vocab_size = law.vocab_size or max(min([tensor.shape[-1:].numel() for tensor in logits]), 1)

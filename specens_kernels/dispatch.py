@@ -21,7 +21,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from . import checks, cuda, native, reference, triton
+from . import arguments, checks, cuda, native, reference, triton
 from .call import VerifyCall
 from .eager import is_eager_call
 from .law import LawTensors
@@ -60,8 +60,7 @@ def backend(name: str) -> Iterator[None]:
             NotImplementedError for what it cannot do, such as tensors on another device. Devices
             other than cpu and cuda have the reference alone, whatever is chosen.
     """
-    if name not in BACKENDS:
-        raise Refusal.unknown("backend", "name", name, BACKENDS)
+    arguments.name("backend", "name", name, BACKENDS)
     if name in MODULES:
         _available(name)
     before = _backend.set(name)
@@ -158,12 +157,23 @@ def flattened(arguments: Iterable[Any]) -> list[Any]:
     return flat
 
 
-def _rebuilt(kinds: Iterable[Any], flat: Iterator[Any]) -> list[Any]:
+def _rebuilt(op: str, kinds: Mapping[str, Any], flat: Iterator[Any]) -> list[Any]:
     """The way back: arguments of these types from their fields."""
     return [
-        kind(*_rebuilt(_FIELDS[kind].values(), flat)) if kind in _FIELDS else next(flat)
-        for kind in kinds
+        kind(*_rebuilt(op, _FIELDS[kind], flat))
+        if kind in _FIELDS
+        else _crossed(op, name, kind, next(flat))
+        for name, kind in kinds.items()
     ]
+
+
+def _crossed(op: str, name: str, kind: Any, value: Any) -> Any:
+    """An argument as it came: the dispatcher lets None pass for a tensor."""
+    if value is None and kind is Tensor:
+        raise Refusal(op, name, "a tensor", None)
+    if isinstance(value, list) and any(each is None for each in value):
+        raise Refusal(op, name, "tensors", "None among them")
+    return value
 
 
 def _fake_uniforms(seeds: Tensor, positions: Tensor, stream: int, index: int) -> Tensor:
@@ -218,7 +228,7 @@ def _register(
         return fake(*arguments)
 
     def rebuilding(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *flat: implementation(*_rebuilt(kinds.values(), iter(flat)))
+        return lambda *flat: implementation(*_rebuilt(name, kinds, iter(flat)))
 
     def readable(implementation: Callable[..., Any]) -> Callable[..., Any]:
         """Refuse tensors that cannot be read; fakes never can."""

@@ -96,7 +96,7 @@ DIVERGENCES = {
             "js", _js, lambda target, draft: 0.5 * _times(draft, draft - _middle(target, draft))
         ),
         Divergence("js_fsd", _js_fsd, None),
-        Divergence("tv", _tv, lambda target, draft: 0.5 * draft.exp() * _sign(draft - target)),
+        Divergence("tv", _tv, lambda target, draft: 0.5 * _times(draft, _sign(draft - target))),
     )
 }
 

@@ -17,7 +17,7 @@ from . import arguments
 from .eager import is_eager_call
 from .ensembles import Ensemble
 from .refusal import Refusal, Unsupported, shown
-from .storage import cast, is_readable, viewable
+from .storage import cast, is_readable, is_tensor, viewable
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -252,9 +252,10 @@ def _plausibility(given: object, ensemble: Ensemble) -> float:
 
 
 def _checked_tensor(name: str, value: Tensor) -> Tensor:
-    if value.dtype not in (INTEGERS if name == "top_k" else FLOATS):
+    if not is_tensor(value) or value.dtype not in (INTEGERS if name == "top_k" else FLOATS):
         expected = "integers" if name == "top_k" else "floats"
-        raise _out_of_range(name, f"a number or a tensor of {expected}", value.dtype)
+        got = f"{'a nested' if value.is_nested else 'a'} tensor of {value.dtype}"
+        raise Refusal("law", name, f"a number or a tensor of {expected}", got)
     return value
 
 

@@ -19,6 +19,7 @@ from .acceptance import Acceptance
 from .call import VerifyCall
 from .law import Law
 from .refusal import Refusal, shown
+from .storage import is_tensor
 
 POINT_MASS = reference.PADDING
 # Tensors that `verify` takes or leaves.
@@ -240,7 +241,7 @@ def verify(
     checks.tensors("verify", ("draft_tokens", "uniforms"), (draft_tokens, uniforms))
     optional = (parents, proposers, draft_logits, draft_temperature, lse, draft_lse, memory)
     for name, value in zip(_OPTIONAL, optional, strict=True):
-        if value is not None and not isinstance(value, Tensor):
+        if value is not None and not is_tensor(value):
             raise Refusal("verify", name, "a tensor or None", shown(value))
     chosen = Acceptance.of(acceptance)
     call = VerifyCall(

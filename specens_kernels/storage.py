@@ -6,12 +6,18 @@ between two numbers. Asked of every tensor before its address is taken or its nu
 """
 
 from operator import mul
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from .eager import is_eager_call
 from .refusal import Refusal, shown
+
+
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether it is one with a shape, which a nested tensor has not."""
+    return isinstance(value, Tensor) and not value.is_nested
 
 
 def is_readable(tensor: Tensor) -> bool:

@@ -323,7 +323,7 @@ class Acceptance:
     def parse(text: str) -> "Acceptance":
         """A rule as it is written on a command line: "js" or "js:threshold=0.3,top_k=50"."""
         if not isinstance(text, str):
-            raise Refusal("acceptance", "name", "a rule's text", shown(text))
+            raise Refusal("acceptance", "text", "a string", shown(text))
         name, _, rest = text.partition(":")
         parameters: dict[str, float | str] = {}
         for part in rest.split(",") if rest else []:

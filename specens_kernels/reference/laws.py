@@ -230,8 +230,9 @@ def _obeyed(values: Sequence[Tensor], weights: Tensor, ensemble: Ensemble) -> Te
         got = tuple(combined.shape) if isinstance(combined, Tensor) else type(combined).__name__
         expected = f"{tuple(values[0].shape)} of laws {tuple(laws.shape)}"
         raise Refusal(ensemble.name, "fold", expected, got)
-    if combined.is_complex() or combined.device != laws.device:
-        here = f"{combined.dtype} on {combined.device}"
+    plain = combined.layout == laws.layout and not (combined.is_complex() or combined.is_quantized)
+    if not plain or combined.device != laws.device:
+        here = f"{combined.layout} {combined.dtype} on {combined.device}"
         raise Refusal(ensemble.name, "fold", f"real numbers on {laws.device}", here)
     combined = combined.double()
     if not is_law:
@@ -333,4 +334,5 @@ def first_argmax(values: Tensor) -> Tensor:
     """
     ids = torch.arange(values.shape[-1], device=values.device)
     tied = values >= values.amax(-1, keepdim=True) - TIE
-    return torch.where(tied, ids, values.shape[-1]).amin(-1)
+    # NaN, which weights that are no weights make, ties with nothing: then it is the last.
+    return torch.where(tied, ids, values.shape[-1] - 1).amin(-1)

@@ -63,7 +63,7 @@ def tensors(law: Law) -> tuple[Tensor | None, ...]:
             r"plausibility: expected a number in \[0, 1\], got 1\.5",
         ),
         ({"plausibility": 0.1}, r"plausibility: expected 0 for 'mixture', got 0\.1"),
-        ({"vocab_size": 0}, "vocab_size: expected a count >= 1, got 0"),
+        ({"vocab_size": 0}, r"vocab_size: expected a count in \[1, 2\^31\), got 0"),
     ],
 )
 def test_a_wrong_number_is_refused_at_once(arguments: dict[str, Any], message: str) -> None:
