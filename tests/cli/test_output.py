@@ -3,6 +3,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,13 @@ def test_deep_json_is_one_line(arguments: tuple[str, ...], words: str, tmp_path:
     file.write_text('{"prompt": ' + DEEP)
     given = [str(file) if each == "FILE" else each for each in arguments]
     assert words in complaint(run(*given))
+
+
+def test_deep_json_of_a_head_is_one_line(tmp_path: Path) -> None:
+    shutil.copytree(family.head_path(), tmp_path / "head")
+    (tmp_path / "head" / "weight_head.json").write_text(DEEP)
+    line = complaint(run("generate", "x", "--method", "diversed", "--head", tmp_path / "head"))
+    assert "--head: weight_head.json: expected a JSON file" in line
 
 
 HOSTILE: dict[str, Any] = {

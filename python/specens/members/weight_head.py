@@ -235,7 +235,7 @@ def _read_upstream(cls: type[WeightHead], folder: Path) -> WeightHead:
 def _read_facts(file: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal("head", file.name, "a JSON file", error) from error
     if not isinstance(facts, dict):
         raise Refusal("head", file.name, "an object", type(facts).__name__)
