@@ -184,7 +184,7 @@ def raw(seed: int) -> tuple[Any, list[Any], dict[str, str]]:
         else:
             rule = Acceptance.of(one.options.pop("acceptance"))
             options = {
-                key: value if value is None else checks.nodes(value)
+                key: value if value is None else checks.nodes(key, value)
                 for key, value in one.options.items()
                 if key == "proposers"
             }
