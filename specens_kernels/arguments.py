@@ -40,7 +40,8 @@ def numbers(value: object) -> tuple[float, ...]:
 
 def count(value: object) -> int:
     """An integer, NumPy's too; -1 for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    # Python's own first: to ask for an `Integral` takes ten times as long.
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         return -1
     return int(value)
 

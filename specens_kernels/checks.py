@@ -21,7 +21,7 @@ from .law import FLOATS, INTEGERS, SCOPES, Law, LawTensors
 from .refusal import Refusal, shown
 from .storage import cast, is_tensor, viewable, wrong
 
-_FILTERS = LawTensors._fields[2:5]
+_FILTERS = range(2, 5)  # their places in `LawTensors`
 
 
 def tensors(op: str, names: Sequence[str], values: Sequence[object]) -> None:
@@ -36,12 +36,14 @@ def members(op: str, logits: Any, law: Law) -> tuple[list[Tensor], LawTensors]:
     if not isinstance(logits, (list, tuple)) or len(logits) == 0:
         raise Refusal(op, "logits", "a list of M >= 1 tensors", f"a {type(logits).__name__}")
     for m, tensor in enumerate(logits):
-        if not is_tensor(tensor):
+        if not isinstance(tensor, Tensor) or tensor.is_nested:
             raise Refusal(op, f"logits[{m}]", "a tensor", shown(tensor))
     if not isinstance(law, Law):
         raise Refusal(op, "law", "a Law", shown(law))
-    vocab_size = law.vocab_size or max(min([tensor.shape[-1:].numel() for tensor in logits]), 1)
-    return list(logits), law.tensors(op, logits[0].device, vocab_size)
+    vocab_size = law.vocab_size
+    if vocab_size is None:
+        vocab_size = max(min([tensor.shape[-1] if tensor.dim() else 1 for tensor in logits]), 1)
+    return [*logits], law.tensors(op, logits[0].device, vocab_size)
 
 
 def nodes(name: str, value: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ def _check_rows(op: str, logits: Sequence[Tensor], vocab_size: int) -> None:
 def _check_law(
     op: str, law: LawTensors, batch: int, rows: int, count: int, device: torch.device
 ) -> None:
-    if law.flat is None:
+    if not law.made:
         _check_law_kinds(op, law, device)
     shape = law.weights.shape
     if (
@@ -183,13 +185,14 @@ def _check_law(
     if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] not in (1, most):
         expected = f"(), (B={batch},) or (B or 1, {most})"
         raise Refusal(op, "temperature", expected, tuple(shape))
-    for name, value in zip(_FILTERS, law[2:5], strict=True):
+    for place in _FILTERS:
+        value: Any = law[place]
         if value is not None and (value.dim() != 1 or value.shape[0] not in (1, batch)):
-            raise Refusal(op, name, f"(B={batch},)", tuple(value.shape))
+            raise Refusal(op, LawTensors._fields[place], f"(B={batch},)", tuple(value.shape))
 
 
 def _check_law_kinds(op: str, law: LawTensors, device: torch.device) -> None:
-    """What a law made of numbers alone is for certain."""
+    """What a `Law` sees to when it makes them."""
     for name, value in zip(LawTensors._fields[:5], law[:5], strict=True):
         dtype = torch.int32 if name == "top_k" else torch.float32
         if value is not None and (value.dtype != dtype or value.device != device):
@@ -207,6 +210,8 @@ def _check_rule(name: str, parameters: Sequence[float]) -> AcceptanceRule:
     rule = ACCEPTANCE_RULES.get(name)
     if rule is None:
         raise Refusal.unknown("verify", "acceptance", name, sorted(ACCEPTANCE_RULES))
+    if not parameters and not rule.parameters:
+        return rule
     if len(parameters) != len(rule.parameters):
         expected = f"{len(rule.parameters)} numbers for acceptance {name!r}"
         raise Refusal("verify", "parameters", expected, shown(list(parameters)))

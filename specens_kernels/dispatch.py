@@ -131,7 +131,11 @@ _TYPES = {
 }
 # What crosses the dispatcher as its fields, and their types.
 _FIELDS: dict[Any, dict[str, Any]] = {
-    LawTensors: {name: kind for name, kind in get_type_hints(LawTensors).items() if name != "flat"},
+    LawTensors: {
+        name: kind
+        for name, kind in get_type_hints(LawTensors).items()
+        if name not in ("flat", "made")
+    },
     VerifyCall: get_type_hints(VerifyCall),
 }
 
@@ -230,13 +234,16 @@ def _register(
     def rebuilding(implementation: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *flat: implementation(*_rebuilt(name, kinds, iter(flat)))
 
+    def check_memory(arguments: Iterable[Any], tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if not is_readable(tensor):
+                raise _unreadable(name, kinds, arguments)
+
     def readable(implementation: Callable[..., Any]) -> Callable[..., Any]:
         """Refuse tensors that cannot be read; fakes never can."""
 
         def run(*arguments: Any) -> Any:
-            for tensor in _tensors(arguments):
-                if not is_readable(tensor):
-                    raise _unreadable(name, kinds, arguments)
+            check_memory(arguments, _tensors(arguments))
             return implementation(*arguments)
 
         return run
@@ -253,13 +260,12 @@ def _register(
 
     def call(*arguments: Any) -> Any:
         tensors = _tensors(arguments)
+        run = runs.get(tensors[0].device.type)
         # The dispatcher would only call one of our functions, at twice a small call's cost.
-        if tensors[0].device.type in runs and is_eager_call(tensors):
-            for tensor in tensors:
-                if not is_readable(tensor):
-                    raise _unreadable(name, kinds, arguments)
-            return runs[tensors[0].device.type](*arguments)
-        return op(*flattened(arguments))
+        if run is None or not is_eager_call(tensors):
+            return op(*flattened(arguments))
+        check_memory(arguments, tensors)
+        return run(*arguments)
 
     return call
 
@@ -295,15 +301,16 @@ def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
     """All of them, but a law's own."""
     tensors: list[Tensor] = []
     for argument in arguments:
-        if argument is None:
+        kind = type(argument)
+        if argument is None or kind is str:
             continue
-        if isinstance(argument, Tensor):
+        if kind is Tensor or isinstance(argument, Tensor):
             tensors.append(argument)
-        elif isinstance(argument, list):  # of tensors, or of a rule's parameters
+        elif kind is list:  # of tensors, or of a rule's parameters
             tensors += argument if argument and isinstance(argument[0], Tensor) else []
-        elif isinstance(argument, VerifyCall):
+        elif kind is VerifyCall:
             tensors += _tensors(argument)
-        elif isinstance(argument, LawTensors) and argument.flat is None:
+        elif kind is LawTensors and argument.flat is None:
             tensors += _tensors(argument[:5])
     return tensors
 

@@ -51,6 +51,7 @@ class LawTensors(NamedTuple):
     space, fold: the ensemble's space, and the key of a fold of its own; "" is the weighted sum.
     flat: the rest as flat.py lists it, once it has; None where a tensor is the caller's, which may
         change.
+    made: whether a `Law` has seen to dtypes, devices and names.
     """
 
     weights: Tensor
@@ -64,11 +65,12 @@ class LawTensors(NamedTuple):
     plausibility: float
     vocab_size: int
     flat: list[Any] | None = None
+    made: bool = False
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The rest, in the order of the ops' schemas."""
-        return self[:-1]
+        return self[:-2]
 
     @property
     def averages_members(self) -> bool:
@@ -179,12 +181,13 @@ class Law:
             Refusal: a tensor is not on `device`; the message names `op`.
         """
         known = self._template(device, vocab_size)
-        if not self.__dict__["_given"]:
+        given = self.__dict__["_given"]
+        if not given:
             return known
-        values: list[Any] = list(known)
-        for place, name in self.__dict__["_given"]:
-            values[place] = _as_kernels_read(op, name, getattr(self, name), device)
-        return LawTensors(*values)
+        values: list[Any] = [*known]
+        for place, name in given:
+            values[place] = _as_kernels_read(op, name, values[place], device)
+        return LawTensors._make(values)
 
     def _template(self, device: torch.device, vocab_size: int) -> LawTensors:
         """All but the fields that are the caller's tensors, in whose places these are."""
@@ -205,6 +208,7 @@ class Law:
             plausibility=self.plausibility,
             vocab_size=vocab_size,
             flat=None if self.__dict__["_given"] else [],
+            made=True,
         )
         if is_eager_call([tensor for tensor in numbers.values() if tensor is not None]):
             templates[device, vocab_size] = known
@@ -234,12 +238,15 @@ def _as_kernels_read(op: str, name: str, value: Tensor, device: torch.device) ->
     """A field that is a tensor, in the shape and dtype of `LawTensors`."""
     if value.device != device:
         raise Refusal(op, name, f"a tensor on {device}", f"one on {value.device}")
-    if value.dtype == torch.int64 and is_readable(value):
-        value = value.clamp(0, 2**31 - 1)  # a count that int32 does not hold is still a count
-    value = viewable(op, name, cast(op, name, value, _DTYPES[name]))
+    if value.dtype != _DTYPES[name]:
+        if value.dtype == torch.int64 and is_readable(value):
+            value = value.clamp(0, 2**31 - 1)  # a count that int32 does not hold is still a count
+        value = cast(op, name, value, _DTYPES[name])
+    if name == "weights":
+        return value
     if name == "temperature":
-        return value if value.dim() > 1 else value.reshape(-1, 1)
-    return value.reshape(1) if value.dim() == 0 and name != "weights" else value
+        return value if value.dim() > 1 else viewable(op, name, value).reshape(-1, 1)
+    return value if value.dim() > 0 else viewable(op, name, value).reshape(1)
 
 
 def _plausibility(given: object, ensemble: Ensemble) -> float:

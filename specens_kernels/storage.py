@@ -27,16 +27,14 @@ def is_readable(tensor: Tensor) -> bool:
     size = tensor.itemsize
     try:
         held = tensor.untyped_storage().nbytes()
-        misaligned = tensor.data_ptr() % size != 0
+        misaligned = tensor.data_ptr() % size
     except (NotImplementedError, RuntimeError):  # sparse, or of another layout without strides
         return False
-    reach = tensor.numel()  # from the first element on
-    if reach > 0 and not tensor.is_contiguous():
+    count = reach = tensor.numel()
+    if count > 0 and not tensor.is_contiguous():
         strides = tensor.stride()
-        reach = 1 + sum(map(mul, tensor.shape, strides)) - sum(strides)
-    if reach == 0:
-        return True
-    return not misaligned and (tensor.storage_offset() + reach) * size <= held
+        reach = 1 + sum(map(mul, tensor.shape, strides)) - sum(strides)  # to the last element
+    return count == 0 or (not misaligned and (tensor.storage_offset() + reach) * size <= held)
 
 
 def viewable(op: str, argument: str, tensor: Tensor) -> Tensor:
