@@ -119,7 +119,7 @@ def divergence(target_logits: Tensor, draft_logits: Tensor, kind: str = "kl") ->
         raise Refusal("divergence", "target_logits", "no gradient", "requires_grad")
     wants_gradient = draft_logits.requires_grad and torch.is_grad_enabled()
     if wants_gradient and DIVERGENCES[kind].weighted_slope is None:
-        raise Refusal("divergence", "kind", "one with a gradient", repr(kind))
+        raise Refusal("divergence", "kind", "one with a gradient", shown(kind))
     shape, width = draft_logits.shape[:-1], draft_logits.shape[-1]
     rows: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
         target_logits.reshape(-1, width), draft_logits.reshape(-1, width), kind
