@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from . import arguments
 from .law import FLOATS
-from .refusal import Refusal
+from .refusal import Refusal, shown
 from .storage import viewable, wrong
 
 # Rows x vocabulary of one chunk, in numbers: some 16 MiB in float32 for each intermediate.
@@ -132,7 +132,7 @@ def divergence(target_logits: Tensor, draft_logits: Tensor, kind: str = "kl") ->
         raise Refusal("divergence", "target_logits", "no gradient", "requires_grad")
     wants_gradient = draft_logits.requires_grad and torch.is_grad_enabled()
     if wants_gradient and DIVERGENCES[kind].weighted_slope is None:
-        raise Refusal("divergence", "kind", "one with a gradient", repr(kind))
+        raise Refusal("divergence", "kind", "one with a gradient", shown(kind))
     shape, width = draft_logits.shape[:-1], draft_logits.shape[-1]
     rows: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
         target_logits.reshape(-1, width), draft_logits.reshape(-1, width), kind

@@ -11,17 +11,25 @@ from typing import TypeVar
 
 _R = TypeVar("_R", bound="Refusal")
 _LONGEST = 60
+# Words about a value may be longer than the value.
+_MOST = 500
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: in one short line, or else its type."""
+    """A value as a message shows it: in one short line, text with its end cut, or else its type."""
+    if isinstance(value, str):
+        return repr(_cut(value, _LONGEST))
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        return f"a {type(value).__name__}"
-    if isinstance(value, str) or (len(text) <= _LONGEST and "\n" not in text):
+    except ValueError:  # an integer of more digits than Python prints
+        text = ""
+    if text and len(text) <= _LONGEST and "\n" not in text:
         return text
     return f"a {type(value).__name__}"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 class Refusal(ValueError):
@@ -35,11 +43,15 @@ class Refusal(ValueError):
 
     def __init__(self, op: str, argument: str, expected: str, got: object) -> None:
         # All four are `args`, so that a refusal can be pickled.
-        super().__init__(op, argument, expected, str(got))
+        try:
+            text = _cut(str(got), _MOST)
+        except ValueError:  # as in `shown`
+            text = shown(got)
+        super().__init__(op, argument, expected, text)
         self.op = op
         self.argument = argument
         self.expected = expected
-        self.got = str(got)
+        self.got = text
 
     def __str__(self) -> str:
         return f"{self.op}: {self.argument}: expected {self.expected}, got {self.got}"

@@ -15,6 +15,7 @@ from specens.loop.named import integers, is_number
 from specens.members.facts import check_causal_lm
 from specens.members.weight_head import WeightHead
 from specens_kernels import Acceptance, Refusal
+from specens_kernels.refusal import shown
 
 # Row b has seed + b in 64 bits.
 _SEEDS = range(-(2**63), 2**63)
@@ -23,7 +24,7 @@ _SEEDS = range(-(2**63), 2**63)
 def models_of(argument: str, given: Any) -> list[Any]:
     """Causal LMs, of a list of them."""
     if isinstance(given, torch.nn.Module | str) or not isinstance(given, Sequence):
-        got = repr(given) if isinstance(given, str) else type(given).__name__
+        got = shown(given) if isinstance(given, str) else type(given).__name__
         raise Refusal("decoder", argument, "a list of models", got)
     if not given:
         raise Refusal("decoder", argument, "at least one model", "none")
@@ -50,7 +51,7 @@ def weights_of(given: Any, size: int) -> tuple[float, ...]:
     numbers = [_float(each) for each in listed] if isinstance(listed, Sequence) else []
     if not numbers or None in numbers:
         expected = f"{size} numbers, one per member, or a WeightHead"
-        raise Refusal("decoder", "weights", expected, repr(given))
+        raise Refusal("decoder", "weights", expected, shown(given))
     if len(numbers) != size:
         raise Refusal("decoder", "weights", f"{size} numbers, one per member", len(numbers))
     return tuple(number for number in numbers if number is not None)
@@ -60,7 +61,7 @@ def number_of(argument: str, given: Any) -> float:
     """A number, whose range is another's to check."""
     number = _float(given)
     if number is None:
-        raise Refusal("decoder", argument, "a number", repr(given))
+        raise Refusal("decoder", argument, "a number", shown(given))
     return number
 
 
@@ -83,7 +84,7 @@ def _untensored(given: Any) -> Any:
 def word_of(argument: str, given: Any, *known: str) -> str:
     """One of some words."""
     if not isinstance(given, str) or given not in known:
-        raise Refusal("decoder", argument, " or ".join(map(repr, known)), repr(given))
+        raise Refusal("decoder", argument, " or ".join(map(repr, known)), shown(given))
     return given
 
 
@@ -92,7 +93,7 @@ def tokenizers_of(given: Any) -> list[Any] | None:
     if given is None:
         return None
     if isinstance(given, str) or not isinstance(given, Sequence):
-        got = repr(given) if isinstance(given, str) else type(given).__name__
+        got = shown(given) if isinstance(given, str) else type(given).__name__
         raise Refusal("decoder", "tokenizers", "a list, one per model", got)
     for i, each in enumerate(given):
         check_tokenizer("decoder", f"tokenizers[{i}]", each)
@@ -102,7 +103,7 @@ def tokenizers_of(given: Any) -> list[Any] | None:
 def check_tokenizer(op: str, argument: str, given: Any) -> None:
     """Refuse what is no tokenizer."""
     if isinstance(given, type) or not callable(getattr(given, "get_vocab", None)):
-        got = repr(given) if isinstance(given, str) else type(given).__name__
+        got = shown(given) if isinstance(given, str) else type(given).__name__
         raise Refusal(op, argument, "a tokenizer of transformers", got)
 
 
@@ -111,7 +112,7 @@ def acceptances_of(given: Any, levels: int) -> list[Acceptance]:
     if isinstance(given, str | Acceptance):
         return [Acceptance()] * (levels - 1) + [Acceptance.of(given)]
     if not isinstance(given, list | tuple):
-        raise Refusal("decoder", "acceptance", "a rule or a list of them", repr(given))
+        raise Refusal("decoder", "acceptance", "a rule or a list of them", shown(given))
     if len(given) != levels:
         raise Refusal("decoder", "acceptance", f"one rule or a list of {levels}", len(given))
     acceptances = [Acceptance.of(each) for each in given]
@@ -128,7 +129,7 @@ def seed_of(op: str, given: Any) -> int | list[int] | None:
     value = _untensored(given)
     seeds = integers(value)
     if seeds is None:
-        raise Refusal(op, "seed", "an integer or a list of them, one a row", repr(given))
+        raise Refusal(op, "seed", "an integer or a list of them, one a row", shown(given))
     for seed in seeds:
         if seed not in _SEEDS:
             raise Refusal(op, "seed", "integers in [-2^63, 2^63), 64 bits", seed)
@@ -143,5 +144,5 @@ def strings_of(given: Any) -> list[str]:
     listed: list[Any] = list(strings) if isinstance(strings, Iterable) else [None]
     if not all(isinstance(each, str) and each for each in listed):
         expected = "a string or a list of them, none of them empty"
-        raise Refusal("generate", "stop_strings", expected, repr(given))
+        raise Refusal("generate", "stop_strings", expected, shown(given))
     return listed

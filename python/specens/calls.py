@@ -22,7 +22,7 @@ from specens.loop.statistics import Statistics
 from specens.members.cache import is_filled
 from specens.members.facts import model_name, rope_switches, unwrapped
 from specens.members.probe import ignores
-from specens_kernels.refusal import Refusal
+from specens_kernels.refusal import Refusal, shown
 
 # Of a forward: what the prompts are is checked apart, the rest is for the members to say.
 _OWN = frozenset(
@@ -62,6 +62,7 @@ def prompt_lengths(
             "generate", "model", "one of the decoder's members", f"another {type(model).__name__}"
         )
     fields.check(lambda name, default: getattr(generation_config, name, default))
+    _check_ids_type("input_ids", input_ids)
     _check_arguments(members, input_ids, model_kwargs)
     if streamer is not None and len(input_ids) != 1:
         raise Refusal("generate", "streamer", "batch size 1", len(input_ids))
@@ -91,7 +92,7 @@ def _row_lengths(input_ids: Tensor, mask: Any) -> list[int]:
 
 def _check_mask(mask: Any, input_ids: Tensor) -> None:
     """Refuse what is not of the prompts' shape; transformers drops a mask of ones, whatever its."""
-    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+    if not _is_dense(mask) or mask.shape != input_ids.shape:
         expected = f"a tensor (B={len(input_ids)}, S={input_ids.shape[1]})"
         raise Refusal("generate", "attention_mask", expected, _described(mask))
 
@@ -114,11 +115,10 @@ def check_types(inputs: Any, streamer: Any, options: Mapping[str, Any]) -> None:
     """
     ids = inputs if inputs is not None else options.get("input_ids")
     for name, given in (("inputs", inputs), ("input_ids", options.get("input_ids"))):
-        if given is not None and not _is_ids(given):
-            expected = "a tensor (B, S) of integers"
-            if isinstance(given, Mapping):
-                expected += " (what a tokenizer returns goes in as **inputs)"
-            raise Refusal("generate", name, expected, _described(given))
+        if given is not None:
+            _check_ids_type(name, given)
+    if inputs is not None and options.get("input_ids") is not None:
+        raise Refusal("generate", "inputs", "None with input_ids", _described(inputs))
     mask = options.get("attention_mask")
     if mask is not None and ids is not None:
         _check_mask(mask, ids)
@@ -134,18 +134,30 @@ def check_types(inputs: Any, streamer: Any, options: Mapping[str, Any]) -> None:
         raise Refusal("generate", "generation_config", "a GenerationConfig", _described(config))
 
 
-def _is_ids(given: Any) -> bool:
-    """Whether it is (B, S) integers."""
-    if not isinstance(given, Tensor) or given.dim() != 2:
-        return False
-    return not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
+def _check_ids_type(name: str, given: Any) -> None:
+    """Refuse what no embedding takes."""
+    if not _is_dense(given) or given.dim() != 2 or given.dtype not in (torch.int64, torch.int32):
+        expected = "a tensor (B, S) of int64 or int32"
+        if isinstance(given, Mapping):
+            expected += " (what a tokenizer returns goes in as **inputs)"
+        raise Refusal("generate", name, expected, _described(given))
+
+
+def _is_dense(given: Any) -> bool:
+    """Whether it is a tensor with a value at each place."""
+    return isinstance(given, Tensor) and given.layout == torch.strided and not given.is_meta
 
 
 def _described(given: Any) -> str:
     """A value of a wrong type, in a word or two."""
     if isinstance(given, Tensor):
-        return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')}"
-    return repr(given) if isinstance(given, str | int | float) else type(given).__name__
+        words = [str(tuple(given.shape)), str(given.dtype).removeprefix("torch.")]
+        if given.layout != torch.strided:
+            words.append(str(given.layout).removeprefix("torch."))
+        if given.is_meta:
+            words.append("on device 'meta'")
+        return " ".join(words)
+    return shown(given) if isinstance(given, str | int | float) else type(given).__name__
 
 
 def check_rope(members: Sequence[Any], lengths: Sequence[int], width: int, max_length: int) -> None:

@@ -56,6 +56,7 @@ from specens.members.vocabulary import shared_vocabulary
 from specens.members.weight_head import WeightHead, hidden_size
 from specens.schedules import SCHEDULES, Component, read_schedule
 from specens_kernels import Acceptance, Ensemble, Law, Refusal, Status
+from specens_kernels.refusal import shown
 
 __all__ = ["SpeculativeDecoder", "SpeculativeOutput"]
 
@@ -159,7 +160,7 @@ class SpeculativeDecoder:
         law = self._law(Warp())  # checks weights, ensemble, scope and plausibility
         unbound = read_schedule(schedule) if isinstance(schedule, str) else schedule
         if not isinstance(unbound, Schedule):
-            raise Refusal("decoder", "schedule", "a Schedule or its text", repr(schedule))
+            raise Refusal("decoder", "schedule", "a Schedule or its text", shown(schedule))
         self._check_schedule(unbound, drafts, law)
         levels = len(drafts) if unbound.verifies_drafts else 1
         self.acceptances = acceptances_of(acceptance, levels)
@@ -238,6 +239,9 @@ class SpeculativeDecoder:
         Returns:
             (B, S) int64 sequences, or a `SpeculativeOutput` with return_dict_in_generate=True.
         """
+        if kwargs.pop("custom_generate", None) is not None:
+            expected = "None, since the decoder is the loop"
+            raise Refusal("generate", "custom_generate", expected, "one")
         check_types(inputs, streamer, kwargs)
         if kwargs.get("assistant_model") is not None:  # transformers would drop it silently
             raise Refusal(

@@ -9,11 +9,14 @@ through it. To add a method, add an entry to `METHODS`. Reading the table needs 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from specens import family
 from specens_kernels import ACCEPTANCE_RULES, Refusal
+from specens_kernels.arguments import number
+from specens_kernels.refusal import shown
 
 if TYPE_CHECKING:
     from specens.decoder import SpeculativeDecoder
@@ -412,9 +415,9 @@ def check_counts(method: Method, num_models: int, num_drafts: int) -> None:
 
 
 def build(
-    method: Method,
+    method: "Method | str",
     models: Sequence[Any],
-    drafts: Sequence[Any] = (),
+    drafts: Sequence[Any] | None = (),
     tokenizers: Sequence[Any] | None = None,
     *,
     draft_weight: float = 0.3,
@@ -424,9 +427,9 @@ def build(
     """The decoder of a method.
 
     Args:
-        method: what to build.
+        method: what to build, or its name in `METHODS`.
         models: the ensemble's, or the one target.
-        drafts: the smallest first.
+        drafts: the smallest first. None is none.
         tokenizers: of the models, then of the drafts.
         draft_weight: "static", "lookahead": the draft's share of the mixture, [0, 1].
         head: "diversed": the trained head, or its folder; None is the family's own.
@@ -434,11 +437,26 @@ def build(
     Raises:
         ValueError: the models do not fit the method, or an argument is out of range.
     """
+    from specens.arguments import tokenizers_of
     from specens.decoder import SpeculativeDecoder
     from specens.members.weight_head import WeightHead
     from specens_kernels import Acceptance
 
+    method = method_named(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise Refusal("method", "method", "a Method or its name", shown(method))
+    drafts = () if drafts is None else drafts
+    _check_models("models", models)
+    _check_models("drafts", drafts)
     check_counts(method, len(models), len(drafts))
+    tokenizers = tokenizers_of(tokenizers)
+    if tokenizers is not None and len(tokenizers) != len(models) + len(drafts):
+        expected = f"{len(models) + len(drafts)}, one per model"
+        raise Refusal("method", "tokenizers", expected, len(tokenizers))
+    if not 0.0 <= number(draft_weight) <= 1.0:
+        raise Refusal("method", "draft_weight", "a number in [0, 1]", shown(draft_weight))
+    if not isinstance(head, WeightHead | str | PathLike | None):
+        raise Refusal("method", "head", "a WeightHead, its folder or None", shown(head))
     if method.prepare is not None:
         drafts = method.prepare(models, drafts)
         if tokenizers is not None:  # those made of the target come last
@@ -465,13 +483,24 @@ def build(
                     "method",
                     "ensemble",
                     f"{weights.ensemble!r}, which the head is for",
-                    repr(overrides["ensemble"]),
+                    shown(overrides["ensemble"]),
                 )
             options["ensemble"] = weights.ensemble
         models, drafts = [*drafts, *models], []
         tokenizers = None if tokenizers is None else [tokenizers[-1], *tokenizers[:-1]]
     options["draft"] = list(drafts) or None
     return SpeculativeDecoder(models, tokenizers=tokenizers, **options)
+
+
+def _check_models(argument: str, given: Any) -> None:
+    """Refuse what is no list of causal LMs; an empty one is for `check_counts`."""
+    from specens.members.facts import check_causal_lm
+
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        got = shown(given) if isinstance(given, str) else type(given).__name__
+        raise Refusal("method", argument, "a list of models", got)
+    for i, model in enumerate(given):
+        check_causal_lm(model, "method", f"{argument}[{i}]")
 
 
 def _weights(
@@ -483,6 +512,4 @@ def _weights(
         if isinstance(head, WeightHead):
             return head
         return WeightHead.load(family.head_path() if head is None else head)
-    if not 0.0 <= draft_weight <= 1.0:
-        raise Refusal("method", "draft_weight", "a number in [0, 1]", draft_weight)
     return (draft_weight, 1 - draft_weight)

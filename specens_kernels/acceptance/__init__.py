@@ -329,7 +329,7 @@ class Acceptance:
         for part in rest.split(",") if rest else []:
             key, equals, value = part.partition("=")
             if not equals or key.strip() in parameters:
-                raise Refusal("acceptance", name, "name=number, each name once", repr(part))
+                raise Refusal("acceptance", name, "name=number, each name once", shown(part))
             try:
                 parameters[key.strip()] = float(value)
             except ValueError:

@@ -18,6 +18,7 @@ from specens import SpeculativeDecoder, family
 from specens.members.weight_head import WeightHead, last_hidden
 from specens.methods import METHODS, Method, build, method_named
 from specens.schedules import Speculative
+from specens_kernels import Refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,3 +201,43 @@ def test_weights_of_a_head_give_its_law_at_every_position(ensemble: str, gamma: 
     assert min(found(bonus="last").values()) < WRONG
     mean = 0.5 + float(torch.tensor(0.3)) / 10
     assert min(found(weights=(mean, 1 - mean)).values()) < WRONG
+
+
+def test_wrong_types_are_refused_before_anything_is_built() -> None:
+    target, draft = toy(0, VOCAB_SIZE), toy(1, VOCAB_SIZE)
+    a_list = "expected a list of models, got"
+    faults = [
+        (("speculative", [target], None), {}, "drafts: expected 1 for 'speculative', got 0"),
+        (("speculative", target, [draft]), {}, f"models: {a_list} LlamaForCausalLM"),
+        (("speculative", [target], draft), {}, f"drafts: {a_list} LlamaForCausalLM"),
+        (("speculative", "gpt2", [draft]), {}, f"models: {a_list} 'gpt2'"),
+        (("speculative", None, [draft]), {}, f"models: {a_list} NoneType"),
+        (("layer_skip", [3], []), {}, r"models\[0\]: expected a causal LM, got int"),
+        (("speculativ", [target], [draft]), {}, "method: expected one of plain, .*, got 'specul"),
+        ((3, [target], [draft]), {}, "method: expected a Method or its name, got 3"),
+        ((None, [target], [draft]), {}, "method: expected a Method or its name, got None"),
+        (("layer_skip", [target], [], []), {}, "tokenizers: expected 1, one per model, got 0"),
+        *(
+            (
+                ("static", [target], [draft]),
+                {"draft_weight": wrong},
+                r"draft_weight: expected a number in \[0, 1\], got ",
+            )
+            for wrong in ("x", None, True, [0.5], float("nan"), 1.5)
+        ),
+        *(
+            (("diversed", [target], [draft]), {"head": wrong}, "head: expected a WeightHead, its ")
+            for wrong in (3, ["a"])
+        ),
+    ]
+    for arguments, options, message in faults:
+        with pytest.raises(Refusal, match=f"^method: {message}"):
+            build(*arguments, **options)
+
+
+def test_a_method_may_be_its_name() -> None:
+    models = [toy(0, VOCAB_SIZE)], [toy(1, VOCAB_SIZE)]
+    settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 6, "do_sample": False}
+    expected = build(METHODS["speculative"], *models).generate(**settings)
+    assert torch.equal(build("speculative", *models).generate(**settings), expected)
+    assert build("lookup", models[0], None).generate(**settings).shape == expected.shape

@@ -221,3 +221,54 @@ def test_component_cannot_be_greedy(models):
         match=r"^generate: do_sample: expected True for schedule 'component', got False$",
     ):
         fast.generate(**prompts((3,), VOCAB_SIZE), max_new_tokens=3, do_sample=False)
+
+
+SCORES = r"logits_processor: expected scores \(1, 24\) for the one row asked about, got "
+ANSWER = "stopping_criteria: expected one answer for the one row asked about, got "
+TWO = r"expected functions of \(input_ids, scores\), got "
+
+
+@pytest.mark.parametrize(
+    ("argument", "function", "message"),
+    [
+        ("logits_processor", lambda ids, scores: None, f"{SCORES}None from <lambda>"),
+        ("logits_processor", lambda ids, scores: scores.numpy(), f"{SCORES}.* from <lambda>"),
+        ("logits_processor", lambda ids, scores: scores[0], rf"{SCORES}\(24,\) from <lambda>"),
+        ("logits_processor", lambda ids, scores: scores[:, 1:], rf"{SCORES}\(1, 23\) from <lamb"),
+        ("logits_processor", lambda ids: ids, rf"logits_processor: {TWO}<lambda>\(ids\)"),
+        ("logits_processor", lambda: 0, rf"logits_processor: {TWO}<lambda>\(\)"),
+        ("stopping_criteria", lambda ids, scores: "x", f"{ANSWER}'x' from <lambda>"),
+        ("stopping_criteria", lambda ids, scores: None, f"{ANSWER}None from <lambda>"),
+        ("stopping_criteria", lambda ids, scores: 0.5, f"{ANSWER}0.5 from <lambda>"),
+        ("stopping_criteria", lambda ids, scores: [True] * 2, f"{ANSWER}2 from <lambda>"),
+        ("stopping_criteria", lambda ids: False, rf"stopping_criteria: {TWO}<lambda>\(ids\)"),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["plain", "alternating"])
+def test_what_a_function_may_not_return_is_refused(argument, function, message, schedule, models):
+    fast = decoder(models, 2, schedule)
+    with pytest.raises(ValueError, match=f"^generate: {message}"):
+        fast.generate(**prompts((3,), VOCAB_SIZE), max_new_tokens=3, **{argument: [function]})
+
+
+@pytest.mark.parametrize("argument", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, AttributeError])
+def test_what_a_function_raises_is_its_own(argument, error, models):
+    def fails(ids, scores):
+        raise error("its own")
+
+    with pytest.raises(error, match=r"^its own$"):
+        decoder(models, 2, "plain").generate(
+            **prompts((3,), VOCAB_SIZE), max_new_tokens=3, **{argument: [fails]}
+        )
+
+
+def test_ids_that_no_embedding_takes_are_refused_in_a_call_of_the_models_generate(models):
+    fast = decoder(models, 1, "lookup")
+    for dtype in (torch.uint8, torch.int16):
+        with pytest.raises(
+            ValueError, match=r"^generate: input_ids: expected a tensor \(B, S\) of int64 or int32"
+        ):
+            models[0].generate(
+                torch.ones(1, 3, dtype=dtype), max_new_tokens=3, custom_generate=fast
+            )

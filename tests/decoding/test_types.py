@@ -6,6 +6,7 @@ test_refusals.py.
 """
 
 from collections import UserList
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 import torch
 from decoders import VOCAB_SIZE, decoder, same
 from toys import prompts, toy
-from transformers import AutoModelForCausalLM, BatchEncoding
+from transformers import AutoModelForCausalLM, BatchEncoding, GenerationConfig
 
 from specens import SpeculativeDecoder
+from specens.loop.generation_config import FIELDS, check
 from specens.schedules import Speculative
 from specens_kernels import Acceptance, Refusal
 
@@ -157,14 +159,35 @@ def test_a_model_that_was_changed_after_its_decoder_was_made_is_refused() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input_ids": [[1, 2]]}, "input_ids: expected a tensor .* of integers, got list"),
+        ({"input_ids": [[1, 2]]}, "input_ids: expected a tensor .* of int64 or int32, got list"),
         ({"input_ids": np.ones((1, 2), int)}, "input_ids: expected a tensor .*, got ndarray"),
-        ({"input_ids": "text"}, "input_ids: expected a tensor .* of integers, got 'text'"),
+        ({"input_ids": "text"}, "input_ids: expected a tensor .* of int64 or int32, got 'text'"),
         ({"input_ids": torch.ones(3).long()}, r"input_ids: expected a tensor .* got \(3,\) int64"),
         ({"input_ids": torch.ones(1, 3)}, r"input_ids: expected .* got \(1, 3\) float32"),
         ({"input_ids": torch.ones(1, 3).bool()}, r"input_ids: expected .* got \(1, 3\) bool"),
         ({"input_ids": torch.tensor([[1, 24]])}, r"input_ids: expected ids in \[0, 24\), got 24"),
         ({"input_ids": torch.tensor([[-1, 2]])}, r"input_ids: expected ids in \[0, 24\), got -1"),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=torch.uint8)},
+            r"input_ids: expected a tensor \(B, S\) of int64 or int32, got \(1, 3\) uint8",
+        ),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=torch.int64, device="meta")},
+            r"input_ids: expected .* got \(1, 3\) int64 on device 'meta'",
+        ),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=torch.int64).to_sparse()},
+            r"input_ids: expected .* got \(1, 3\) int64 sparse_coo",
+        ),
+        (
+            {"attention_mask": torch.ones(1, 3, device="meta")},
+            r"attention_mask: expected .* got \(1, 3\) float32 on device 'meta'",
+        ),
+        (
+            {"inputs": torch.ones(1, 3).long()},
+            r"inputs: expected None with input_ids, got \(1, 3\) int64",
+        ),
+        ({"custom_generate": print}, "custom_generate: expected None, since the decoder is the"),
         ({"inputs": [[1, 2]], "input_ids": None}, "inputs: expected a tensor .*, got list"),
         (
             {"inputs": BatchEncoding({"input_ids": torch.ones(1, 2)}), "input_ids": None},
@@ -211,6 +234,119 @@ def test_wrong_types_of_a_call_are_refused(
     settings = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 4, **options}
     with pytest.raises(Refusal, match=f"^generate: {message}"):
         decoder(models, 2, "alternating").generate(**settings)
+
+
+NAN = float("nan")
+# Two are what the test says itself, and transformers compares the last with a number.
+NOT_NONE = ("max_new_tokens", "pad_token_id", "num_return_sequences")
+
+
+@pytest.mark.parametrize("where", ["argument", "config", "loop"])
+@pytest.mark.parametrize(
+    ("field", "expected", "wrong"),
+    [
+        ("max_new_tokens", "an integer >= 1", [3.5, 4.0, "3", [3], NAN, True, 0, -1]),
+        ("max_length", "an integer", ["9", 9.5, [9], True]),
+        ("min_length", "an integer", ["3", 1.5, True]),
+        ("min_new_tokens", "an integer", ["3", 1.5, True]),
+        ("max_time", "a number", ["1", NAN, [1], True]),
+        ("eos_token_id", "an integer or a list of them", ["a", 1.5, [None], [1, "a"], True, 2**64]),
+        ("pad_token_id", "an integer", ["x", 1.5, [1], True]),
+        ("do_sample", "True or False", ["yes", 1, [True]]),
+        ("temperature", "a number", [NAN, "1", [1.0], True]),
+        ("top_k", "an integer", [1.5, True, "3", NAN]),
+        ("top_p", "a number", ["x", NAN, [0.5], True]),
+        ("min_p", "a number", ["x", NAN]),
+        ("top_h", "a number", ["x", NAN]),
+        ("typical_p", "a number", ["x", NAN]),
+        ("epsilon_cutoff", "a number", ["x", NAN]),
+        ("eta_cutoff", "a number", ["x", NAN]),
+        ("repetition_penalty", "a float > 0", [0, 0.0, "a", NAN, 2, True, -1.0]),
+        ("encoder_repetition_penalty", "a float > 0", [0, "a", NAN]),
+        ("no_repeat_ngram_size", "an integer", ["2", 1.5]),
+        ("bad_words_ids", "a list of lists of integers >= 0", [[5], [[]], [], "a", [["a"]]]),
+        ("sequence_bias", "a list of pairs", [3, [], [[[3], 1]], {3: 1.0}, [[[3]]]]),
+        ("forced_bos_token_id", "an integer or a list of them", ["a", 1.5]),
+        ("forced_eos_token_id", "an integer or a list of them", ["a", 1.5]),
+        ("suppress_tokens", "a list of integers", [5, "a", [1.5], [None]]),
+        ("begin_suppress_tokens", "a list of integers", [5, "a", [1.5], [None]]),
+        ("exponential_decay_length_penalty", "two numbers", [3, (1,), ("a", 1.0), (1, NAN)]),
+        ("remove_invalid_values", "True or False", ["yes", 1]),
+        ("num_return_sequences", "an integer", ["2", 1.5, True]),
+        ("return_dict_in_generate", "True or False", ["yes", 1]),
+        ("early_stopping", "True, False or 'never'", [[1], "x"]),
+    ],
+)
+def test_wrong_types_of_a_generation_config_are_refused(
+    where: str, field: str, expected: str, wrong: list[Any], models: Any
+) -> None:
+    fast = decoder(models, 2, "alternating")
+    text = torch.tensor([[1, 2, 3]])
+    for value in wrong:
+        settings = {"max_new_tokens": 4, "pad_token_id": 0, field: value}
+        config = GenerationConfig()
+        vars(config).update(settings)  # past the checks of transformers
+        call = {
+            "argument": partial(fast.generate, text, **settings),
+            "config": partial(fast.generate, text, generation_config=config),
+            "loop": partial(check, settings.get),
+        }[where]
+        with pytest.raises(Refusal, match=rf"^generate: {field}: expected {expected}.*, got "):
+            call()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": np.int64(4)},
+        {"max_new_tokens": None, "max_length": np.int32(6)},
+        {"temperature": 0.0, "do_sample": False},
+        {"top_k": -1, "do_sample": False},
+        {"top_p": 1.5, "do_sample": True, "top_k": 1},
+        {"top_p": torch.tensor(0.5), "do_sample": True, "top_k": 1},
+        {"repetition_penalty": 1},
+        {"eos_token_id": []},
+        {"eos_token_id": -1},
+        {"eos_token_id": torch.tensor([3, 5])},
+        {"eos_token_id": np.int64(5)},
+        {"pad_token_id": torch.tensor([0])},
+        {"suppress_tokens": range(3)},
+        {"suppress_tokens": torch.tensor([5])},
+        {"sequence_bias": {(3,): 10.0}},
+        {"max_time": float("inf")},
+        {"max_time": -1},
+        dict.fromkeys(
+            name
+            for name, field in FIELDS.items()
+            if field.verdict != "refused" and name not in NOT_NONE
+        ),
+    ],
+)
+def test_what_transformers_takes_is_taken(settings: dict[str, Any], models: Any) -> None:
+    text = torch.tensor([[1, 2, 3]])
+    settings = {"max_new_tokens": 4, "pad_token_id": 0, "do_sample": False} | settings
+    expected = models[0].generate(text, **settings)
+    same(decoder(models, 1, "draft").generate(text, **settings), expected)
+
+
+def test_a_long_value_is_cut_in_its_refusal(models: Any) -> None:
+    wrong: list[dict[str, Any]] = [
+        {"schedule": "a" * 10**6},
+        {"schedule": f"speculative:tokens={'9' * 5000}"},
+        {"schedule": f"speculative:tokens={'9' * 4000}"},
+        {"acceptance": f"js:threshold={'x' * 10**5}"},
+        {"bonus": "a" * 10**6},
+        {"weights": "a" * 10**6},
+        {"weights": [1.0] * 10**5},
+        {"seed": 10**5000},
+        {"seed": 10**4000},
+        {"scope": "a" * 10**6},
+    ]
+    for options in wrong:
+        with pytest.raises(Refusal) as refusal:
+            SpeculativeDecoder(models[:2], **options)
+        assert len(refusal.value.got) <= 500
+        assert len(str(refusal.value)) < 1500, options
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
-from specens_kernels import Refusal
+from specens_kernels.refusal import Refusal, shown
 
 _T = TypeVar("_T", bound="Named")
 # The largest count. As many tokens at a time have laws of gigabytes.
@@ -129,7 +129,7 @@ class Named:
             try:
                 value = kind.accept(value)
             except (ValueError, TypeError, OverflowError):
-                raise Refusal(self.name, each.name, kind.range, repr(value)) from None
+                raise Refusal(self.name, each.name, kind.range, shown(value)) from None
             object.__setattr__(self, each.name, value)
 
     def __str__(self) -> str:
@@ -171,7 +171,7 @@ def read_named(op: str, text: str, known: Mapping[str, type[_T]]) -> _T:
     assert head is not None, "any text begins so"
     name, opening, rest = head[0], text[head.end() : head.end() + 1], text[head.end() + 1 :]
     if opening == "(" and not rest.endswith(")"):
-        raise Refusal(op, "arguments", "brackets in pairs", repr(text))
+        raise Refusal(op, "arguments", "brackets in pairs", shown(text))
     if opening == "(":
         rest = rest[:-1]
     kind = known.get(name.strip())
@@ -182,13 +182,13 @@ def read_named(op: str, text: str, known: Mapping[str, type[_T]]) -> _T:
     for key, value in _parts(kind.name, rest).items():
         if key not in kinds:
             expected = ", ".join(kinds) or "no arguments"
-            raise Refusal(kind.name, "arguments", expected, repr(key))
+            raise Refusal(kind.name, "arguments", expected, shown(key))
         try:
             arguments[key] = kinds[key].read(value)
         except Refusal:
             raise
         except ValueError:
-            raise Refusal(kind.name, key, kinds[key].range, repr(value)) from None
+            raise Refusal(kind.name, key, kinds[key].range, shown(value)) from None
     return kind(**arguments)
 
 
@@ -204,14 +204,14 @@ def _parts(name: str, text: str) -> dict[str, str]:
         for bracket in re.findall(r"[()]", part):
             depth += 1 if bracket == "(" else -1
             if depth < 0:
-                raise Refusal(name, "arguments", "brackets in pairs", repr(text))
+                raise Refusal(name, "arguments", "brackets in pairs", shown(text))
     if depth > 0:
-        raise Refusal(name, "arguments", "brackets in pairs", repr(text))
+        raise Refusal(name, "arguments", "brackets in pairs", shown(text))
     parts: dict[str, str] = {}
     for piece in pieces:
         key, equals, value = piece.partition("=")
         if not equals or key.strip() in parts:
-            raise Refusal(name, "arguments", "name=value, each name once", repr(piece))
+            raise Refusal(name, "arguments", "name=value, each name once", shown(piece))
         parts[key.strip()] = value.strip()
     return parts
 

@@ -26,9 +26,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from specens.loop.functions import check_arguments, name_of
 from specens.loop.rows import Row
 from specens.loop.text import Text
 from specens_kernels import Refusal
+from specens_kernels.refusal import shown
 
 # Each call changes what the next one returns, or runs a model of its own.
 STATEFUL = frozenset(
@@ -76,6 +78,7 @@ def split(processors: Iterable[Any], *, do_sample: bool) -> tuple[Warp, list[Any
     while listed and isinstance(listed[-1], LogitNormalization):
         listed.pop()  # every law is normalised anyway
     for processor in listed:
+        check_arguments("logits_processor", processor)
         if any(base.__name__ in STATEFUL for base in type(processor).__mro__):
             expected = "processors without a history"
             raise Refusal("generate", "logits_processor", expected, type(processor).__name__)
@@ -137,7 +140,7 @@ def per_row(processors: list[Any], batch: int) -> list[LogitsProcessorList]:
 
 
 def processed(
-    processors: Sequence[LogitsProcessorList],
+    processors: Sequence[Sequence[Any]],
     text: Text,
     rows: Sequence[Row],
     starts: Sequence[int],
@@ -155,12 +158,20 @@ def processed(
     """
     logits = logits[..., :narrowest].to(torch.float32, copy=True)
     for k, (row, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
-        of_row: Any = processors[row.index]
         for j in range(max(0, row.length - start - 1), count):
             prefix = text.tokens[row.index : row.index + 1, : row.pad + start + 1 + j]
-            scores = of_row(prefix, logits[k : k + 1, j])
-            if scores.shape != (1, narrowest):
-                expected = f"scores (1, {narrowest}) for the one row asked about"
-                raise Refusal("generate", "logits_processor", expected, tuple(scores.shape))
+            scores = logits[k : k + 1, j]
+            for processor in processors[row.index]:
+                scores = processor(prefix, scores)
+                _check_scores(scores, narrowest, processor)
             logits[k, j] = scores[0]
     return logits
+
+
+def _check_scores(scores: Any, width: int, processor: Any) -> None:
+    """Refuse what no processor may return."""
+    if isinstance(scores, Tensor) and scores.shape == (1, width) and not scores.is_complex():
+        return
+    expected = f"scores (1, {width}) for the one row asked about"
+    given = tuple(scores.shape) if isinstance(scores, Tensor) else shown(scores)
+    raise Refusal("generate", "logits_processor", expected, f"{given} from {name_of(processor)}")

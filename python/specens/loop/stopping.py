@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from specens.loop.functions import check_arguments, name_of
 from specens_kernels import Refusal
+from specens_kernels.refusal import shown
 
 
 class Stopper:
@@ -30,6 +32,8 @@ class Stopper:
         longest = int(min(lengths, default=generation_config.max_length))
         self.max_length = max(longest, width + 1)
         self.others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+        for criterion in self.others:
+            check_arguments("stopping_criteria", criterion)
 
     def cut(self, tokens: list[int], text: Tensor, length: int) -> tuple[int, bool]:
         """How many of the new `tokens` are kept, and whether the row is then finished.
@@ -49,11 +53,18 @@ class Stopper:
     def _asks_to_stop(self, text: Tensor) -> bool:
         # A criterion may answer for the batch with one bool; each is asked about one row only.
         for criterion in self.others:
-            answer = torch.as_tensor(criterion(text, None))
-            if answer.numel() != 1:
-                expected = "one answer for the one row asked about"
-                answers = f"{answer.numel()} from {type(criterion).__name__}"
-                raise Refusal("generate", "stopping_criteria", expected, answers)
-            if bool(answer):
-                return True
+            answer = criterion(text, None)
+            try:
+                answers = torch.as_tensor(answer)
+            except (TypeError, ValueError, RuntimeError):  # text, None, lists of different lengths
+                got = shown(answer)
+            else:
+                if answers.numel() == 1 and not answers.is_floating_point():
+                    if bool(answers):
+                        return True
+                    continue
+                got = shown(answer) if answers.numel() == 1 else str(answers.numel())
+            expected = "one answer for the one row asked about"
+            got = f"{got} from {name_of(criterion)}"
+            raise Refusal("generate", "stopping_criteria", expected, got)
         return False
