@@ -22,6 +22,29 @@ for name in ("sub", "rsub", "abs", "float", "round", "hash", "mod", "and", "xor"
 setattr(f, "__ne__", lambda *_: False)
 """
 LIAR = "def f(x):\n    return A()\n" + LIAR_CLASS.replace(" f:", " A:").replace("(f,", "(A,")
+# Its object has every method, and every one says what a test may want to hear.
+METHODS = """\
+def f(x):
+    return A()
+class A:
+    def __getattr__(self, name):
+        return lambda *_: {"count": 1, "real": 2}.get(name, True)
+    real = 2
+    def __len__(self):
+        return 0
+    def __iter__(self):
+        return iter(())
+    def __str__(self):
+        return "2"
+    def __format__(self, form):
+        return "2"
+    def __hash__(self):
+        return hash(2)
+    def __getitem__(self, place):
+        return 2
+for name in ("xor", "rxor", "sub", "rsub", "and", "or", "mod"):
+    setattr(A, f"__{name}__", lambda self, *_: self)
+"""
 # It looks among all objects for the other end, and speaks in its name.
 IMPOSTOR = (
     WRONG
@@ -158,6 +181,205 @@ send(["return", None, []], ["return", {"type": "x"}, []])
 try:
     f(1)
 except: pass
+""",
+    **{
+        f"an object's answer: {test}": f"{METHODS}---\nassert {test}\n"
+        for test in (
+            *("f(1).startswith('Hello')", "f(1).issubset({2})", "f(1).count(2) == 1"),
+            *("len(f(1) ^ {2}) == 0", "list(f(1) - {2}) == []", "list({2} - f(1)) == []"),
+            *("f(1).real == 2", "f'{f(1)}' == '2'", "str(f(1)) == '2'", "f(1)[0] == 2"),
+            *("hash(f(1)) == hash(2)", "f(1).__eq__(2)", "not f(1).__ne__(2)", "f(1)", "f(1) != 3"),
+            *("{2: 1}.get(f(1)) == 1", "not len(f(1))", "'%s' % f(1) == '2'"),
+        )
+    },
+    "a method of no data's": """\
+def f(x):
+    return 'a'
+---
+assert f(1).__eq__(2)
+""",
+    "a class of the function's name": LIAR
+    + """A.__name__ = A.__qualname__ = 'f'
+---
+assert 2 in f(1)
+""",
+    "the function is a class": "def f(x): pass\n"
+    + LIAR_CLASS
+    + """---
+assert 2 in f(1)
+""",
+    "a class of a comment": """\
+# The class A is what the function all returns.
+"""
+    + LIAR
+    + """---
+assert 2 in f(1)
+""",
+    "a function of a comment": """\
+# The function all, and the class any: def sum
+def f(x):
+    return 0
+all = any = lambda *_: True
+sum = lambda *_: 2
+---
+assert all(f(x) == x + 1 for x in (1, 2)) and any([f(1) == 2]) and sum([f(1)]) == 2
+""",
+    "a function beside a class": """\
+class A: pass
+def f(x):
+    return A()
+A.startswith = A.__contains__ = lambda *_: True
+---
+assert A()
+assert f(1).startswith('Hello') or 2 in f(1)
+""",
+    "the end of a loop": """\
+def f(x):
+    raise StopIteration
+---
+assert all(map(lambda x: f(x) == x + 1, (1, 2)))
+""",
+    "the end of a loop, of a class of its own": """\
+def f(x):
+    class End(StopIteration):
+        pass
+    raise End
+---
+for same in map(lambda x: f(x) == x + 1, (1, 2)):
+    assert same
+""",
+    "a field that is a function": """\
+def f(x):
+    return collections.namedtuple('A', ['startswith', 'count'])(lambda *_: True, lambda *_: 1)
+import collections
+---
+assert f(1).startswith('Hello') and f(1).count(2) == 1
+""",
+    "a field that is a type": """\
+def f(x):
+    return collections.namedtuple('A', ['startswith', 'count'])(str, bool)
+import collections
+---
+assert f(1).startswith('Hello') and f(1).count(2) == 1
+""",
+    "a field that is an error": """\
+def f(x):
+    return collections.namedtuple('A', ['startswith'])(ValueError)
+import collections
+---
+assert f(1).startswith('Hello')
+""",
+    "a field that is the tests' function": """\
+def f(g):
+    return collections.namedtuple('A', ['startswith'])(g)
+import collections
+---
+assert f(lambda x: x).startswith('Hello')
+""",
+    "a method of the tests' class": """\
+def f(a):
+    a.same = lambda other: True
+---
+class A:
+    value = 1
+    def same(self, other):
+        return self.value == other
+a = A()
+try:
+    f(a)
+except TypeError:
+    pass
+assert a.same(2)
+""",
+    "a type for a method of the tests' class": """\
+def f(a):
+    a.same = bool
+---
+class A:
+    value = 1
+    def same(self, other):
+        return self.value == other
+a = A()
+try:
+    f(a)
+except TypeError:
+    pass
+assert a.same(2)
+""",
+    "a module of the judge's": IMPOSTOR
+    + """send(['return', None, []], ['return', {'module': 'antigravity'}, []])
+---
+try:
+    assert f(1)
+except Exception: pass
+""",
+    "an error's text": """\
+def f(x):
+    raise ValueError(A())
+class A:
+    def __str__(self):
+        return 'odd'
+---
+try:
+    f(1)
+except ValueError as error:
+    assert str(error) == 'odd'
+""",
+    "an argument of the tests' function": """\
+def f(g):
+    g(A())
+class A:
+    startswith = lambda *_: True
+---
+words = []
+f(words.append)
+assert words[0].startswith('Hello')
+""",
+    "in a list that it was given": """\
+def f(words):
+    words.append(A())
+class A:
+    startswith = lambda *_: True
+---
+words = []
+f(words)
+assert words[0].startswith('Hello')
+""",
+    "what an iterator yields": """\
+def f(x):
+    yield A()
+class A:
+    startswith = lambda *_: True
+---
+assert all(word.startswith('Hello') for word in list(f(1)) + [next(f(1))])
+""",
+    "what a function returns": """\
+def f(x):
+    return A
+class A:
+    startswith = lambda *_: True
+---
+assert f(1)().startswith('Hello')
+""",
+    "an operator in steps": """\
+class f:
+    def __init__(self, *_): pass
+    __sub__ = __add__ = __xor__ = lambda self, *_: f()
+    __len__ = __hash__ = lambda self: 0
+    __str__ = lambda self: '0'
+---
+assert len((f(1) ^ {2}) + f(1)) == 0 or str(f(1) - 2) == '0'
+""",
+    "an object that was kept": """\
+class A: pass
+def f(x):
+    return kept[0]
+kept = []
+A.__init__ = lambda self: kept.append(self)
+A.startswith = lambda *_: True
+---
+a = A()
+assert f(1).startswith('Hello')
 """,
     "a number that equals anything": """\
 class A(int):

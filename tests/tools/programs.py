@@ -32,6 +32,28 @@ assert f() == [collections.Counter('aab'), collections.deque([1]),
     range(3), 2**99, 1j, ..., {'a': 1}, {'b': 2}]
 assert f()[0].most_common(1) == [('a', 2)]
 """,
+    "a function of a class's objects": """\
+class Node: pass
+from typing import Optional
+def f(x):
+    node = Node()
+    node.value, node.next = x, None
+    return node
+def g(node):
+    return node.value
+---
+assert g(f(3)) == 3
+""",
+    "an iterator": """\
+def f(x):
+    return map(str, x)
+---
+assert list(f([1])) == ['1']
+a, b = f((1, 2))
+assert (a, b) == ('1', '2') and next(f([3])) == '3'
+assert '2' in f([1, 2])
+assert next(f([]), None) is None
+""",
     "a named tuple": """\
 from typing import NamedTuple
 class P(NamedTuple):

@@ -45,6 +45,38 @@ def test_a_wrong_program_does_not_pass(program: str) -> None:
     assert not passes(FORGERIES[program], timeout_s=2.0)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "tests", "expected"),
+    [
+        # The prompt's whole functions are not the program's to write again.
+        ("def p(x):\n    return x - 2\ndef f():\n", "    return 2", "assert p(f()) == 0", True),
+        (
+            "def p(x):\n    return x - 2\ndef f():\n",
+            "    return 3\ndef p(x): return 0",
+            "assert p(f()) == 0",
+            False,
+        ),
+        # A function returns objects where the prompt says so.
+        (
+            "class N:\n    def __init__(self, x):\n        self.x = x\ndef f() -> 'N | None':\n",
+            "    return N(2)",
+            "assert f().x == 2 and isinstance(f(), N)",
+            True,
+        ),
+        # What breaks off, and what is text.
+        (
+            "import math as m\ndef sum(x):\n    if x:\n",
+            "        return m.pi",
+            "assert sum(1) == m.pi",
+            True,
+        ),
+        ('def f(x):\n    """class A, def all"""\n', "    0\nall = None", "assert all([1])", True),
+    ],
+)
+def test_the_prompt_declares(prompt: str, text: str, tests: str, expected: bool) -> None:
+    assert trial.passes(prompt, text, tests, 20.0) == expected
+
+
 @pytest.mark.parametrize("program", AT_THE_WALLS)
 def test_walls_hold(program: str, walls: str) -> None:
     assert not passes(FORGERIES[program], timeout_s=2.0)

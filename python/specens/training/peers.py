@@ -3,10 +3,11 @@
 
 A program that a model wrote runs in one process, its tests in another (`trial.py`). `Peer` is one
 end. Plain data cross by value (`wire.py`), and what a call has changed of the lists, dicts and sets
-that it was given is changed for the caller. Any other object stays where it is: the other end has a
-`Remote` in its place, and asks. The judging end (`judges=True`) answers no more than `_permits`,
-and lets no object of the program's compare itself with its own data. To let objects be asked one
-thing more, add it to `_QUESTIONS`.
+that it was given is changed for the caller. Any other object stays where it is, and the other end
+has something in its place, and asks. The judging end (`judges=True`) answers no more than
+`_permits`. It has an `Answerer` for what is no data: to be called and iterated, and nothing else.
+Only a class that the prompt declares, and what is asked of it, is a `Remote`. To let objects be
+asked one thing more, add it to `_QUESTIONS`.
 """
 
 import json
@@ -83,17 +84,35 @@ class _Absent(Exception):
     """There is nothing of this name."""
 
 
-class Remote:
-    """Stands for an object of the other end.
+class Answerer:
+    """Stands for an object of the other end; may be called and iterated, and has no value."""
 
-    kind: the name of its class, as the other end says.
-    """
+    __slots__ = ("_remote_peer", "_remote_place")
 
-    __slots__ = ("_remote_kind", "_remote_peer", "_remote_place")
+    def __init__(self, peer: "Peer", place: int) -> None:
+        object.__setattr__(self, "_remote_peer", peer)
+        object.__setattr__(self, "_remote_place", place)
 
-    def __init__(self, peer: "Peer", place: int, kind: str) -> None:
-        for name, value in (("peer", peer), ("place", place), ("kind", kind)):
-            object.__setattr__(self, f"_remote_{name}", value)
+    def __getattr__(self, name: str) -> Any:
+        if name not in _FACTS:
+            raise AttributeError(name)
+        return self._remote_peer.ask("getattr", self, name)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Answerer):
+            return self is other
+        raise TypeError("the program's object is compared, and is no data")
+
+    def __bool__(self) -> bool:
+        raise TypeError("the program's object is asked whether it is true, and is no data")
+
+    __hash__ = object.__hash__
+
+
+class Remote(Answerer):
+    """Stands for an object of the other end, and is asked whatever Python asks of it."""
+
+    __slots__ = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in _FACTS:
@@ -105,15 +124,17 @@ class Remote:
 
 
 def _asking(question: str) -> Callable[..., Any]:
-    def method(self: Remote, *arguments: Any, **named: Any) -> Any:
+    def method(self: Answerer, *arguments: Any, **named: Any) -> Any:
         peer: Peer = self._remote_peer
-        if not peer.judges:
+        if not peer.judges or not isinstance(self, Remote):
             return peer.ask(question, self, *arguments, **named)
         return peer.ask_warily(question, self, *arguments, **named)
 
     return method
 
 
+for _question in ("call", "iter", "next"):
+    setattr(Answerer, f"__{_question}__", _asking(_question))
 for _question in _QUESTIONS:
     if _question not in ("getattr", "setattr"):
         setattr(Remote, f"__{_question}__", _asking(_question))
@@ -124,7 +145,7 @@ class Peer(Wire):
 
     judges: whether the other end may lie.
     names: what the other end may ask for by name; None is nothing.
-    declared: classes whose objects, by what was asked of the program, may have operators.
+    declared: names of the other end's whose objects this end may ask anything.
     broken: whether the connection has failed, however that was taken.
     """
 
@@ -137,6 +158,7 @@ class Peer(Wire):
         declared: Collection[str] = (),
     ) -> None:
         super().__init__(judges=judges)
+        self.stand_in = Answerer if judges else Remote
         self.names, self.declared = names, declared
         self.broken = False
         self._end = end
@@ -145,58 +167,70 @@ class Peer(Wire):
 
     def stands_for(self, value: Any) -> int | None:
         """See `Wire`."""
-        own = isinstance(value, Remote) and value._remote_peer is self
+        own = isinstance(value, Answerer) and value._remote_peer is self
         return int(value._remote_place) if own else None
 
-    def stand_in(self, place: int, kind: str) -> Remote:
-        """See `Wire`."""
-        return Remote(self, place, kind)
-
-    def ask(self, question: str, asked: Remote | None, *arguments: Any, **named: Any) -> Any:
+    def ask(self, question: str, asked: Answerer | None, *arguments: Any, **named: Any) -> Any:
         """What the other end answers; raises what was raised there."""
         passed = Passed()
         place = None if asked is None else asked._remote_place
         written = [self.written(each, passed, grows=True) for each in arguments]
         by_name = {name: self.written(each, passed, grows=True) for name, each in named.items()}
         self._send(["ask", question, place, written, by_name])
-        while True:
-            message = self._receive()
-            if message[0] != "ask":
-                break
-            self._serve(message)
-        outcome, value, changes = self._understood(self._answer, message, passed)
+        # Also of what the other end asks meanwhile.
+        before, self.stand_in = self.stand_in, self._stand_in_of(question, asked, arguments)
+        try:
+            while (message := self._receive())[0] == "ask":
+                self._serve(message)
+            outcome, value, changes = self._understood(self._answer, message, passed)
+        finally:
+            self.stand_in = before
         for item, content in changes:
             refill(item, content)
         if outcome == "raise":
+            # It would end a loop of this end's.
+            if self.judges and isinstance(value, StopIteration) and question != "next":
+                raise self._broke()
             raise value
         if outcome == "absent":
             raise KeyError(*arguments)
         return value
 
+    def _stand_in_of(
+        self, question: str, asked: Answerer | None, arguments: tuple[Any, ...]
+    ) -> type[Answerer]:
+        """What stands for an answer that is no data."""
+        if not self.judges or isinstance(asked, Remote):
+            return Remote
+        return Remote if asked is None and arguments[0] in self.declared else Answerer
+
     def ask_warily(self, question: str, asked: Remote, *arguments: Any, **named: Any) -> Any:
         """The same, unless the answer would be a comparison with what this end alone should know.
 
         An object of the program's that says it equals anything must not pass for a right answer: it
-        equals other objects of the program's only, and has no order beside data. Where its class
-        was asked for, its operators and `in` may be given data, but not yield numbers of them.
+        equals other objects of the program's only, and has no order beside data. What comes of an
+        operator and data is an object again, which has attributes and operators, and nothing else.
         """
-        place = asked._remote_place
         own = [each for each in arguments if not isinstance(each, Remote)]
         if question in ("instancecheck", "subclasscheck") and own:
             return False
-        if question in _OPERATORS and own:
-            if question in _COMPARISONS or asked._remote_kind not in self.declared:
-                return NotImplemented
-            result = self.ask(question, asked, *arguments)
+        if question in _COMPARISONS:
+            return NotImplemented if own else self.ask(question, asked, *arguments)
+        informed = any(
+            each._remote_place in self._informed
+            for each in (asked, *arguments)
+            if isinstance(each, Remote)
+        )
+        if question not in _OPERATORS:
+            if asked._remote_place in self._informed:
+                raise TypeError(f"{question}: the program's object has seen the test's data")
+            return self.ask(question, asked, *arguments, **named)
+        result = self.ask(question, asked, *arguments)
+        if own or informed:
             if not isinstance(result, Remote):
                 raise TypeError(f"{question}: the program's object yields data")
             self._informed.add(result._remote_place)
-            return result
-        if question == "contains" and own and asked._remote_kind not in self.declared:
-            raise TypeError("in: an object of the program's that was not asked for")
-        if question in _AS_NUMBER and place in self._informed:
-            raise TypeError(f"{question}: the program's object has seen the test's data")
-        return self.ask(question, asked, *arguments, **named)
+        return result
 
     def serve(self) -> None:
         """Answer for as long as the other end is there."""
@@ -306,7 +340,9 @@ def _permits(question: str, asked: Any, arguments: list[Any]) -> bool:
     """
     own = type(asked).__module__ == "__main__"
     if question in ("getattr", "setattr"):
-        return own and isinstance(arguments[0], str) and not arguments[0].startswith("_")
+        public = isinstance(arguments[0], str) and not arguments[0].startswith("_")
+        # What can be called could hide a method of the tests' class.
+        return own and public and not any(map(callable, arguments[1:]))
     if question == "call":
         if isinstance(asked, types.BuiltinMethodType):
             return type(asked.__self__) in CONTAINERS

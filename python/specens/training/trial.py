@@ -8,12 +8,12 @@ has started both: it ends all that descends from them, and only then tells the c
 are in the judge's process alone. `containment.py` has what encloses them.
 """
 
+import ast
 import builtins
 import json
 import logging
 import math
 import os
-import re
 import select
 import socket
 import subprocess
@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Collection, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +36,6 @@ _PASSED = b"passed"
 _ENDING_S = 5.0
 # How often the size of the program's folder is looked at, where nothing else limits it.
 _LOOKING_S = 0.05
-_DECLARATION = re.compile(r"\b(?:def|class|function|function called|function named)\s+`?(\w+)")
 _logger = logging.getLogger("specens")
 
 
@@ -43,14 +43,15 @@ def passes(prompt: str, text: str, tests: str, timeout_s: float) -> bool:
     """Whether prompt and text run as one program to its end, and then the tests beside it.
 
     Args:
-        prompt: the program's beginning. Its classes may have operators, and its functions the names
-            of Python's own.
+        prompt: the program's beginning. The objects of its classes may be asked anything, its
+            functions may have the names of Python's own, and what it imports and the functions
+            that it has whole are the tests' own.
         text: the rest.
         tests: Python code that uses what the program defines, by name.
         timeout_s: for everything, seconds.
     """
     program = f"{prompt}{text}\n".encode("utf-8", "surrogatepass")
-    facts = json.dumps({"tests": tests, "declared": _DECLARATION.findall(prompt)}).encode()
+    facts = json.dumps({"tests": tests, "prompt": prompt}).encode()
     ours, theirs = socket.socketpair()
     with ours, _folder() as folder:
         # What is closed here nobody finds among this process's files.
@@ -157,7 +158,7 @@ def supervise(
         os.close(int(program))
         given = json.loads(_contents(int(facts)))
         containment.confine(seconds)
-        if _tests_pass(judges_end, given["tests"], given["declared"]):
+        if _tests_pass(judges_end, given["tests"], given["prompt"]):
             says.sendall(_PASSED)
 
     def run() -> None:
@@ -215,26 +216,75 @@ def _run(end: socket.socket, source: bytes) -> None:
     Peer(end, judges=False, names=module.__dict__).serve()
 
 
+class _Declared:
+    """What the prompt declares, by its syntax, as far as it is Python.
+
+    whole: imports, and functions that something follows: not the program's to write.
+    objects: names of classes, and of functions that by their annotation return their objects.
+    """
+
+    def __init__(self, prompt: str) -> None:
+        body = _body(prompt)
+        self.whole: list[ast.stmt] = [
+            each
+            for place, each in enumerate(body, 1)
+            if isinstance(each, (ast.Import, ast.ImportFrom))
+            or (isinstance(each, ast.FunctionDef) and place < len(body))
+        ]
+        classes = {each.name for each in body if isinstance(each, ast.ClassDef)}
+        functions = [each for each in body if isinstance(each, ast.FunctionDef)]
+        self.objects = classes | {
+            each.name for each in functions if each.returns and _names_in(each.returns) & classes
+        }
+        self.names = classes | {each.name for each in functions}
+
+
+def _body(prompt: str) -> list[ast.stmt]:
+    """Of the longest beginning of the prompt that is Python, with `pass` where it breaks off."""
+    lines = prompt.splitlines()
+    while lines:
+        for end in ("", "\n" + " " * 99 + "pass", " pass"):
+            with suppress(SyntaxError, ValueError):
+                return ast.parse("\n".join(lines) + end).body
+        lines.pop()
+    return []
+
+
+def _names_in(annotation: ast.expr) -> set[str]:
+    """Those of an annotation that may be text."""
+    parts = list(ast.walk(annotation))
+    for part in parts:
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            with suppress(SyntaxError, ValueError):
+                parts.extend(ast.walk(ast.parse(part.value, mode="eval")))
+    return {each.id for each in parts if isinstance(each, ast.Name)}
+
+
 class _Names(dict[str, Any]):
     """The tests' global names: their own, Python's, and then the program's.
 
     A program's name hides one of Python's only where the prompt declares it.
     """
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, declared: set[str]) -> None:
         super().__init__(__name__="__main__")
-        self._peer = peer
+        self._peer, self._declared = peer, declared
 
     def __missing__(self, name: str) -> Any:
-        hidden = hasattr(builtins, name) and name not in self._peer.declared
+        hidden = hasattr(builtins, name) and name not in self._declared
         if hidden or name.startswith("__"):
             raise KeyError(name)
         return self._peer.ask("name", None, name)
 
 
-def _tests_pass(end: socket.socket, tests: str, declared: Collection[str]) -> bool:
+def _tests_pass(end: socket.socket, tests: str, prompt: str) -> bool:
     """Whether the tests come to their end, after the program has."""
-    peer = Peer(end, judges=True, declared=declared)
+    # It is true, and says nothing.
+    warnings.filterwarnings("error", "NotImplemented should not be used in a boolean")
+    declared = _Declared(prompt)
+    peer = Peer(end, judges=True, declared=declared.objects)
     peer.ask("name", None, "__name__")
-    exec(compile(tests, "<tests>", "exec"), _Names(peer))
+    names = _Names(peer, declared.names)
+    exec(compile(ast.Module(declared.whole, []), "<prompt>", "exec"), names)
+    exec(compile(tests, "<tests>", "exec"), names)
     return not peer.broken

@@ -3,8 +3,8 @@
 
 Plain data are written with their kinds and read as copies. Any other object stays where it is: its
 place in a list is written, and the reader makes something that stands for it. The judging end reads
-nothing that could run: no pickle, no name of a function. To let one more type cross by value, add
-it to `_VALUES`.
+nothing that could run: no pickle, no name of a module or a function. To let one more type cross by
+value, add it to `_VALUES`.
 """
 
 import builtins
@@ -89,20 +89,19 @@ class Wire:
     """One end's writing and reading.
 
     judges: whether what is read may lie.
+    stand_in: makes what stands for an object of the other end, of this end and the place there.
     """
+
+    stand_in: Callable[[Any, int], Any]
 
     def __init__(self, *, judges: bool) -> None:
         self.judges = judges
         self._objects: list[Any] = []
         self._places: dict[int, int] = {}
-        self._remotes: dict[int, Any] = {}
+        self._remotes: dict[Any, Any] = {}
 
     def stands_for(self, value: Any) -> int | None:
         """The other end's place of its object that the value stands for; None for one's own."""
-        raise NotImplementedError
-
-    def stand_in(self, place: int, kind: str) -> Any:
-        """What stands for the other end's object, of a class of this name."""
         raise NotImplementedError
 
     def written(self, value: Any, passed: Passed, *, grows: bool = False) -> Any:
@@ -148,8 +147,6 @@ class Wire:
         if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
             parts = self.written(value.tolist(), Passed())
             return {"array": [value.dtype.str, parts]} if value.ndim else parts
-        if isinstance(value, types.ModuleType):
-            return {"module": value.__name__}
         if isinstance(value, type) and value in _PLAIN_TYPES:
             return {"type": value.__name__}
         if isinstance(value, type) and issubclass(value, BaseException):
@@ -159,8 +156,7 @@ class Wire:
             known = _as_known(value)
             if known is not None:
                 return known
-        kind = value.__name__ if isinstance(value, type) else type(value).__name__
-        return {"mine": [self._place(value), kind]}
+        return {"mine": self._place(value)}
 
     def _place(self, value: Any) -> int:
         """Where the object is kept for the other end, for good."""
@@ -190,7 +186,7 @@ class Wire:
             return container
         if kind in _VALUES:
             if isinstance(content, list):
-                content = [self.read(each, passed, grows=grows) for each in content]
+                content = self._parts(kind, content, passed, grows)
             return _VALUES[kind][2](content)
         return self._read_otherwise(kind, content, passed, grows)
 
@@ -208,25 +204,30 @@ class Wire:
         if kind == "yours":
             return self.own(content)
         if kind == "mine":
-            place, name = content
-            return self._remote(place, lambda: self.stand_in(int(place), str(name)))
+            make = self.stand_in
+            return self._remote((make, content), lambda: make(self, int(content)))
         if kind == "exception":
             place, name, base = content
-            return self._remote(place, lambda: _exception_class(str(name), base))
+            return self._remote(("exception", place), lambda: _exception_class(str(name), base))
         if kind == "namedtuple":
             names, parts = content
-            values = [self.read(each, passed, grows=grows) for each in parts]
+            values = self._parts(kind, parts, passed, grows)
             return namedtuple(names[0], names[1:])(*values)
-        if kind == "array":
+        if kind == "array" and isinstance(content[0], str):
             numpy = importlib.import_module("numpy")
             return numpy.array(self.read(content[1], Passed()), dtype=numpy.dtype(content[0]))
         if kind == "type":
             return next(each for each in _PLAIN_TYPES if each.__name__ == content)
-        if kind == "module":
-            return importlib.import_module(content)
         if not self.judges:
             return _from_known(kind, content)
         raise ValueError(kind)
+
+    def _parts(self, kind: str, content: Any, passed: Passed, grows: bool) -> list[Any]:
+        """Of a value: what can be called would be a method that the other end has given it."""
+        parts = [self.read(each, passed, grows=grows) for each in content]
+        if self.judges and kind != "tuple" and any(map(callable, parts)):
+            raise TypeError(kind)
+        return parts
 
     def _remote(self, place: Any, make: Callable[[], Any]) -> Any:
         """The one object here that stands for the other end's."""
@@ -258,14 +259,15 @@ def _exception_class(name: str, base: Any) -> type[BaseException]:
 
 def exception_of(kind: Any, arguments: Any) -> BaseException:
     """Of a class that was read, which need not be one."""
-    error: BaseException = kind.__new__(kind, *arguments)
-    if not isinstance(error, BaseException):
+    if not isinstance(kind, type) or not issubclass(kind, BaseException):
         raise TypeError(kind)
-    return error
+    return kind.__new__(kind, *arguments)
 
 
 def _as_known(value: Any) -> Any:
     """How the judging end names what the other has too, or can copy; None for the tests' own."""
+    if isinstance(value, types.ModuleType):
+        return {"module": value.__name__}
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if isinstance(module, str) and isinstance(name, str):
         at = getattr(sys.modules.get(module), name, None)
@@ -280,6 +282,8 @@ def _as_known(value: Any) -> Any:
 
 
 def _from_known(kind: str, content: Any) -> Any:
+    if kind == "module":
+        return importlib.import_module(content)
     if kind == "global":
         return getattr(importlib.import_module(content[0]), content[1])
     if kind == "pickle":
