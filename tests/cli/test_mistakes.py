@@ -272,6 +272,8 @@ def test_no_prompt_and_no_pipe_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("method", ["quantised", "mlspecqd"])
 def test_what_is_not_installed_is_one_line(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers imports it, too, with its models.
+    loading.load(["family:code", "family:draft"])
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     line = complaint(run("generate", "x", "--method", method))
     assert line.endswith(
