@@ -148,7 +148,7 @@ def test_a_mistake_in_a_text_has_a_name(text: str, message: str) -> None:
         (
             Companion,
             {"token_cost": 10**400},
-            "companion: token_cost: expected a number >= 0, got 1",
+            "companion: token_cost: expected a number >= 0, got ",
         ),
         (Companion, {"cut": ["law"]}, r"companion: cut: expected 'law' or 'token', got \['law'\]"),
         (Speculative, {"tokens": None}, "speculative: tokens: expected an integer from 1 to 4096"),

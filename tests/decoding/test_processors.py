@@ -244,25 +244,23 @@ def test_each_row_has_its_own_share():
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "refusal"),
     [
-        ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+        ({"guidance_scale": 1.5}, "guidance_scale: expected None, got 1.5"),
         (
             {
                 "watermarking_config": SynthIDTextWatermarkingConfig(
                     keys=[1, 2, 3], ngram_len=2, sampling_table_size=64
                 )
             },
+            "logits_processor: expected processors without a history, got "
             "SynthIDTextWatermarkLogitsProcessor",
         ),
     ],
 )
-def test_stateful_processors_are_refused(options, name, models):
+def test_stateful_processors_are_refused(options, refusal, models):
     settings = {**prompts((5,), VOCAB_SIZE), "max_new_tokens": 4, "do_sample": True}
-    with pytest.raises(
-        ValueError,
-        match=rf"^generate: logits_processor: expected processors without a history, got {name}$",
-    ):
+    with pytest.raises(ValueError, match=rf"^generate: {refusal}$"):
         decoder(models, 1, "alternating").generate(**settings, **options)
 
 
@@ -444,11 +442,11 @@ def test_processors_with_a_state_for_each_row_are_refused(schedule, models):
     fast = decoder(models, 2, schedule)
     message = (
         r"^generate: logits_processor: expected scores \(1, 24\) for the one row asked about, "
-        r"got \(2, 24\)$"
+        r"got \(2, 24\) from <lambda>$"
     )
     with pytest.raises(ValueError, match=message):
         fast.generate(**prompts((5, 3), VOCAB_SIZE), **settings)
     # One number for a row would be taken for all of the row's logits.
     settings["logits_processor"] = LogitsProcessorList([lambda text, scores: scores[0]])
-    with pytest.raises(ValueError, match=r"row asked about, got \(24,\)$"):
+    with pytest.raises(ValueError, match=r"row asked about, got \(24,\) from <lambda>$"):
         fast.generate(**prompts((5, 3), VOCAB_SIZE), **settings)
