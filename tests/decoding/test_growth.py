@@ -25,6 +25,7 @@ def storages() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects do not like to be asked for their type
         tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    tensors = [t for t in tensors if t.layout == torch.strided and not t.is_nested]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(held.values())
 
