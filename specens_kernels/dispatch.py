@@ -21,8 +21,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from . import arguments, checks, cuda, native, reference, triton
-from .call import VerifyCall
+from . import arguments, cache_checks, checks, cuda, native, reference, triton
+from .call import AttentionCall, Slabs, VerifyCall
 from .eager import is_eager_call
 from .law import LawTensors
 from .refusal import Refusal, Unsupported
@@ -123,6 +123,7 @@ _TYPES = {
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
     Sequence[Tensor]: "Tensor[]",
+    Slabs: "Tensor(a!)[]",
     Sequence[float]: "float[]",
     str: "str",
     float: "float",
@@ -137,6 +138,7 @@ _FIELDS: dict[Any, dict[str, Any]] = {
         if name not in ("flat", "made")
     },
     VerifyCall: get_type_hints(VerifyCall),
+    AttentionCall: get_type_hints(AttentionCall),
 }
 
 
@@ -152,7 +154,7 @@ def flattened(arguments: Iterable[Any]) -> list[Any]:
     """Arguments of a backend's op as its schema has them."""
     flat: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, VerifyCall):
+        if isinstance(argument, (VerifyCall, AttentionCall)):
             flat += flattened(argument)
         elif isinstance(argument, LawTensors):
             flat += argument.arguments
@@ -212,13 +214,26 @@ def _fake_verify(call: VerifyCall) -> tuple[Tensor, ...]:
     return tuple(call.draft_tokens.new_empty(shape, dtype=dtype) for shape, dtype in results)
 
 
+def _fake_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    batch, heads, nodes, _ = call.query.shape
+    out = call.query.new_empty((batch, nodes, heads, call.values.shape[-1]))
+    return out, call.query.new_empty((batch, heads, nodes), dtype=torch.float32)
+
+
+def _fake_compact(
+    slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None
+) -> None:
+    """Writes to its slabs, and returns nothing."""
+
+
 def _register(
     name: str, reference_op: Callable[..., Any], check: Callable[..., None], fake: Any
 ) -> Callable[..., Any]:
     """Register one op under the schema of its reference; returns the function to call."""
-    kinds = get_type_hints(reference_op)
+    kinds = get_type_hints(reference_op, include_extras=True)
     returned = kinds.pop("return")
-    results = ", ".join("Tensor" for _ in get_args(returned) or (returned,))
+    tensors = () if returned is type(None) else get_args(returned) or (returned,)
+    results = ", ".join("Tensor" for _ in tensors)
     _define(f"{name}({_schema(kinds)}) -> ({results})")
     reference_op = torch.no_grad()(reference_op)
 
@@ -308,7 +323,7 @@ def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
             tensors.append(argument)
         elif kind is list:  # of tensors, or of a rule's parameters
             tensors += argument if argument and isinstance(argument[0], Tensor) else []
-        elif kind is VerifyCall:
+        elif kind is VerifyCall or kind is AttentionCall:
             tensors += _tensors(argument)
         elif kind is LawTensors and argument.flat is None:
             tensors += _tensors(argument[:5])
@@ -319,6 +334,10 @@ call_uniforms = _register("uniforms", reference.uniforms, checks.check_uniforms,
 call_mix = _register("mix", reference.mix, checks.check_mix, _fake_mix)
 call_sample = _register("sample", reference.sample, checks.check_sample, _fake_sample)
 call_verify = _register("verify", reference.verify, checks.check_verify, _fake_verify)
+call_attention = _register(
+    "attention", reference.attention, cache_checks.check_attention, _fake_attention
+)
+call_compact = _register("compact", reference.compact, cache_checks.check_compact, _fake_compact)
 
 if not native.AVAILABLE:
     _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, get_num_threads
 
 from . import flat
-from .call import VerifyCall
+from .call import AttentionCall, VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
 
@@ -77,6 +77,16 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments.append(get_num_threads())
     _C.verify(arguments)
     return results
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """See `reference.attention`."""
+    raise Unsupported.unknown("native", "op", "attention", ("mix", "sample", "uniforms", "verify"))
+
+
+def compact(slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None) -> None:
+    """See `reference.compact`."""
+    raise Unsupported.unknown("native", "op", "compact", ("mix", "sample", "uniforms", "verify"))
 
 
 def _elsewhere(tensor: Tensor) -> Unsupported:
