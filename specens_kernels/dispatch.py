@@ -271,7 +271,14 @@ def _register(
         _lib.impl(name, rebuilding(readable(run)), device.upper())
     op: Callable[..., Any] = getattr(torch.ops.specens, name).default
     # Torch's own way is to expand one number, which leaves no rows.
-    _lib.impl(name, lambda *flat: op(*map(_written_out, flat)), "ZeroTensor")
+    written = Slabs in kinds.values()
+
+    def of_zeros(*flat: Any) -> Any:
+        if written:
+            raise Refusal(name, "slabs", "tensors that can be written to", "a tensor of zeros")
+        return op(*map(_written_out, flat))
+
+    _lib.impl(name, of_zeros, "ZeroTensor")
 
     def call(*arguments: Any) -> Any:
         tensors = _tensors(arguments)

@@ -8,8 +8,9 @@ raises `Unsupported` with the reason, and `dispatch.py` runs the reference inste
 from collections.abc import Sequence
 
 from torch import Tensor, get_num_threads
+from torch.autograd.graph import increment_version
 
-from . import flat
+from . import cache_checks, flat
 from .call import AttentionCall, VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
@@ -22,7 +23,11 @@ if AVAILABLE:
 
 
 def cpu_isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "baseline"; SPECENS_CPU_ISA chooses it."""
+    """The instruction set in use; SPECENS_CPU_ISA chooses it.
+
+    "avx512", "avx2" or "baseline"; or "amx" or "avx512bf16", which are "avx512" but for attention
+    to bfloat16.
+    """
     return str(_C.cpu_isa())
 
 
@@ -81,12 +86,26 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """See `reference.attention`."""
-    raise Unsupported.unknown("native", "op", "attention", ("mix", "sample", "uniforms", "verify"))
+    if not call.query.is_cpu:
+        raise _elsewhere(call.query)
+    arguments, results = flat.flattened_attention(call)
+    cache_checks.check_attention_slots(call)
+    arguments.append(get_num_threads())
+    _C.attention(arguments)
+    return results
 
 
 def compact(slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None) -> None:
     """See `reference.compact`."""
-    raise Unsupported.unknown("native", "op", "compact", ("mix", "sample", "uniforms", "verify"))
+    if not lengths.is_cpu:
+        raise _elsewhere(lengths)
+    cache_checks.check_compact_slots(slabs, lengths, path, block_table)
+    arguments = flat.flattened_compact(slabs, lengths, path, block_table)
+    arguments.append(get_num_threads())
+    _C.compact(arguments)
+    for slab in slabs:
+        if not slab.is_inference():
+            increment_version(slab)
 
 
 def _elsewhere(tensor: Tensor) -> Unsupported:

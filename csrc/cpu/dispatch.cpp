@@ -15,6 +15,12 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#if defined(__linux__) && !defined(SPECENS_STAND_INS) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define SPECENS_HAS_BFLOAT16
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #define SPECENS_INLINE inline __attribute__((always_inline))
@@ -71,6 +77,70 @@
 
 #endif  // __x86_64__
 
+// Sets that attend to bfloat16 in their own way, and are another set in all else. Tests build them
+// on the baseline, from the same sources without the instructions (SPECENS_STAND_INS).
+#if defined(SPECENS_STAND_INS)
+#define SPECENS_BASE baseline
+#define SPECENS_WIDTH 4
+#define SPECENS_ISA avx512bf16
+#define SPECENS_NAME "avx512bf16"
+#include "bfloat16.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#define SPECENS_TILES
+#define SPECENS_ISA amx
+#define SPECENS_NAME "amx"
+#include "bfloat16.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#undef SPECENS_TILES
+#undef SPECENS_WIDTH
+#undef SPECENS_BASE
+#elif defined(SPECENS_HAS_BFLOAT16)
+#define SPECENS_BASE avx512
+#define SPECENS_WIDTH 16
+#define SPECENS_DOTS
+#if defined(__clang__)
+#pragma clang attribute push(                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,prefer-vector-width=512")
+#endif
+#define SPECENS_ISA avx512bf16
+#define SPECENS_NAME "avx512bf16"
+#include "bfloat16.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(                                                                 \
+    __attribute__((                                                                           \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-bf16")
+#endif
+#define SPECENS_TILES
+#define SPECENS_TILES_HERE
+#define SPECENS_ISA amx
+#define SPECENS_NAME "amx"
+#include "bfloat16.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#undef SPECENS_TILES
+#undef SPECENS_TILES_HERE
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef SPECENS_DOTS
+#undef SPECENS_WIDTH
+#undef SPECENS_BASE
+#endif
+
 namespace specens {
 namespace {
 
@@ -84,6 +154,25 @@ struct Build {
 bool supports_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
+#if defined(SPECENS_HAS_BFLOAT16)
+bool supports_avx512bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 5) != 0;
+}
+
+// The processor's word, and the system's: a process asks for the tiles' memory, once.
+bool supports_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kTilesAndDots = 1u << 24 | 1u << 22;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return supports_avx512bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (edx & kTilesAndDots) == kTilesAndDots &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -106,6 +195,13 @@ const Kernels& choose(const Build* begin, const Build* end) {
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const Build builds[] = {
+#if defined(SPECENS_STAND_INS)
+        {&amx::kKernels, true},
+        {&avx512bf16::kKernels, true},
+#elif defined(SPECENS_HAS_BFLOAT16)
+        {&amx::kKernels, supports_amx()},
+        {&avx512bf16::kKernels, supports_avx512bf16()},
+#endif
 #if defined(__x86_64__)
         {&avx512::kKernels,
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

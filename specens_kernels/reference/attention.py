@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..call import AttentionCall
 from ..cache_checks import check_attention_slots
+from ..call import AttentionCall
 from ..tree import WORD
 
 

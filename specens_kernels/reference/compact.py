@@ -3,8 +3,8 @@
 
 from torch import Tensor
 
-from ..call import Slabs
 from ..cache_checks import check_compact_slots
+from ..call import Slabs
 
 
 def compact(slabs: Slabs, lengths: Tensor, path: Tensor, block_table: Tensor | None) -> None:

@@ -12,41 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trees import Problem, expected, paged, problem, seen
+from trees import Problem, check, expected, paged, problem
 
 from specens_kernels import Refusal, attention, tree
-
-SCALE = {torch.float32: 1e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-
-
-def dense(one: Problem) -> Tensor:
-    """(B, N+1, H, F). torch's own attention, of a mask that is written out."""
-    nodes, capacity = one.query.shape[2], one.keys.shape[2]
-    mask = torch.zeros(len(one.query), 1, nodes, capacity, dtype=torch.bool)
-    for b in range(len(mask)):
-        for i in range(nodes):
-            mask[b, 0, i, seen(one, b, i)] = True
-    keys, values = (each.nan_to_num() for each in (one.keys, one.values))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        one.query, keys, values, mask, enable_gqa=True, scale=one.options.get("scale")
-    )
-    return out.transpose(1, 2)
-
-
-def check(one: Problem, run: Problem | None = None) -> None:
-    """The 2x rule; where torch has no such attention, its error is that without cap and sinks."""
-    out, lse = (run or one).run()
-    right, right_lse = expected(one)
-    assert (out.dtype, lse.dtype) == (one.query.dtype, torch.float32)
-    assert out.is_contiguous()
-    simple = one._replace(
-        options={k: v for k, v in one.options.items() if k not in ("sinks", "softcap")}
-    )
-    error = (dense(simple).double() - expected(simple)[0]).abs().max().item()
-    allowed = 2 * error + SCALE[one.query.dtype] * (1 + one.values.nan_to_num().abs().max().item())
-    assert (out.double() - right).abs().max() <= allowed
-    assert (lse.double() - right_lse).abs().max() <= 4e-6 * (1 + right_lse.abs().max())
-
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain decoding": {"nodes": 1},
@@ -336,7 +304,42 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     assert str(refusal.value).startswith(f"attention: {message}")
 
 
-@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_what_passes_the_public_function_by_is_refused_too(backend: str) -> None:
+    op = torch.ops.specens.attention.default
+    rest = (None, None, None, 0.25, 0.0, 0)
+    whole = (ONE, CACHE, CACHE, LENGTHS, WORDS)
+    op(*whole, *rest)
+    freed = CACHE.clone()
+    freed.untyped_storage().resize_(64)
+    for place, wrong, message in (
+        (4, WORDS[:, :2], "visible: expected"),
+        (1, CACHE[..., :8], "keys: expected"),
+        (2, CACHE.mT.contiguous().mT, "values: expected contiguous rows"),
+        (2, freed, "values: expected a dense tensor that holds its memory"),
+    ):
+        with pytest.raises(Refusal, match=f"^attention: {message}"):
+            op(*whole[:place], wrong, *whole[place + 1 :], *rest)
+    with pytest.raises(Refusal, match=r"^attention: window: expected an integer >= 0, got -3$"):
+        op(*whole, *rest[:-1], -3)
+    zeros = torch._efficientzerotensor(CACHE.shape)
+    assert (op(ONE, zeros, zeros, LENGTHS, WORDS, *rest)[0] == 0).all()
+
+
+@pytest.mark.parametrize("given", [None, [1.0], "x", 3], ids=str)
+def test_other_types_are_refused(given: Any) -> None:
+    whole = {"query": ONE, "keys": CACHE, "values": CACHE, "lengths": LENGTHS, "visible": WORDS}
+    for name in whole:
+        with pytest.raises(Refusal, match=f"^attention: {name}: expected a tensor, got"):
+            attention(**(whole | {name: given}))
+    for name in {"depths", "sinks", "block_table"} if given is not None else ():
+        with pytest.raises(Refusal, match=f"^attention: {name}: expected a tensor, got"):
+            attention(**whole, **{name: given})
+    for name in {"softcap", "scale", "window"} if given not in (None, 3) else ():
+        with pytest.raises(Refusal, match=f"^attention: {name}: expected a"):
+            attention(**whole, **{name: given})
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"], indirect=True)
 def test_on_a_cpu_lengths_and_pages_are_looked_at(backend: str) -> None:
     for lengths in ([5, 28], [-1, 5]):
         with pytest.raises(Refusal) as refusal:

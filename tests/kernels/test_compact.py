@@ -155,6 +155,10 @@ SLAB, LENGTHS, PATH = torch.zeros(2, 2, 1, 10, 4), torch.tensor([1, 2]), table([
 PAGES = torch.zeros(2, 3, dtype=torch.int32)
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"slabs": []}, "slabs: expected one tensor or more, got none"),
+    ({"slabs": SLAB}, "slabs: expected a list of tensors, got a Tensor"),
+    ({"slabs": [SLAB, None]}, "slabs[1]: expected a tensor, got None"),
+    ({"path": None}, "path: expected a tensor, got None"),
+    ({"block_table": 3}, "block_table: expected a tensor, got 3"),
     (
         {"slabs": [SLAB, SLAB[0]]},
         "slabs[1]: expected (L, B=2, K, S, E) on cpu, got (2, 1, 10, 4) float32 on cpu",
@@ -188,7 +192,21 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     assert str(refusal.value).startswith(f"compact: {message}")
 
 
-@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_what_passes_the_public_function_by_is_refused_too(backend: str) -> None:
+    op = torch.ops.specens.compact.default
+    op([SLAB.clone()], LENGTHS, PATH, None)
+    freed = SLAB.clone()
+    freed.untyped_storage().resize_(64)
+    with pytest.raises(Refusal, match=r"^compact: slabs\[1\]: expected a dense tensor that holds"):
+        op([SLAB.clone(), freed], LENGTHS, PATH, None)
+    with pytest.raises(Refusal, match=r"^compact: path: expected \(B, D\) int32"):
+        op([SLAB.clone()], LENGTHS, PATH.long(), None)
+    zeros = torch._efficientzerotensor(SLAB.shape)
+    with pytest.raises(Refusal, match=r"^compact: slabs: expected tensors that can be written to"):
+        op([zeros], LENGTHS, PATH, None)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"], indirect=True)
 @pytest.mark.parametrize(
     ("lengths", "path", "message"),
     [
@@ -218,7 +236,7 @@ def test_on_a_cpu_paths_are_looked_at(
     assert same(one, before)
 
 
-@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+@pytest.mark.parametrize("backend", ["reference", "native"], indirect=True)
 def test_on_a_cpu_pages_are_looked_at(backend: str) -> None:
     pages = torch.tensor([[0, 1, 2]], dtype=torch.int32)
     one = slab(1, 2, 1, 10, 4)

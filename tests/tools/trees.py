@@ -6,6 +6,7 @@ in `problem`, and obey it in `expected`.
 """
 
 import math
+import random
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,35 @@ def problem(
     return Problem(query, keys, values, numbers, parents, options)
 
 
+def random_problem(seed: int) -> Problem:
+    """As hard as a model, a cache or a tree may make it."""
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    key_heads = dice.choice([1, 2, 3])
+    heads = key_heads * dice.choice([1, 3, 4, 7])
+    size = dice.choice([1, 8, 19, 32, 64, 80, 128])
+    options: dict[str, Any] = {}
+    if dice.random() < 0.3:
+        options["window"] = dice.choice([1, 2, 20, 64, 65, 400])
+    if dice.random() < 0.3:
+        options["softcap"] = dice.choice([0.5, 3.0, 30.0])
+    if dice.random() < 0.3:
+        options["sinks"] = 2 * torch.randn(heads)
+    if dice.random() < 0.3:
+        options["scale"] = dice.choice([0.1, 0.5])
+    one = problem(
+        batch=dice.choice([1, 1, 2, 3]),
+        heads=(heads, key_heads),
+        nodes=dice.choice([1, 2, 3, 5, 16, 40, 64, 65]),
+        sizes=(size, dice.choice([size, size, 16, 24, 37])),
+        lengths=tuple(dice.choice([0, 1, 63, 64, 65, 200, 255, 300, 513]) for _ in range(3)),
+        room=dice.choice([0, 0, 1, 100]),
+        dtype=dice.choice([torch.float32, torch.bfloat16, torch.float16]),
+        **options,
+    )
+    return paged(one, dice.choice([1, 16, 23, 64])) if dice.random() < 0.3 else one
+
+
 def seen(one: Problem, b: int, i: int) -> list[int]:
     """The slots that node i of row b sees."""
     length, parents = int(one.lengths[b]), one.parents[b].tolist()
@@ -113,3 +143,37 @@ def paged(one: Problem, page: int) -> Problem:
         caches.append(pool)
     options = {**one.options, "block_table": table}
     return one._replace(keys=caches[0], values=caches[1], options=options)
+
+
+# What is allowed beside torch's own error, for values of about 1: a float32's last bit, or, where
+# masses are rounded to halves and torch's happen not to be, a fraction of a half's.
+SCALE = {torch.float32: 1e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+
+
+def dense(one: Problem) -> Tensor:
+    """(B, N+1, H, F). torch's own attention, of a mask that is written out."""
+    nodes, capacity = one.query.shape[2], one.keys.shape[2]
+    mask = torch.zeros(len(one.query), 1, nodes, capacity, dtype=torch.bool)
+    for b in range(len(mask)):
+        for i in range(nodes):
+            mask[b, 0, i, seen(one, b, i)] = True
+    keys, values = (each.nan_to_num() for each in (one.keys, one.values))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        one.query, keys, values, mask, enable_gqa=True, scale=one.options.get("scale")
+    )
+    return out.transpose(1, 2)
+
+
+def check(one: Problem, run: Problem | None = None) -> None:
+    """The 2x rule; where torch has no such attention, its error is that without cap and sinks."""
+    out, lse = (run or one).run()
+    right, right_lse = expected(one)
+    assert (out.dtype, lse.dtype) == (one.query.dtype, torch.float32)
+    assert out.is_contiguous()
+    simple = one._replace(
+        options={k: v for k, v in one.options.items() if k not in ("sinks", "softcap")}
+    )
+    error = (dense(simple).double() - expected(simple)[0]).abs().max().item()
+    allowed = 2 * error + SCALE[one.query.dtype] * (1 + one.values.nan_to_num().abs().max().item())
+    assert (out.double() - right).abs().max() <= allowed
+    assert (lse.double() - right_lse).abs().max() <= 4e-6 * (1 + right_lse.abs().max())
