@@ -20,6 +20,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import arguments, cache_checks, checks, cuda, native, reference, triton
 from .call import AttentionCall, Slabs, VerifyCall
@@ -263,7 +264,10 @@ def _register(
 
         return run
 
+    written = Slabs in kinds.values()
     runs = {device: _first_that_can(name, check, reference_op, device) for device in PREFERRED}
+    if written:
+        runs = {device: _noting_writes(run) for device, run in runs.items()}
     _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _lib.impl(name, rebuilding(readable(checked)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"specens::{name}", rebuilding(checked_fake), lib=_lib)
@@ -271,7 +275,6 @@ def _register(
         _lib.impl(name, rebuilding(readable(run)), device.upper())
     op: Callable[..., Any] = getattr(torch.ops.specens, name).default
     # Torch's own way is to expand one number, which leaves no rows.
-    written = Slabs in kinds.values()
 
     def of_zeros(*flat: Any) -> Any:
         if written:
@@ -290,6 +293,19 @@ def _register(
         return run(*arguments)
 
     return call
+
+
+def _noting_writes(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell whoever has saved a slab for its gradient that it is another one now."""
+
+    def noting(slabs: list[Tensor], *arguments: Any) -> Any:
+        result = run(slabs, *arguments)
+        for slab in slabs:
+            if not slab.is_inference():
+                increment_version(slab)
+        return result
+
+    return noting
 
 
 def _written_out(argument: Any) -> Any:

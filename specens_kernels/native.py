@@ -8,7 +8,6 @@ raises `Unsupported` with the reason, and `dispatch.py` runs the reference inste
 from collections.abc import Sequence
 
 from torch import Tensor, get_num_threads
-from torch.autograd.graph import increment_version
 
 from . import cache_checks, flat
 from .call import AttentionCall, VerifyCall
@@ -103,9 +102,6 @@ def compact(slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Ten
     arguments = flat.flattened_compact(slabs, lengths, path, block_table)
     arguments.append(get_num_threads())
     _C.compact(arguments)
-    for slab in slabs:
-        if not slab.is_inference():
-            increment_version(slab)
 
 
 def _elsewhere(tensor: Tensor) -> Unsupported:

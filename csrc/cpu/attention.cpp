@@ -59,6 +59,9 @@ class Attention {
   const char* slot(const Heads& heads, int64_t size_bytes, const Place& place, int64_t head) const;
   void pack(const Unit& unit, float* query) const;
   void attend(const Unit& unit, float* memory) const;
+  // Where the slots of a block from `begin` on lie.
+  void place(const Unit& unit, int64_t begin, int64_t end, const float* zeros,
+             AttentionBlock& block) const;
   // Bits of the slots from `slot` on that a node sees; those from `end` on are not seen.
   uint64_t seen(int64_t batch, int64_t node, int64_t slot, int64_t end) const;
   void join(int64_t row, float* memory) const;
@@ -184,6 +187,41 @@ uint64_t Attention::seen(int64_t batch, int64_t node, int64_t slot, int64_t end)
   return bits & first_bits(count);
 }
 
+void Attention::place(const Unit& unit, int64_t begin, int64_t end, const float* zeros,
+                      AttentionBlock& block) const {
+  const int size_bytes = element_size(block.dtype);
+  block.count = static_cast<int>(std::min<int64_t>(kLanes, end - begin));
+  // What lies beyond the nodes, or before the window, need not be there.
+  const auto first = static_cast<int>(std::max<int64_t>(reaches_[unit.batch].first - begin, 0));
+  const bool paged = params_.pages.table.data != nullptr;
+  const int64_t key_step = params_.keys.row_stride * size_bytes;
+  const int64_t value_step = params_.values.row_stride * size_bytes;
+  const char *key = nullptr, *value = nullptr;
+  for (int j = 0; j < kLanes; ++j) {
+    if (j < first || j >= block.count) {
+      block.keys[j] = block.values[j] = zeros;
+      continue;
+    }
+    if (paged || key == nullptr) {
+      const Place at = place_of(params_.pages, unit.batch, begin + j);
+      key = slot(params_.keys, size_bytes, at, unit.key_head);
+      value = slot(params_.values, size_bytes, at, unit.key_head);
+    } else {
+      key += key_step;
+      value += value_step;
+    }
+    block.keys[j] = key;
+    block.values[j] = value;
+  }
+  // Few rows wait for memory, and have the time to ask for it.
+  if (paged || block.rows > kMaxTileRows) return;
+  const auto rows = static_cast<int>(std::min<int64_t>(kLanes, end - begin - kLanes));
+  for (int j = 0; j < rows; ++j) {
+    prefetch(key + (j + 1) * key_step, params_.size * size_bytes);
+    prefetch(value + (j + 1) * value_step, params_.value_size * size_bytes);
+  }
+}
+
 void Attention::attend(const Unit& unit, float* memory) const {
   const Reach& reach = reaches_[unit.batch];
   const auto rows = static_cast<int>(row_count(unit.tile));
@@ -214,29 +252,12 @@ void Attention::attend(const Unit& unit, float* memory) const {
   block.out = result.out;
   kernels().begin_rows(block);
 
-  const int size_bytes = element_size(block.dtype);
   const int64_t split = (reach.first_split + unit.split) * split_;
   const int64_t end = std::min(split + split_, reach.length + params_.nodes);
-  // Few rows wait for memory, and have the time to ask for it.
-  const bool waits = rows <= kMaxTileRows;
   uint64_t seen_bits[kMaxRows];
   for (int64_t begin = std::max(split, reach.first / kLanes * kLanes); begin < end;
        begin += kLanes) {
-    block.count = static_cast<int>(std::min<int64_t>(kLanes, end - begin));
-    for (int j = 0; j < kLanes; ++j) {
-      block.keys[j] = block.values[j] = zeros;
-      // What lies beyond the nodes, or before the window, need not be there.
-      if (j >= block.count || begin + j < reach.first) continue;
-      const Place place = place_of(params_.pages, unit.batch, begin + j);
-      block.keys[j] = slot(params_.keys, size_bytes, place, unit.key_head);
-      block.values[j] = slot(params_.values, size_bytes, place, unit.key_head);
-      if (waits && begin + j + kLanes < end) {
-        const Place next = place_of(params_.pages, unit.batch, begin + j + kLanes);
-        prefetch(slot(params_.keys, size_bytes, next, unit.key_head), params_.size * size_bytes);
-        prefetch(slot(params_.values, size_bytes, next, unit.key_head),
-                 params_.value_size * size_bytes);
-      }
-    }
+    place(unit, begin, end, zeros, block);
     block.seen = nullptr;
     if (begin + kLanes > reach.length || begin < reach.full) {
       block.seen = seen_bits;

@@ -19,14 +19,11 @@ from ..refusal import Unsupported
 
 AVAILABLE = find_spec("triton") is not None
 REASON = "" if AVAILABLE else "Triton is not installed"
-_OPS = ("mix", "sample", "uniforms", "verify")
-_WITHOUT_KERNELS = ("attention", "compact")
+_OPS = ("attention", "compact", "mix", "sample", "uniforms", "verify")
 
 
 def __getattr__(name: str) -> Any:
     """An op; Triton, which takes a while, is imported when the first one is asked for."""
-    if name in _WITHOUT_KERNELS:
-        raise Unsupported.unknown("triton", "op", name, _OPS)
     if name not in _OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

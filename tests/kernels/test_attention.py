@@ -39,7 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "a scale": {"scale": 0.37},
     "a cap": {"softcap": 1.5},
-    "sinks": {"sinks": torch.linspace(-2, 6, 8)},
+    "sinks": {"sinks": torch.linspace(-2, 6, 4)},
     "a window": {"window": 40},
     "a window shorter than the tree": {"window": 3, "nodes": 40},
     "a window of one": {"window": 1},
@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all of them": {
         "window": 33,
         "softcap": 2.0,
-        "sinks": torch.linspace(-2, 6, 8),
+        "sinks": torch.linspace(-2, 6, 4),
         "scale": 0.3,
         "batch": 2,
         "lengths": (300, 41),
@@ -74,12 +74,13 @@ def test_half_precision(
 ) -> None:
     lengths = (100, 259)
     check(problem(batch=2, nodes=nodes, lengths=lengths, sizes=sizes, room=5, dtype=dtype))
-    check(problem(nodes=nodes, sizes=sizes, dtype=dtype, window=20, sinks=torch.ones(8)))
+    check(problem(nodes=nodes, sizes=sizes, dtype=dtype, window=20, sinks=torch.ones(4)))
 
 
 @pytest.mark.parametrize("first", range(0, 64, 16))
 def test_a_tree_may_begin_anywhere_in_a_tile(backend: str, first: int) -> None:
-    for length in range(64 + first, 64 + first + 16):
+    step = 5 if backend in ("triton", "cuda") else 1  # whose emulators take their time
+    for length in range(64 + first, 64 + first + 16, step):
         check(problem(nodes=17, heads=(2, 1), sizes=(16, 16), lengths=(length,), room=64))
 
 
@@ -169,7 +170,7 @@ def test_a_node_that_sees_nothing_gets_0(backend: str) -> None:
     assert (out[0, 1] == 0).all()
     assert (lse[0, :, 1] == -math.inf).all()
     assert lse[0, :, [0, 2]].isfinite().all()
-    sinks = torch.full((8,), 0.25)
+    sinks = torch.full((4,), 0.25)
     out, lse = attention(*arguments, sinks=sinks)
     assert (out[0, 1] == 0).all()
     assert torch.equal(lse[0, :, 1], sinks)
@@ -204,7 +205,7 @@ def test_log_sum_exps_join_two_caches(backend: str) -> None:
 
 
 def test_in_float64_it_is_exact() -> None:
-    one = problem(batch=2, lengths=(50, 7), window=20, sinks=torch.ones(8), softcap=3.0)
+    one = problem(batch=2, lengths=(50, 7), window=20, sinks=torch.ones(4), softcap=3.0)
     wide = one._replace(**{k: getattr(one, k).double() for k in ("query", "keys", "values")})
     out, lse = wide.run()
     right, right_lse = expected(wide)
@@ -214,7 +215,7 @@ def test_in_float64_it_is_exact() -> None:
 
 
 def test_nothing_is_written_to(backend: str) -> None:
-    one = problem(batch=2, lengths=(30, 9), sinks=torch.ones(8), window=9)
+    one = problem(batch=2, lengths=(30, 9), sinks=torch.ones(4), window=9)
     given = [*one[:5], *(x for x in one.options.values() if isinstance(x, Tensor))]
     before = [tensor.clone() for tensor in given]
     one.run()
@@ -224,8 +225,8 @@ def test_nothing_is_written_to(backend: str) -> None:
 
 def test_without_rows(backend: str) -> None:
     out, lse = problem(batch=0).run()
-    assert out.shape == (0, 5, 8, 64)
-    assert lse.shape == (0, 8, 5)
+    assert out.shape == (0, 5, 4, 64)
+    assert lse.shape == (0, 4, 5)
 
 
 def test_it_has_no_gradient(backend: str) -> None:

@@ -60,14 +60,14 @@ def test_random_calls(backend: str, sizes: tuple[int, ...], seeds: list[int]) ->
         check(backend, call(seed, sizes))
 
 
-TREE_COUNTS = {"native": 300, "cuda": 60, "triton": 30}
+TREE_COUNTS = {"native": 300, "triton": 12}
 
 
 def random_trees() -> Iterator[Any]:
     for backend, count in TREE_COUNTS.items():
-        for first in range(0, count, 30):
+        for first in range(0, count, 12):
             marks = [pytest.mark.slow] if backend != "native" else []
-            seeds = range(first, first + 30)
+            seeds = range(first, min(first + 12, count))
             yield pytest.param(backend, seeds, id=f"{backend} {first}", marks=marks)
 
 

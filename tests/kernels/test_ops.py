@@ -127,7 +127,10 @@ def op_calls() -> list[Any]:
         "attention": (specens.attention, (whole,)),
         "attention in pages": (specens.attention, (parts,)),
         "compact": (specens.compact, (slabs, SEEDS, path, None)),
-        "compact in pages": (specens.compact, (slabs, SEEDS, path, pages)),
+        "compact in pages": (
+            specens.compact,
+            (slabs, SEEDS, path, pages + SEEDS[:, None].int() - 1),
+        ),
         "uniforms": (specens.uniforms, (SEEDS, POSITIONS, 1, 0)),
         "mix": (specens.mix, (logits, law)),
         "mix bare": (specens.mix, (logits, bare)),

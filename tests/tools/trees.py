@@ -45,7 +45,7 @@ def random_parents(nodes: int, batch: int = 1) -> Tensor:
 def problem(
     *,
     batch: int = 1,
-    heads: tuple[int, int] = (8, 2),
+    heads: tuple[int, int] = (4, 2),
     nodes: int = 5,
     sizes: tuple[int, int] = (64, 64),
     lengths: tuple[int, ...] = (100,),
