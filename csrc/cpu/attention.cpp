@@ -14,6 +14,8 @@ namespace specens {
 namespace {
 
 constexpr int kMaxRows = 128;  // of a tile
+// More rows compute for so long that waiting for memory does not show.
+constexpr int kMostRowsAsking = 128;
 constexpr double kInfinity = __builtin_inf();
 
 // Slots of a split: so many that its partial results are small beside the keys that it reads.
@@ -76,10 +78,6 @@ class Attention {
   float* parts_;
   float* threads_;
 };
-
-void prefetch(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-}
 
 float* aligned(float* memory) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
@@ -213,13 +211,11 @@ void Attention::place(const Unit& unit, int64_t begin, int64_t end, const float*
     block.keys[j] = key;
     block.values[j] = value;
   }
-  // Few rows wait for memory, and have the time to ask for it.
-  if (paged || block.rows > kMaxTileRows) return;
-  const auto rows = static_cast<int>(std::min<int64_t>(kLanes, end - begin - kLanes));
-  for (int j = 0; j < rows; ++j) {
-    prefetch(key + (j + 1) * key_step, params_.size * size_bytes);
-    prefetch(value + (j + 1) * value_step, params_.value_size * size_bytes);
-  }
+  const auto next = static_cast<int>(std::min<int64_t>(kLanes, end - begin - kLanes));
+  const bool asks = !paged && next > 0 && block.rows <= kMostRowsAsking;
+  const auto lines = [&](int64_t size) { return static_cast<int>((size * size_bytes + 63) / 64); };
+  block.ahead[0] = {key + key_step, key_step, asks ? next : 0, lines(params_.size), 0};
+  block.ahead[1] = {value + value_step, value_step, asks ? next : 0, lines(params_.value_size), 0};
 }
 
 void Attention::attend(const Unit& unit, float* memory) const {
@@ -250,6 +246,12 @@ void Attention::attend(const Unit& unit, float* memory) const {
   block.tops = result.tops;
   block.sums = result.sums;
   block.out = result.out;
+  Ahead ahead[2];
+  block.ahead = ahead;
+  // A tile of rows has this many steps or more, and a block of them this many lines.
+  const int64_t steps = (rows + kMaxTileRows - 1) / kMaxTileRows * (params_.size + kLanes);
+  const int64_t lines = (params_.size + params_.value_size) * element_size(block.dtype);
+  block.each = static_cast<int>((lines + steps - 1) / steps);
   kernels().begin_rows(block);
 
   const int64_t split = (reach.first_split + unit.split) * split_;

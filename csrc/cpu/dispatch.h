@@ -96,6 +96,16 @@ constexpr int kMaxTileRows = 8;
 constexpr int kRowElements = 32;
 constexpr int kRowsTogether = 16;
 
+// Rows of the next block, which are asked for line by line while this one is computed: a processor
+// that waits for a block's keys computes nothing, and one that computes asks for none.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t step = 0;  // bytes from row to row
+  int rows = 0;      // left to be asked for
+  int lines = 0;     // of 64 bytes in a row
+  int line = 0;
+};
+
 // Packed query rows, up to kLanes slots that they attend to, and what is known of the rows so far.
 struct AttentionBlock {
   float* query;                // (rows, size)
@@ -110,6 +120,8 @@ struct AttentionBlock {
   int value_size;
   int key_stride;  // `size` and `value_size`, as multiples of kRowElements
   int value_stride;
+  Ahead* ahead;    // keys and values
+  int each;        // lines to ask for at each step of a product
   float scale;     // what scores are multiplied by
   float softcap;   // 0 is none
   float* tops;     // (rows,) largest score so far; -inf where none was seen
