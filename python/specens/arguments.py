@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specens.loop.named import integers, is_number
 from specens.members.facts import check_causal_lm
@@ -78,7 +79,8 @@ def _float(given: Any) -> float | None:
 
 def _untensored(given: Any) -> Any:
     """Tensors and arrays as lists and numbers; all else as it is."""
-    return given.tolist() if hasattr(given, "tolist") else given
+    nowhere = isinstance(given, Tensor) and given.is_meta
+    return given.tolist() if hasattr(given, "tolist") and not nowhere else given
 
 
 def word_of(argument: str, given: Any, *known: str) -> str:

@@ -123,7 +123,7 @@ def check_types(inputs: Any, streamer: Any, options: Mapping[str, Any]) -> None:
     if mask is not None and ids is not None:
         _check_mask(mask, ids)
     methods = (getattr(streamer, name, None) for name in ("put", "end"))
-    if streamer is not None and not all(map(callable, methods)):
+    if streamer is not None and (isinstance(streamer, type) or not all(map(callable, methods))):
         raise Refusal("generate", "streamer", "an object with put and end", _described(streamer))
     for name in ("logits_processor", "stopping_criteria"):
         given = options.get(name)
@@ -145,12 +145,14 @@ def _check_ids_type(name: str, given: Any) -> None:
 
 def _is_dense(given: Any) -> bool:
     """Whether it is a tensor with a value at each place."""
-    return isinstance(given, Tensor) and given.layout == torch.strided and not given.is_meta
+    if not isinstance(given, Tensor) or given.is_nested:
+        return False
+    return given.layout == torch.strided and not given.is_meta
 
 
 def _described(given: Any) -> str:
     """A value of a wrong type, in a word or two."""
-    if isinstance(given, Tensor):
+    if isinstance(given, Tensor) and not given.is_nested:
         words = [str(tuple(given.shape)), str(given.dtype).removeprefix("torch.")]
         if given.layout != torch.strided:
             words.append(str(given.layout).removeprefix("torch."))

@@ -49,7 +49,7 @@ from specens.loop.stopping import Stopper
 from specens.loop.weights import PositionWeights
 from specens.members.by_row import ReplayMember
 from specens.members.evaluation import evaluating
-from specens.members.facts import is_on_meta, num_parameters, vocab_size
+from specens.members.facts import check_causal_lm, num_parameters, vocab_size
 from specens.members.probe import member
 from specens.members.translated import Translated
 from specens.members.vocabulary import shared_vocabulary
@@ -411,12 +411,11 @@ class SpeculativeDecoder:
 
     def _check_unchanged(self) -> None:
         """Refuse models that are not what they were when the decoder was made."""
-        for each, model, width in zip(self.members, self.models, self._widths, strict=True):
+        for i, (model, width) in enumerate(zip(self.models, self._widths, strict=True)):
+            check_causal_lm(model, "generate", f"models[{i}]")
             if vocab_size(model) != width:
                 expected = f"{width} columns of logits, as when the decoder was made; make another"
-                raise Refusal("generate", "models", expected, f"{vocab_size(model)} of {each.name}")
-            if is_on_meta(model):
-                raise Refusal("generate", "models", "weights", f"{each.name} on device 'meta'")
+                raise Refusal("generate", f"models[{i}]", expected, vocab_size(model))
 
     def _check_warp(self, warp: Warp, processors: Sequence[Any], law: Law) -> None:
         """Refuse warpers and processors that the law or the schedule cannot serve."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from decoders import VOCAB_SIZE, decoder, same
 from toys import prompts, toy
-from transformers import AutoModelForCausalLM, BatchEncoding, GenerationConfig
+from transformers import AutoModelForCausalLM, BatchEncoding, GenerationConfig, TextStreamer
 
 from specens import SpeculativeDecoder
 from specens.loop.generation_config import FIELDS, check
@@ -43,6 +43,7 @@ def nested(depth: int) -> list[Any]:
         ({"weights": {0: 0.5, 1: 0.5}}, f"{WEIGHTS}{{0: 0.5"),
         ({"weights": [[0.5, 0.5]]}, rf"{WEIGHTS}\[\["),
         ({"weights": torch.tensor(0.5)}, WEIGHTS),
+        ({"weights": torch.ones(2, device="meta")}, WEIGHTS),
         ({"weights": np.array([[0.5, 0.5]])}, WEIGHTS),
         ({"weights": [0.5, 1j]}, WEIGHTS),
         ({"weights": [1, 10**400]}, "weights: expected .*numbers"),
@@ -147,12 +148,17 @@ def test_a_model_that_was_changed_after_its_decoder_was_made_is_refused() -> Non
         fast.generate(**settings)
         draft.resize_token_embeddings(size)
         expected = "expected 24 columns of logits, as when the decoder was made; make another"
-        with pytest.raises(Refusal, match=f"^generate: models: {expected}, got {size} of Llama"):
+        with pytest.raises(Refusal, match=rf"^generate: models\[1\]: {expected}, got {size}$"):
             fast.generate(**settings)
     model = toy(0, VOCAB_SIZE)
     fast = SpeculativeDecoder([toy(1, VOCAB_SIZE), model])
     model.to("meta")
-    with pytest.raises(Refusal, match=r"^generate: models: expected weights, got .* 'meta'"):
+    with pytest.raises(Refusal, match=r"^generate: models\[1\]: expected a causal LM, .* 'meta'"):
+        fast.generate(**settings)
+    model = toy(0, VOCAB_SIZE)
+    fast = SpeculativeDecoder([model])
+    model.lm_head = None
+    with pytest.raises(Refusal, match=r"^generate: models\[0\]: .*, which has no causal LM head$"):
         fast.generate(**settings)
 
 
@@ -206,6 +212,11 @@ def test_a_model_that_was_changed_after_its_decoder_was_made_is_refused() -> Non
         ),
         ({"position_ids": [[0, 1, 2]]}, "position_ids: expected those that attention_mask implies"),
         ({"position_ids": torch.arange(3)}, "position_ids: expected those that attention_mask im"),
+        (
+            {"input_ids": torch.nested.nested_tensor([torch.ones(2).long()], layout=torch.jagged)},
+            "input_ids: expected a tensor .*, got NestedTensor",
+        ),
+        ({"streamer": TextStreamer}, "streamer: expected an object with put and end, got type"),
         ({"streamer": "yes"}, "streamer: expected an object with put and end, got 'yes'"),
         ({"streamer": print}, "streamer: expected an object with put and end, got builtin"),
         ({"stop_strings": ""}, "stop_strings: expected a string or a list of them, none of them e"),

@@ -30,14 +30,14 @@ def check_causal_lm(model: Any, op: str = "member", argument: str = "model") -> 
         fault = f"{type(model).__name__}, an encoder-decoder"
     elif model.get_output_embeddings() is None or not model.can_generate():
         fault = f"{type(model).__name__}, which has no causal LM head"
-    elif is_on_meta(model):
+    elif _is_on_meta(model):
         fault = f"{type(model).__name__} on device 'meta', without weights"
     else:
         return
     raise Refusal(op, argument, "a causal LM", fault)
 
 
-def is_on_meta(model: Any) -> bool:
+def _is_on_meta(model: Any) -> bool:
     """Whether its weights are nowhere; those that accelerate brings when they are needed are."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return False
