@@ -5,7 +5,7 @@
     python benchmarks/gpu_report.py --check    # and fail where it exceeds gpu_budget.json
     python benchmarks/gpu_report.py --write    # and make that the budget
 
-Every launch of `verify` in a few representative calls is recorded on tensors without data, and its
+Every launch in a few representative calls is recorded on tensors without data, and its
 Triton kernel compiled for each target by the compilers that Triton brings: ptxas for NVIDIA's, LLVM
 for AMD's. The CUDA kernels are compiled by nvcc, where there is one; the emulator says how large
 their blocks are. To add kernels: a function that yields `Row`s, named in `SOURCES`.
@@ -41,7 +41,7 @@ from triton.compiler import ASTSource
 
 from specens_kernels import Acceptance, Law, backend, mix, sample, uniforms, verify
 from specens_kernels import triton as kernels
-from specens_kernels.call import VerifyCall
+from specens_kernels.call import AttentionCall, VerifyCall
 
 ROOT = Path(__file__).parents[1]
 BUDGET = Path(__file__).with_name("gpu_budget.json")
@@ -164,6 +164,26 @@ def the_other_ops() -> None:
     kernels.uniforms(words[:, 0], words, 0, 0)
 
 
+def attends(size: int, nodes: int, dtype: torch.dtype = torch.bfloat16, window: int = 0) -> None:
+    """One `attention` of 32 heads to 8 key heads."""
+    device = torch.device("meta")
+    query = torch.empty(1, nodes, 32, size, dtype=dtype, device=device).transpose(1, 2)
+    cache = torch.empty(1, 8, 4096, size, dtype=dtype, device=device)
+    lengths = torch.empty(1, dtype=torch.int64, device=device)
+    visible = torch.empty(1, nodes, 1, dtype=torch.int64, device=device)
+    depths = torch.empty(1, nodes, dtype=torch.int32, device=device) if window else None
+    rest = (depths, None, None, size**-0.5, 0.0, window)
+    kernels.attention(AttentionCall(query, cache, cache, lengths, visible, *rest))
+
+
+def compacts() -> None:
+    """The accepted path of 30 layers' keys and values."""
+    device = torch.device("meta")
+    slab = torch.empty(60, 1, 8, 4096, 64, dtype=torch.bfloat16, device=device)
+    lengths = torch.empty(1, dtype=torch.int64, device=device)
+    kernels.compact([slab], lengths, torch.empty(1, 5, dtype=torch.int32, device=device), None)
+
+
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     """Names and calls; between them they launch every kernel."""
     for ensemble, members in (("mixture", 1), ("mixture", 2), ("mixture", 3), ("product", 2)):
@@ -175,6 +195,13 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     filters = {"scope": "ensemble", "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
     yield "filtered M=2", partial(verifies, *made("mixture", 2, **filters))
     yield "M=2", the_other_ops
+    for size in (64, 128):
+        for nodes in (1, 8, 32):
+            yield f"E={size} {4 * nodes} rows", partial(attends, size, nodes)
+    yield "E=64 32 rows float32", partial(attends, 64, 8, torch.float32)
+    for size in (64, 128):
+        yield f"E={size} 32 rows window", partial(attends, size, 8, window=512)
+    yield "slots", compacts
     for rule in JUDGED:
         yield f"{rule} M=2", partial(verifies, *made("mixture", 2), rule)
 

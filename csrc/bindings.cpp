@@ -26,6 +26,8 @@ PYBIND11_MODULE(_C, module) {
   bind(module, "mix", &mix);
   bind(module, "sample", &sample);
   bind(module, "verify", &verify);
+  bind(module, "attention", &attention);
+  bind(module, "compact", &compact);
   bind(module, "floor_sweep", &floor_sweep);
   module.def("cpu_isa", &cpu_isa);
   module.def("rules", [] { return names(kRules); });

@@ -128,6 +128,34 @@ inline Reader& operator>>(Reader& in, VerifyParams& params) {
   return in >> params.status;
 }
 
+inline Reader& operator>>(Reader& in, Heads& heads) {
+  in >> heads.data >> heads.dtype;
+  return in >> heads.batch_stride >> heads.head_stride >> heads.row_stride;
+}
+
+inline Reader& operator>>(Reader& in, Pages& pages) { return in >> pages.table >> pages.size; }
+
+inline Reader& operator>>(Reader& in, AttentionParams& params) {
+  in >> params.query >> params.keys >> params.values >> params.pages;
+  in >> params.batch >> params.heads >> params.key_heads >> params.nodes;
+  in >> params.size >> params.value_size;
+  in >> params.lengths >> params.visible >> params.depths >> params.sinks;
+  in >> params.scale >> params.softcap >> params.window;
+  return in >> params.out >> params.lse;
+}
+
+inline Reader& operator>>(Reader& in, Slab& slab) {
+  in >> slab.data >> slab.layers >> slab.heads >> slab.row_bytes;
+  return in >> slab.layer_stride >> slab.batch_stride >> slab.head_stride >> slab.row_stride;
+}
+
+inline Reader& operator>>(Reader& in, CompactParams& params) {
+  params.slabs.resize(static_cast<size_t>(in.integer()));
+  for (Slab& slab : params.slabs) in >> slab;
+  in >> params.pages >> params.batch >> params.depth;
+  return in >> params.lengths >> params.path;
+}
+
 inline Reader& operator>>(Reader& in, FloorParams& params) {
   read_members(in, params.members, params.num_members);
   return in >> params.batch >> params.rows >> params.vocab_size;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "rules/table.h"
 
@@ -152,6 +153,64 @@ struct VerifyParams {
   int32_t* status;                               // (B,)
 };
 
+// Vectors (B, H, S, E) of heads, each contiguous.
+struct Heads {
+  const void* data;
+  DType dtype;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+};
+
+// Slots of a cache as pages of it: null data is one page, a row's own.
+struct Pages {
+  Values<int32_t> table;  // (B, pages), the second stride over pages
+  int64_t size;           // slots of a page
+};
+
+struct AttentionParams {
+  Heads query;
+  Heads keys;    // (B or P, K, S or page, E)
+  Heads values;  // (B or P, K, S or page, F)
+  Pages pages;
+  int64_t batch;
+  int64_t heads;
+  int64_t key_heads;
+  int64_t nodes;  // N + 1
+  int64_t size;
+  int64_t value_size;
+  Values<int64_t> lengths;  // (B,)
+  Values<int64_t> visible;  // (B, N + 1, W)
+  Values<int32_t> depths;   // (B, N + 1)
+  Values<float> sinks;      // (H,), the third stride over heads; null data: none
+  double scale;
+  double softcap;  // 0: none
+  int64_t window;  // 0: none
+  void* out;       // (B, N + 1, H, F), of the query's dtype
+  float* lse;      // (B, H, N + 1)
+};
+
+// Keys or values (L, B or P, K, S or page, E), of rows of so many bytes; strides in bytes.
+struct Slab {
+  char* data;
+  int64_t layers;
+  int64_t heads;
+  int64_t row_bytes;
+  int64_t layer_stride;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+};
+
+struct CompactParams {
+  std::vector<Slab> slabs;
+  Pages pages;
+  int64_t batch;
+  int64_t depth;
+  Values<int64_t> lengths;  // (B,)
+  Values<int32_t> path;     // (B, D)
+};
+
 // What the benchmark's floor sweeps.
 struct FloorParams {
   Logits members[kMaxMembers];
@@ -166,6 +225,9 @@ void uniforms(const UniformsParams& params);
 void mix(const MixParams& params, int threads);
 void sample(const SampleParams& params, int threads);
 void verify(const VerifyParams& params, int threads);
+
+void attention(const AttentionParams& params, int threads);
+void compact(const CompactParams& params, int threads);
 
 // One sweep for maximum and sum of exponentials over every row, which no verification can do
 // without; the benchmark's floor. Returns the sum of the rows' log-sum-exps.

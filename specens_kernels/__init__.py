@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that fuse the mixing of M models' laws with sampling and speculative verification.
 
-Needs torch only. `Law` says how logits become one distribution; `uniforms`, `mix`, `sample` and
-`verify` are the ops; `backend` chooses their implementation.
+Needs torch only. `Law` says how logits become one distribution; `uniforms`, `mix`, `sample`,
+`verify`, `attention` and `compact` are the ops; `backend` chooses their implementation. The module
+`tree` makes of a draft tree what `attention` takes.
 
 Names are imported when they are first used: torch takes seconds, and a refusal or a rule's name
 needs none. The first op registers `torch.ops.specens`: a program that calls those by itself, such
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .ops import Status as Status
     from .ops import Stream as Stream
     from .ops import Verdict as Verdict
+    from .ops import attention as attention
+    from .ops import compact as compact
     from .ops import mix as mix
     from .ops import sample as sample
     from .ops import uniforms as uniforms
@@ -49,6 +52,8 @@ _HOMES = {
         "Status",
         "Stream",
         "Verdict",
+        "attention",
+        "compact",
         "mix",
         "sample",
         "uniforms",

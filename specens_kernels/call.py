@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`VerifyCall`: what `verify` asks of a backend, as one value.
+"""`VerifyCall` and `AttentionCall`: what `verify` and `attention` ask of a backend, as one value.
 
-`ops.verify` has checked it. A new argument of `verify` is a field here, a keyword there, and for
-whoever reads it; the op's schema follows from the annotations.
+The public function has checked it. A new argument of such an op is a field here, a keyword there,
+and for whoever reads it; the op's schema follows from the annotations.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
 from .law import LawTensors
+
+# Tensors that an op writes to.
+Slabs = Annotated[list[Tensor], "written"]
 
 
 class VerifyCall(NamedTuple):
@@ -35,3 +38,23 @@ class VerifyCall(NamedTuple):
     parameters: Sequence[float] = ()
     memory: Tensor | None = None
     bonus: bool = True
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of `ops.attention`, which says what they mean.
+
+    visible, depths: of B rows or of 1 for all. depths: None without a window.
+    scale: what scores are multiplied by. softcap, window: 0 is none.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    visible: Tensor
+    depths: Tensor | None
+    sinks: Tensor | None
+    block_table: Tensor | None
+    scale: float
+    softcap: float
+    window: int

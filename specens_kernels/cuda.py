@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import flat
-from .call import VerifyCall
+from .call import AttentionCall, VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
 
@@ -74,6 +74,16 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments, results = flat.flattened_verify(call)
     _launch(module.cuda_verify, module.cuda_verify_workspace, arguments, call.draft_tokens.device)
     return results
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """See `reference.attention`."""
+    raise Unsupported.unknown("cuda", "op", "attention", ("mix", "sample", "uniforms", "verify"))
+
+
+def compact(slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None) -> None:
+    """See `reference.compact`."""
+    raise Unsupported.unknown("cuda", "op", "compact", ("mix", "sample", "uniforms", "verify"))
 
 
 def _check_device(device: torch.device) -> None:

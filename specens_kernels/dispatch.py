@@ -20,9 +20,10 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from . import arguments, checks, cuda, native, reference, triton
-from .call import VerifyCall
+from . import arguments, cache_checks, checks, cuda, native, reference, triton
+from .call import AttentionCall, Slabs, VerifyCall
 from .eager import is_eager_call
 from .law import LawTensors
 from .refusal import Refusal, Unsupported
@@ -123,6 +124,7 @@ _TYPES = {
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
     Sequence[Tensor]: "Tensor[]",
+    Slabs: "Tensor(a!)[]",
     Sequence[float]: "float[]",
     str: "str",
     float: "float",
@@ -137,6 +139,7 @@ _FIELDS: dict[Any, dict[str, Any]] = {
         if name not in ("flat", "made")
     },
     VerifyCall: get_type_hints(VerifyCall),
+    AttentionCall: get_type_hints(AttentionCall),
 }
 
 
@@ -152,7 +155,7 @@ def flattened(arguments: Iterable[Any]) -> list[Any]:
     """Arguments of a backend's op as its schema has them."""
     flat: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, VerifyCall):
+        if isinstance(argument, (VerifyCall, AttentionCall)):
             flat += flattened(argument)
         elif isinstance(argument, LawTensors):
             flat += argument.arguments
@@ -212,13 +215,26 @@ def _fake_verify(call: VerifyCall) -> tuple[Tensor, ...]:
     return tuple(call.draft_tokens.new_empty(shape, dtype=dtype) for shape, dtype in results)
 
 
+def _fake_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    batch, heads, nodes, _ = call.query.shape
+    out = call.query.new_empty((batch, nodes, heads, call.values.shape[-1]))
+    return out, call.query.new_empty((batch, heads, nodes), dtype=torch.float32)
+
+
+def _fake_compact(
+    slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None
+) -> None:
+    """Writes to its slabs, and returns nothing."""
+
+
 def _register(
     name: str, reference_op: Callable[..., Any], check: Callable[..., None], fake: Any
 ) -> Callable[..., Any]:
     """Register one op under the schema of its reference; returns the function to call."""
-    kinds = get_type_hints(reference_op)
+    kinds = get_type_hints(reference_op, include_extras=True)
     returned = kinds.pop("return")
-    results = ", ".join("Tensor" for _ in get_args(returned) or (returned,))
+    tensors = () if returned is type(None) else get_args(returned) or (returned,)
+    results = ", ".join("Tensor" for _ in tensors)
     _define(f"{name}({_schema(kinds)}) -> ({results})")
     reference_op = torch.no_grad()(reference_op)
 
@@ -248,7 +264,10 @@ def _register(
 
         return run
 
+    written = Slabs in kinds.values()
     runs = {device: _first_that_can(name, check, reference_op, device) for device in PREFERRED}
+    if written:
+        runs = {device: _noting_writes(run) for device, run in runs.items()}
     _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _lib.impl(name, rebuilding(readable(checked)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"specens::{name}", rebuilding(checked_fake), lib=_lib)
@@ -256,7 +275,13 @@ def _register(
         _lib.impl(name, rebuilding(readable(run)), device.upper())
     op: Callable[..., Any] = getattr(torch.ops.specens, name).default
     # Torch's own way is to expand one number, which leaves no rows.
-    _lib.impl(name, lambda *flat: op(*map(_written_out, flat)), "ZeroTensor")
+
+    def of_zeros(*flat: Any) -> Any:
+        if written:
+            raise Refusal(name, "slabs", "tensors that can be written to", "a tensor of zeros")
+        return op(*map(_written_out, flat))
+
+    _lib.impl(name, of_zeros, "ZeroTensor")
 
     def call(*arguments: Any) -> Any:
         tensors = _tensors(arguments)
@@ -268,6 +293,19 @@ def _register(
         return run(*arguments)
 
     return call
+
+
+def _noting_writes(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell whoever has saved a slab for its gradient that it is another one now."""
+
+    def noting(slabs: list[Tensor], *arguments: Any) -> Any:
+        result = run(slabs, *arguments)
+        for slab in slabs:
+            if not slab.is_inference():
+                increment_version(slab)
+        return result
+
+    return noting
 
 
 def _written_out(argument: Any) -> Any:
@@ -308,7 +346,7 @@ def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
             tensors.append(argument)
         elif kind is list:  # of tensors, or of a rule's parameters
             tensors += argument if argument and isinstance(argument[0], Tensor) else []
-        elif kind is VerifyCall:
+        elif kind is VerifyCall or kind is AttentionCall:
             tensors += _tensors(argument)
         elif kind is LawTensors and argument.flat is None:
             tensors += _tensors(argument[:5])
@@ -319,6 +357,10 @@ call_uniforms = _register("uniforms", reference.uniforms, checks.check_uniforms,
 call_mix = _register("mix", reference.mix, checks.check_mix, _fake_mix)
 call_sample = _register("sample", reference.sample, checks.check_sample, _fake_sample)
 call_verify = _register("verify", reference.verify, checks.check_verify, _fake_verify)
+call_attention = _register(
+    "attention", reference.attention, cache_checks.check_attention, _fake_attention
+)
+call_compact = _register("compact", reference.compact, cache_checks.check_compact, _fake_compact)
 
 if not native.AVAILABLE:
     _logger.warning("specens_kernels: %s; ops run the reference, which is slow", native.REASON)

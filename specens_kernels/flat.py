@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, empty, float32, int32, int64
 
-from .call import VerifyCall
+from .call import AttentionCall, VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
 
@@ -110,6 +110,68 @@ def flattened_verify(
     flat += tokens.data_ptr(), log_probs.data_ptr(), num_accepted.data_ptr(), path.data_ptr()
     flat.append(status.data_ptr())
     return flat, (tokens, log_probs, num_accepted, path, status)
+
+
+def flattened_attention(call: AttentionCall) -> tuple[list[Any], tuple[Tensor, Tensor]]:
+    """Arguments and results of `attention`."""
+    batch, heads, nodes, size = call.query.shape
+    key_heads, page, value_size = call.values.shape[1:]
+    out = call.query.new_empty((batch, nodes, heads, value_size))
+    lse = empty(batch, heads, nodes, dtype=float32, device=out.device)
+    flat: list[Any] = [*_heads(call.query), *_heads(call.keys), *_heads(call.values)]
+    flat += _pages(call.block_table, page)
+    flat += batch, heads, key_heads, nodes, size, value_size
+    flat += call.lengths.data_ptr(), call.lengths.stride(0), 0, 0
+    batch_stride, row_stride, word_stride = call.visible.stride()
+    if call.visible.shape[0] == 1:
+        batch_stride = 0
+    flat += call.visible.data_ptr(), batch_stride, row_stride, word_stride
+    flat += _NO_VALUES if call.depths is None else _per_node(call.depths)
+    sinks = call.sinks
+    flat += _NO_VALUES if sinks is None else (sinks.data_ptr(), 0, 0, sinks.stride(0))
+    flat += call.scale, call.softcap, call.window
+    flat += out.data_ptr(), lse.data_ptr()
+    return flat, (out, lse)
+
+
+def flattened_compact(
+    slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None
+) -> list[Any]:
+    """Arguments of `compact`."""
+    flat: list[Any] = [len(slabs)]
+    for slab in slabs:
+        layers, _, heads, _, size = slab.shape
+        item = slab.element_size()
+        flat += slab.data_ptr(), layers, heads, size * item
+        flat += [stride * item for stride in slab.stride()[:4]]
+    flat += _pages(block_table, slabs[0].shape[3])
+    flat += path.shape
+    flat += lengths.data_ptr(), lengths.stride(0), 0, 0
+    flat += path.data_ptr(), *path.stride(), 0
+    return flat
+
+
+def _heads(tensor: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, dtype and strides over batch, head and row of (B, H, S, E)."""
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise Unsupported("kernels", "query", "bfloat16, float16 or float32", tensor.dtype)
+    batch_stride, head_stride, row_stride, _ = tensor.stride()
+    return tensor.data_ptr(), dtype, batch_stride, head_stride, row_stride
+
+
+def _pages(table: Tensor | None, size: int) -> tuple[int, int, int, int, int]:
+    """Address and strides over batch and page of (B, pages), and the slots of a page."""
+    if table is None:
+        return *_NO_VALUES, size
+    batch_stride, page_stride = table.stride()
+    return table.data_ptr(), batch_stride, page_stride, 0, size
+
+
+def _per_node(value: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides over batch and node of (B or 1, N+1)."""
+    batch_stride, node_stride = value.stride()
+    return value.data_ptr(), batch_stride if value.shape[0] != 1 else 0, node_stride, 0
 
 
 def _logits(tensor: Tensor) -> tuple[int, int, int, int]:

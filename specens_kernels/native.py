@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, get_num_threads
 
-from . import flat
-from .call import VerifyCall
+from . import cache_checks, flat
+from .call import AttentionCall, VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
 
@@ -22,7 +22,11 @@ if AVAILABLE:
 
 
 def cpu_isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "baseline"; SPECENS_CPU_ISA chooses it."""
+    """The instruction set in use; SPECENS_CPU_ISA chooses it.
+
+    "avx512", "avx2" or "baseline"; or "amx" or "avx512bf16", which are "avx512" but for attention
+    to bfloat16.
+    """
     return str(_C.cpu_isa())
 
 
@@ -77,6 +81,27 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments.append(get_num_threads())
     _C.verify(arguments)
     return results
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """See `reference.attention`."""
+    if not call.query.is_cpu:
+        raise _elsewhere(call.query)
+    arguments, results = flat.flattened_attention(call)
+    cache_checks.check_attention_slots(call)
+    arguments.append(get_num_threads())
+    _C.attention(arguments)
+    return results
+
+
+def compact(slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None) -> None:
+    """See `reference.compact`."""
+    if not lengths.is_cpu:
+        raise _elsewhere(lengths)
+    cache_checks.check_compact_slots(slabs, lengths, path, block_table)
+    arguments = flat.flattened_compact(slabs, lengths, path, block_table)
+    arguments.append(get_num_threads())
+    _C.compact(arguments)
 
 
 def _elsewhere(tensor: Tensor) -> Unsupported:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import arguments, checks, dispatch, reference
 from .acceptance import Acceptance
-from .call import VerifyCall
+from .call import AttentionCall, VerifyCall
 from .law import Law
 from .refusal import Refusal, shown
 from .storage import is_tensor
@@ -261,3 +261,111 @@ def verify(
         arguments.flag("verify", "bonus", bonus),
     )
     return Verdict(*dispatch.call_verify(call))
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    depths: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a tree's nodes to a cache of slots, which holds the nodes themselves, too.
+
+    Node i of row b sees every slot below lengths[b], the prefix, and of the nodes, which lie at
+    slots lengths[b] to lengths[b] + N, those that `visible` says: no mask tensor is made. What lies
+    beyond is never read. A chain is `tree.visible(tree.chain(N))`, plain decoding N = 0. A node
+    that sees nothing gets 0, and a log-sum-exp of -inf.
+
+    Args:
+        query: (B, H, N+1, E) bfloat16, float16, float32 or float64, any strides with contiguous
+            rows. Row i belongs to node i; node 0 is the root.
+        keys: (B, K, S, E), of the query's dtype, any strides with contiguous rows. K divides H:
+            heads h * H / K to (h + 1) * H / K - 1 share key head h. (P, K, page, E) with a
+            block table.
+        values: (B, K, S, F), as `keys`; F may be another size than E.
+        lengths: (B,) int64. Slots that every node sees, at most S - N - 1. On devices other than a
+            CPU it is not looked at on the host, and what it says beyond the cache is not read.
+        visible: (B, N+1, W) or (1, N+1, W) int64, W = ceil((N+1) / 64), as `tree.visible` makes it.
+            Bit j of node i: i sees node j. Bits beyond node N are ignored.
+        scale: what scores are multiplied by; None is E^-0.5.
+        softcap: c > 0 makes of a score s the score c * tanh(s / c); 0 is none.
+        window: with a sliding window of so many positions, node i sees the slots s of the prefix
+            with s > lengths + depths[i] - window; 0 is none. `visible` is made for it, too.
+        depths: (B, N+1) or (1, N+1) int32, as `tree.depths` makes it. Needed with a window.
+        sinks: (H,) float32. A score of each head that joins the softmax, and has no value.
+        block_table: (B, pages) int32. Page of slots page * i to page * (i + 1) - 1 of each row.
+    Returns:
+        out: (B, N+1, H, F), contiguous, of the query's dtype.
+        lse: (B, H, N+1) float32. Log-sum-exp of the scores that a node sees, and of its sink.
+    Raises:
+        Refusal: a shape, dtype, stride or device disagrees; on a CPU, lengths that the cache does
+            not hold, or a page that does not exist.
+
+    Source: Miao et al. 2024, arXiv:2305.09781; Dao et al. 2023, "Flash-Decoding".
+    """
+    given = {"depths": depths, "sinks": sinks, "block_table": block_table}
+    given = {name: value for name, value in given.items() if value is not None}
+    names = ("query", "keys", "values", "lengths", "visible", *given)
+    checks.tensors("attention", names, (query, keys, values, lengths, visible, *given.values()))
+    reach = arguments.count(window)
+    if reach < 0:
+        raise Refusal("attention", "window", "an integer >= 0", shown(window))
+    call = AttentionCall(
+        query,
+        keys,
+        values,
+        lengths,
+        visible,
+        depths if reach > 0 else None,
+        sinks,
+        block_table,
+        max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else arguments.number(scale),
+        arguments.number(softcap),
+        reach,
+    )
+    out, lse = dispatch.call_attention(call)
+    return out, lse
+
+
+def compact(
+    slabs: Sequence[Tensor],
+    lengths: Tensor,
+    path: Tensor,
+    *,
+    block_table: Tensor | None = None,
+) -> None:
+    """Move the keys and values of an accepted path to the end of the prefix, in place.
+
+    Slot lengths[b] + path[b, i] is moved to slot lengths[b] + 1 + i, in every slab: the root, which
+    every path begins with, lies where it belongs. Then lengths + 1 + accepted is the prefix. All
+    else is left as it is.
+
+    Args:
+        slabs: tensors (L, B, K, S, E) of any dtype, any strides with contiguous rows: keys and
+            values of L layers. Each may have its own L, K, S and E. (L, P, K, page, E) with a block
+            table.
+        lengths: (B,) int64. Slots before the root's.
+        path: (B, D) int32, as `verify` returns it: nodes from the root down, each higher than the
+            one before; -1 ends a path.
+        block_table: (B, pages) int32, as for `attention`.
+    Raises:
+        Refusal: a shape, dtype, stride or device disagrees; on a CPU, a path that does not ascend
+            or leaves the cache.
+
+    Source: SGLang's and TensorRT-LLM's moves of accepted keys and values.
+    """
+    if not isinstance(slabs, (list, tuple)):
+        raise Refusal("compact", "slabs", "a list of tensors", f"a {type(slabs).__name__}")
+    written = list(slabs)
+    given = [lengths, path, *written] + [block_table] * (block_table is not None)
+    names = ["lengths", "path", *(f"slabs[{i}]" for i in range(len(written))), "block_table"]
+    checks.tensors("compact", names[: len(given)], given)
+    dispatch.call_compact(written, lengths, path, block_table)

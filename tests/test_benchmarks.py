@@ -47,6 +47,26 @@ def test_verify_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> N
     assert headline["verify_call_us"] > 0
 
 
+def test_attention_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("bench_attention").main(["--quick", "--threads", "1", "--slots", "96,33"]) == 0
+    headline = last_line(capsys)
+    assert headline["wrong_rows"] == 0
+    assert headline["targets"] == []  # which are of a longer cache
+
+
+def test_attention_says_which_targets_are_met() -> None:
+    attention, harness = bench("bench_attention"), bench("harness")
+    row = {"heads": 32, "key_heads": 8, "size": 64, "slots": 4096, "nodes": 4, "threads": 1}
+    row |= {"dtype": "bfloat16", "packed_over_ours": harness.Spread.of([3.0])}
+    row |= {"hf_over_ours": harness.Spread.of([9.0]), "ours_over_read": harness.Spread.of([1.3])}
+    found = attention.verdicts([row], 1, "avx512")
+    assert [(each["ratio"], each["verdict"]) for each in found] == [("packed_over_ours", "pass")]
+    found = attention.verdicts([row], 1, "amx")
+    verdicts = [("hf_over_ours", "miss"), ("ours_over_read", "miss")]
+    assert [(each["ratio"], each["verdict"]) for each in found] == verdicts
+    assert attention.verdicts([row | {"slots": 512}], 1, "amx") == []
+
+
 @pytest.mark.parametrize("members", [1, 2, 3])
 @pytest.mark.parametrize("situation", ["accepted", "rejected"])
 def test_verify_inputs_keep_what_they_promise(members: int, situation: str) -> None:

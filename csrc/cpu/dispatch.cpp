@@ -15,6 +15,12 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#if defined(__linux__) && !defined(SPECENS_STAND_INS) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define SPECENS_HAS_BFLOAT16
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #define SPECENS_INLINE inline __attribute__((always_inline))
@@ -71,13 +77,79 @@
 
 #endif  // __x86_64__
 
+// Sets that attend to bfloat16 in their own way, and are another set in all else. Tests build them
+// on the baseline, from the same sources without the instructions (SPECENS_STAND_INS).
+#if defined(SPECENS_STAND_INS)
+#define SPECENS_BASE baseline
+#define SPECENS_WIDTH 4
+#define SPECENS_ISA avx512bf16
+#define SPECENS_NAME "avx512bf16"
+#include "bfloat16.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#define SPECENS_TILES
+#define SPECENS_ISA amx
+#define SPECENS_NAME "amx"
+#include "bfloat16.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#undef SPECENS_TILES
+#undef SPECENS_WIDTH
+#undef SPECENS_BASE
+#elif defined(SPECENS_HAS_BFLOAT16)
+#define SPECENS_BASE avx512
+#define SPECENS_WIDTH 16
+#define SPECENS_DOTS
+#if defined(__clang__)
+#pragma clang attribute push(                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,prefer-vector-width=512")
+#endif
+#define SPECENS_ISA avx512bf16
+#define SPECENS_NAME "avx512bf16"
+#include "bfloat16.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(                                                                 \
+    __attribute__((                                                                           \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-bf16")
+#endif
+#define SPECENS_TILES
+#define SPECENS_TILES_HERE
+#define SPECENS_ISA amx
+#define SPECENS_NAME "amx"
+#include "bfloat16.inc"
+#undef SPECENS_ISA
+#undef SPECENS_NAME
+#undef SPECENS_TILES
+#undef SPECENS_TILES_HERE
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef SPECENS_DOTS
+#undef SPECENS_WIDTH
+#undef SPECENS_BASE
+#endif
+
 namespace specens {
 namespace {
 
 struct Build {
   const Kernels* kernels;
-  bool supported;
+  bool (*supported)();
 };
+
+bool always() { return true; }
 
 #if defined(__x86_64__)
 // As `__builtin_cpu_supports("f16c")`, which GCC knows since 11 and Clang since 18.
@@ -85,17 +157,47 @@ bool supports_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
+
+bool supports_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
+}
+
+bool supports_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
 
+#if defined(SPECENS_HAS_BFLOAT16)
+bool supports_avx512bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return supports_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 &&
+         (eax & 1u << 5) != 0;
+}
+
+// The processor's word, and the system's: a process asks for the tiles' memory, once.
+bool supports_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kTilesAndDots = 1u << 24 | 1u << 22;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return supports_avx512bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (edx & kTilesAndDots) == kTilesAndDots &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+// One that is not asked for is not tried either: tiles once granted stay with the process.
 const Kernels& choose(const Build* begin, const Build* end) {
   const char* name = std::getenv("SPECENS_CPU_ISA");
+  const bool any = name == nullptr || *name == 0;
+  for (const Build* build = begin; build != end; ++build) {
+    const bool asked = any || build->kernels->name == std::string(name);
+    if (asked && build->supported()) return *build->kernels;
+  }
   std::string known;
   for (const Build* build = begin; build != end; ++build) {
-    if (!build->supported) continue;
-    if (name == nullptr || *name == 0 || build->kernels->name == std::string(name)) {
-      return *build->kernels;
-    }
-    known += (known.empty() ? "" : ", ") + std::string(build->kernels->name);
+    if (build->supported())
+      known += (known.empty() ? "" : ", ") + std::string(build->kernels->name);
   }
   throw std::runtime_error("SPECENS_CPU_ISA: expected one of " + known + " on this machine, got '" +
                            name + "'");
@@ -106,14 +208,18 @@ const Kernels& choose(const Build* begin, const Build* end) {
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const Build builds[] = {
-#if defined(__x86_64__)
-        {&avx512::kKernels,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {&avx2::kKernels,
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c()},
+#if defined(SPECENS_STAND_INS)
+        {&amx::kKernels, always},
+        {&avx512bf16::kKernels, always},
+#elif defined(SPECENS_HAS_BFLOAT16)
+        {&amx::kKernels, supports_amx},
+        {&avx512bf16::kKernels, supports_avx512bf16},
 #endif
-        {&baseline::kKernels, true},
+#if defined(__x86_64__)
+        {&avx512::kKernels, supports_avx512},
+        {&avx2::kKernels, supports_avx2},
+#endif
+        {&baseline::kKernels, always},
     };
     return choose(std::begin(builds), std::end(builds));
   }();

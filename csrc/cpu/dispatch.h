@@ -89,6 +89,47 @@ constexpr size_t index_of_sum() {
   }
 }
 
+// Partial sums of a row's masses, and the rows that are computed side by side at most.
+constexpr int kSumLanes = 16;
+constexpr int kMaxTileRows = 8;
+// What rows of keys and values are padded to, and how many rows what is kept of them is padded to.
+constexpr int kRowElements = 32;
+constexpr int kRowsTogether = 16;
+
+// Rows of the next block, which are asked for line by line while this one is computed: a processor
+// that waits for a block's keys computes nothing, and one that computes asks for none.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t step = 0;  // bytes from row to row
+  int rows = 0;      // left to be asked for
+  int lines = 0;     // of 64 bytes in a row
+  int line = 0;
+};
+
+// Packed query rows, up to kLanes slots that they attend to, and what is known of the rows so far.
+struct AttentionBlock {
+  float* query;                // (rows, size)
+  uint32_t* packed;            // (rows, key_stride / 2); the query as `begin_rows` has packed it
+  const void* keys[kLanes];    // of each slot, `size` elements; beyond `count`, zeros
+  const void* values[kLanes];  // of each slot, `value_size` elements; beyond `count`, zeros
+  const uint64_t* seen;  // (rows,) bits of the slots that a row sees; null: all kLanes of them
+  DType dtype;
+  int count;
+  int rows;
+  int size;
+  int value_size;
+  int key_stride;  // `size` and `value_size`, as multiples of kRowElements
+  int value_stride;
+  Ahead* ahead;    // keys and values
+  int each;        // lines to ask for at each step of a product
+  float scale;     // what scores are multiplied by
+  float softcap;   // 0 is none
+  float* tops;     // (rows,) largest score so far; -inf where none was seen
+  float* sums;     // (rows, kSumLanes) of exp(score - top)
+  float* out;      // (rows, value_stride) of exp(score - top) * value
+  float* scratch;  // (key_stride + kMaxTileRows + value_stride) * kLanes
+};
+
 // Values below `cutoff` have no mass. Buffers hold kSubTile elements or more; what lies between
 // `count` and the next multiple of kLanes is written, and has no mass. Sums over a sub-tile
 // (statistics and residual) are made of single-precision exponentials and good to about 1e-8;
@@ -127,6 +168,18 @@ struct Kernels {
   // Places where the sum of the parts, in single precision, lies in [low, high]; returns their
   // number.
   int (*select)(const Term* parts, int count, float low, float high, uint16_t* out);
+  // Before and after the blocks of some rows; `attend` adds one to what is known of them. Whatever
+  // is kept of the rows is as the structure says after `end_rows` alone.
+  void (*begin_rows)(const AttentionBlock& block);
+  void (*attend)(const AttentionBlock& block);
+  void (*end_rows)(const AttentionBlock& block);
+  void (*widen_row)(const Span& row, float* out);
+  // out = the weighted sum of `count` rows of `size`, `stride` apart, in order; a weight of 0
+  // leaves its row out. Rows and `out` are as long as the next multiple of kRowElements.
+  void (*join_rows)(const float* rows, int64_t stride, const float* weights, int count, int size,
+                    float* out);
+  // A row in another type, rounded to the nearest.
+  void (*store_row)(const float* row, int count, DType dtype, void* out);
   // Each of `RuleSums` over a sub-tile, in double precision.
   std::array<SumKernel, std::tuple_size_v<RuleSums>> sums;
 };

@@ -12,6 +12,8 @@ file here first, then its public function in `ops.py`. Three ideas carry everyth
   leaves is the next child's target, and in the end the law of the emitted token.
 """
 
+from .attention import attention
+from .compact import compact
 from .draw import SUB_TILE, TILE
 from .laws import EMPTY_LAW, INFINITE_LOGITS, NAN_LOGITS
 from .mix import mix
@@ -28,6 +30,8 @@ __all__ = [
     "PADDING",
     "SUB_TILE",
     "TILE",
+    "attention",
+    "compact",
     "mix",
     "sample",
     "uniforms",

@@ -13,6 +13,7 @@ from ..acceptance.gates import remember
 from ..acceptance.rules import Judgement, Situation
 from ..call import VerifyCall
 from ..law import LawTensors
+from ..tree import chain, children
 from .draw import draw
 from .laws import collapse, first_argmax, greedy_rows, proposal_law, target_law
 
@@ -70,11 +71,8 @@ class _Sequence(NamedTuple):
         return _Target(law.log_probs[0, 0], int(law.status), int(law.unread), self.at_zero, greedy)
 
     def children(self, row: int) -> list[int]:
-        return [
-            node
-            for node, parent in enumerate(self.parents)
-            if node > row and parent == row and self.tokens[node - 1] != PADDING
-        ]
+        below = children(self.parents)[row]
+        return [node for node in below if self.tokens[node - 1] != PADDING]
 
     def is_a_tree(self) -> bool:
         """Whether every draft hangs off an earlier node, so that none is lost and none a cycle."""
@@ -271,7 +269,7 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     status = torch.zeros(batch, dtype=torch.int32, device=host)
     parents, proposers, temperature = call.parents, call.proposers, call.draft_temperature
     if parents is None:  # a chain is a tree in which node i hangs off node i - 1
-        parents = torch.arange(-1, nodes, device=host)[None]
+        parents = chain(nodes, host)
     if proposers is None:
         proposers = torch.full((1, nodes), PADDING, device=host)
     if temperature is None:

@@ -19,7 +19,7 @@ from ..refusal import Unsupported
 
 AVAILABLE = find_spec("triton") is not None
 REASON = "" if AVAILABLE else "Triton is not installed"
-_OPS = ("mix", "sample", "uniforms", "verify")
+_OPS = ("attention", "compact", "mix", "sample", "uniforms", "verify")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ import rules
 import torch
 from calls import COUNTED, DTYPES, ON_CARD, REAL, SMALL, TILES, Call, call, check, check_but_near
 from torch import Tensor
+from trees import random_problem
 
 import specens_kernels
 from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, dispatch, flat
@@ -57,6 +58,31 @@ def random_calls() -> Iterator[Any]:
 def test_random_calls(backend: str, sizes: tuple[int, ...], seeds: list[int]) -> None:
     for seed in seeds:
         check(backend, call(seed, sizes))
+
+
+TREE_COUNTS = {"native": 300, "triton": 12}
+
+
+def random_trees() -> Iterator[Any]:
+    for backend, count in TREE_COUNTS.items():
+        for first in range(0, count, 12):
+            marks = [pytest.mark.slow] if backend != "native" else []
+            seeds = range(first, min(first + 12, count))
+            yield pytest.param(backend, seeds, id=f"{backend} {first}", marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "seeds"), list(random_trees()), indirect=["backend"])
+def test_random_trees_are_attended_to_alike(backend: str, seeds: range) -> None:
+    """Up to the rounding of the result, and of scores; test_attention.py is stricter."""
+    for seed in seeds:
+        one = random_problem(seed)
+        with specens_kernels.backend("reference"):
+            right, right_lse = one.run()
+        out, lse = one.run()
+        half = out.dtype != torch.float32
+        close = {"atol": 8e-3, "rtol": 2e-2} if half else {"atol": 2e-5, "rtol": 2e-5}
+        torch.testing.assert_close(out, right, **close, msg=f"seed {seed}: {{}}".format)
+        torch.testing.assert_close(lse, right_lse, atol=2e-5, rtol=1e-5)
 
 
 @EVERY

@@ -12,15 +12,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import simt
 import torch
 from calls import DTYPES, REAL, SMALL, TILES, Call, call
+from torch import Tensor
+from trees import check, paged, problem, random_problem
 
 import specens_kernels
-from specens_kernels import Law, native, sample, verify
-from specens_kernels.call import VerifyCall
+from specens_kernels import Law, attention, native, sample, verify
+from specens_kernels.call import AttentionCall, VerifyCall
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=f"native: {native.REASON}")
 
@@ -33,8 +36,13 @@ def threads() -> Iterator[None]:
 
 
 def bits(one: Call) -> str:
-    results = one.run("native")
-    return hashlib.sha1(b"".join(result.numpy().tobytes() for result in results)).hexdigest()
+    return digest(one.run("native"))
+
+
+def digest(results: tuple[Tensor, ...]) -> str:
+    return hashlib.sha1(
+        b"".join(result.view(torch.uint8).numpy().tobytes() for result in results)
+    ).hexdigest()
 
 
 @pytest.mark.parametrize("first", range(30_000, 30_040, 5))
@@ -46,6 +54,17 @@ def test_the_number_of_threads_never_shows(first: int) -> None:
             torch.set_num_threads(count)
             found.add(bits(one))
         assert len(found) == 1, one.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_never_shows_in_attention(dtype: torch.dtype) -> None:
+    one = problem(batch=2, lengths=(2000, 700), nodes=9, window=1500, dtype=dtype)
+    found = set()
+    for count in (1, 2, 3, 4):
+        torch.set_num_threads(count)
+        with specens_kernels.backend("native"):
+            found.add(digest(one.run()))
+    assert len(found) == 1
 
 
 def every_bit_pattern(dtype: torch.dtype) -> Call:
@@ -69,6 +88,12 @@ def all_bits() -> Iterator[str]:
         yield bits(call(seed, REAL))
     for dtype in (torch.bfloat16, torch.float16):
         yield bits(every_bit_pattern(dtype))
+    for seed in range(40):
+        one = random_problem(seed)
+        with specens_kernels.backend("native"):
+            # Products of pairs of bfloat16 are added up in another order than products.
+            if one.query.dtype != torch.bfloat16:
+                yield digest(one.run())
 
 
 def run_with(isa: str, code: str) -> subprocess.CompletedProcess[str]:
@@ -78,10 +103,47 @@ def run_with(isa: str, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+def instruction_sets() -> list[str]:
+    """Those of this machine."""
+    message = run_with("none such", "import specens_kernels.ops").stderr
+    return message.split("expected one of ")[1].split(" on this machine")[0].split(", ")
+
+
+@pytest.mark.slow
+def test_attention_to_bfloat16_is_right_on_every_instruction_set() -> None:
+    """The one result in which the instruction set may show: its rounding."""
+    code = "import test_native as t; t.attend_to_bfloat16()"
+    for name in instruction_sets():
+        done = run_with(name, code)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+
+
+def attend_to_bfloat16() -> None:
+    """What the test before runs."""
+    shapes: list[dict[str, Any]] = [
+        {"nodes": 1, "lengths": (300,)},
+        {"nodes": 5, "sizes": (80, 48), "window": 50, "softcap": 2.0},
+        {"nodes": 33, "sizes": (128, 128), "heads": (7, 1), "sinks": torch.ones(7)},
+        {"nodes": 70, "sizes": (37, 19), "batch": 2, "lengths": (63, 600)},
+    ]
+    with specens_kernels.backend("native"):
+        for shape in shapes:
+            one = problem(dtype=torch.bfloat16, room=9, **shape)
+            for each in (one, paged(one, 16)):
+                check(one, each)
+        # Of nine nodes side by side, one is NaN.
+        one = problem(nodes=9, lengths=(61,), dtype=torch.bfloat16)
+        one = one._replace(parents=torch.full((1, 9), -1))
+        one.values[:, :, 65] = one.keys[:, :, 65] = torch.nan
+        out, lse = one.run()
+        spoiled = (torch.arange(9) == 4)[None]
+        assert torch.equal(out.isnan().any(-1).any(-1), spoiled)
+        assert torch.equal(lse.isnan().any(1), spoiled)
+
+
 @pytest.mark.slow
 def test_the_instruction_set_never_shows() -> None:
-    known = ("avx512", "avx2", "baseline")
-    names = known[known.index(native.cpu_isa()) :]
+    names = instruction_sets()
     code = "import test_native as t; print(t.native.cpu_isa(), *t.all_bits())"
     found = [run_with(name, code) for name in names]
     assert all(process.returncode == 0 for process in found), found[0].stderr
@@ -131,6 +193,11 @@ REFUSED = {
         {"parents": torch.tensor([-1, 0])},
     ),
     "float64": (sample, ([ROWS.double()], NUMBERS, Law()), {}),
+    "query: expected bfloat16, float16 or float32, got torch.float64": (
+        attention,
+        (*[ROWS[None].double()] * 3, torch.zeros(1).long(), torch.ones(1, 2, 1).long()),
+        {},
+    ),
     "at most 16 members, got 17": (sample, ([ROWS] * 17, NUMBERS, Law([1 / 17] * 17)), {}),
 }
 
@@ -145,6 +212,10 @@ def test_tensors_elsewhere_are_refused_before_their_addresses_are_taken() -> Non
         "mix": ([rows], law),
         "sample": ([rows], numbers, law, -1),
         "verify": (VerifyCall([rows], tokens, numbers, law),),
+        "attention": (
+            AttentionCall(*[rows[None]] * 3, tokens[0], tokens, *[None] * 3, 1.0, 0.0, 0),
+        ),
+        "compact": ([rows], tokens[0], tokens, None),
     }
     for name, arguments in calls.items():
         with pytest.raises(

@@ -29,7 +29,7 @@ from specens_kernels import (
     uniforms,
     verify,
 )
-from specens_kernels.call import VerifyCall
+from specens_kernels.call import AttentionCall, VerifyCall
 from specens_kernels.law import LawTensors
 
 LAW = Law((0.5, 0.5), temperature=0.7, top_k=5, top_p=0.9, min_p=0.01)
@@ -114,8 +114,23 @@ def op_calls() -> list[Any]:
             memory=torch.zeros(2, dtype=torch.float64),
         ),
     }
+    heads, words = torch.randn(2, 2, 3, 8), torch.ones(1, 3, 1, dtype=torch.int64)
+    pages, depths = torch.zeros(2, 5, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32)
+    whole = AttentionCall(
+        heads, *heads.repeat(2, 1, 1, 4, 1), SEEDS, words, *[None] * 3, 0.3, 0.0, 0
+    )
+    parts = whole._replace(block_table=pages, depths=depths, sinks=torch.ones(2), window=3)
+    slabs = [torch.randn(3, 2, 1, 9, 4), torch.randn(2, 2, 2, 9, 4)]
+    path = torch.tensor([[2, 4], [1, -1]], dtype=torch.int32)
     specens = torch.ops.specens
     calls = {
+        "attention": (specens.attention, (whole,)),
+        "attention in pages": (specens.attention, (parts,)),
+        "compact": (specens.compact, (slabs, SEEDS, path, None)),
+        "compact in pages": (
+            specens.compact,
+            (slabs, SEEDS, path, pages + SEEDS[:, None].int() - 1),
+        ),
         "uniforms": (specens.uniforms, (SEEDS, POSITIONS, 1, 0)),
         "mix": (specens.mix, (logits, law)),
         "mix bare": (specens.mix, (logits, bare)),
@@ -186,7 +201,7 @@ def test_a_wide_member_widens_the_fake_mix() -> None:
     assert fake.dtype == mix(logits, Law((0.5, 0.5)))[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["uniforms", "mix", "sample", "verify"])
+@pytest.mark.parametrize("name", ["uniforms", "mix", "sample", "verify", "attention", "compact"])
 def test_inductor_captures_no_op_in_its_own_graphs(name: str) -> None:
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.specens, name).default.tags
 

@@ -16,10 +16,11 @@ import torch
 pytest.importorskip("triton")
 
 import triton_guard
+from trees import problem
 from triton_guard import counted
 
 import specens_kernels
-from specens_kernels import Law, verify
+from specens_kernels import Law, compact, verify
 from specens_kernels import triton as kernels
 from specens_kernels.call import VerifyCall
 from specens_kernels.law import LawTensors
@@ -48,6 +49,40 @@ def test_a_verification_reads_every_row_once(ensemble: str, members: int) -> Non
     sweep = traffic[f"{ensemble}_stats"].loaded
     assert rows <= sweep < rows * 1.01
     assert traffic["residual"].loaded < members * row * 1.03
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_reads_the_cache_once_and_has_two_launches(
+    dtype: torch.dtype, window: int
+) -> None:
+    one = problem(nodes=3, lengths=(900,), sizes=(32, 64), room=600, dtype=dtype, window=window)
+    with specens_kernels.backend("triton"), counted() as traffic:
+        one.run()
+    assert {name: kernel.launches for name, kernel in traffic.items()} == {"attend": 1, "join": 1}
+    # Slots of the window and what lies beside it in its first tile.
+    slots = window + 3 if window else 903
+    beside = 64 if window else 0
+    floor = 2 * slots * (32 + 64) * dtype.itemsize
+    parts = traffic["attend"].stored
+    assert floor <= traffic["attend"].loaded + (window > 0) * 2000
+    most = floor + 2 * beside * (32 + 64) * dtype.itemsize
+    assert traffic["attend"].loaded <= 1.10 * most
+    # Each split's part is written once and read once, but for the tops, which are read twice.
+    splits = -(-903 // 256) - (903 - slots) // 256
+    assert parts == splits * 2 * 6 * (64 + 2) * 4
+    assert traffic["join"].loaded < 1.05 * parts + 12 * 64
+
+
+def test_compaction_moves_what_it_has_to_in_one_launch() -> None:
+    slab = torch.randn(4, 2, 3, 40, 16)
+    path = torch.tensor([[1, 3, 4], [2, -1, -1]], dtype=torch.int32)
+    with specens_kernels.backend("triton"), counted() as traffic:
+        compact([slab], torch.tensor([5, 9]), path)
+    (moved,) = traffic.values()
+    assert moved.launches == 1
+    # A node that lies where it belongs is copied onto itself.
+    assert moved.stored == 4 * 4 * 3 * 16 * 4
 
 
 @pytest.mark.parametrize("kept", [1, 2])

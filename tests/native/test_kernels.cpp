@@ -12,6 +12,7 @@
 #include <stdexcept>
 
 #include "checks.h"
+#include "trees.h"
 
 namespace native_tests {
 namespace {
@@ -27,6 +28,7 @@ constexpr bool kThreadSanitizer = false;
 // Below this many logits there is nothing for more threads to do.
 constexpr int64_t kWorthThreads = 40000;
 constexpr int kTinyLaws = 200;
+constexpr int kTrees = 64;
 
 // Runs an op in one layout with 1 thread, checks it, and again with more threads and in the other.
 template <typename Run, typename Check>
@@ -256,6 +258,8 @@ std::vector<Step> steps(uint64_t only) {
   if (only != 0) return {{run_situation, only}};
   std::vector<Step> all = {{[](uint64_t) { return check_philox(); }, 1}};
   for (uint64_t seed = 1; seed <= 50; ++seed) all.push_back({check_uniforms, seed});
+  for (uint64_t seed = 1; seed <= kTrees; ++seed) all.push_back({check_attention, seed});
+  for (uint64_t seed = 1; seed <= kTrees; ++seed) all.push_back({check_compact, seed});
   for (uint64_t seed = 1; seed <= kTinyLaws; ++seed) all.push_back({check_tiny_law, seed});
   for (size_t i = 0; i < std::size(kVocabularies); ++i) {
     for (int k = 0; k < repeats(kVocabularies[i]); ++k) {
