@@ -28,6 +28,7 @@ elif not hasattr(module, "cuda_verify"):
 else:
     AVAILABLE, REASON = True, ""
 
+_OPS = ("compact", "mix", "sample", "uniforms", "verify")
 _MAX_MEMBERS = 8
 _MAX_ROWS = 65_535
 _MAX_VOCABULARY = 2048 * 1024
@@ -78,12 +79,17 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """See `reference.attention`."""
-    raise Unsupported.unknown("cuda", "op", "attention", ("mix", "sample", "uniforms", "verify"))
+    raise Unsupported.unknown("cuda", "op", "attention", _OPS)
 
 
 def compact(slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None) -> None:
     """See `reference.compact`."""
-    raise Unsupported.unknown("cuda", "op", "compact", ("mix", "sample", "uniforms", "verify"))
+    _check_device(lengths.device)
+    arguments = flat.flattened_compact(slabs, lengths, path, block_table)
+    slots = min(slab.shape[3] for slab in slabs)
+    arguments.append(slots * (1 if block_table is None else block_table.shape[1]))
+    arguments.append(_stream(lengths.device))
+    _call(module.cuda_compact, arguments, lengths.device)
 
 
 def _check_device(device: torch.device) -> None:

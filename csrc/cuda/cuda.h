@@ -37,6 +37,9 @@ int cuda_sample(const SampleParams& params, void* workspace, size_t workspace_by
 int cuda_verify(const VerifyParams& params, void* workspace, size_t workspace_bytes,
                 cudaStream_t stream);
 
+// `capacity` is how many slots a row of the batch has: what lies beyond is not touched.
+int cuda_compact(const CompactParams& params, int64_t capacity, cudaStream_t stream);
+
 const char* cuda_error(int code);
 
 // Whether it says that the device, or its driver, can run none of the kernels.
