@@ -31,6 +31,8 @@ else:
 _MAX_MEMBERS = 8
 _MAX_ROWS = 65_535
 _MAX_VOCABULARY = 2048 * 1024
+_MAX_SIZE = 256  # of a head
+_MAX_SLOTS = 65_535 * 256  # the least that a grid's splits hold
 _LEAST_CAPABILITY = (8, 0)  # CMakeLists.txt builds for no older device
 # Why a device runs none of the kernels; empty if it may run them.
 _refusals: dict[torch.device, str] = {}
@@ -78,12 +80,23 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """See `reference.attention`."""
-    raise Unsupported.unknown("cuda", "op", "attention", ("mix", "sample", "uniforms", "verify"))
+    device = call.query.device
+    _check_device(device)
+    _check_heads(call)
+    arguments, results = flat.flattened_attention(call)
+    arguments.append(_capacity(call))
+    _launch(module.cuda_attention, module.cuda_attention_workspace, arguments, device)
+    return results
 
 
 def compact(slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None) -> None:
     """See `reference.compact`."""
-    raise Unsupported.unknown("cuda", "op", "compact", ("mix", "sample", "uniforms", "verify"))
+    _check_device(lengths.device)
+    arguments = flat.flattened_compact(slabs, lengths, path, block_table)
+    slots = min(slab.shape[3] for slab in slabs)
+    arguments.append(slots * (1 if block_table is None else block_table.shape[1]))
+    arguments.append(_stream(lengths.device))
+    _call(module.cuda_compact, arguments, lengths.device)
 
 
 def _check_device(device: torch.device) -> None:
@@ -118,6 +131,23 @@ def _check(logits: list[Tensor], law: LawTensors) -> None:
         raise Unsupported("cuda", "logits", f"at most {_MAX_ROWS} rows", rows)
     if law.vocab_size > _MAX_VOCABULARY:
         raise Unsupported("cuda", "vocab_size", f"at most {_MAX_VOCABULARY}", law.vocab_size)
+
+
+def _check_heads(call: AttentionCall) -> None:
+    for name, size in (("keys", call.keys.shape[3]), ("values", call.values.shape[3])):
+        if size > _MAX_SIZE:
+            raise Unsupported("cuda", name, f"heads of at most {_MAX_SIZE}", size)
+    key_heads = call.query.shape[0] * call.keys.shape[1]
+    if key_heads > _MAX_ROWS:
+        raise Unsupported("cuda", "keys", f"at most {_MAX_ROWS} key heads of a batch", key_heads)
+    if _capacity(call) > _MAX_SLOTS:
+        raise Unsupported("cuda", "keys", f"at most {_MAX_SLOTS} slots", _capacity(call))
+
+
+def _capacity(call: AttentionCall) -> int:
+    """Slots of a row of the batch."""
+    table = call.block_table
+    return int(call.keys.shape[2] * (1 if table is None else table.shape[1]))
 
 
 def _launch(

@@ -51,9 +51,12 @@ void bind_cuda(py::module_& module) {
   bind(module, "cuda_mix", &cuda_mix);
   bind(module, "cuda_sample", &cuda_sample);
   bind(module, "cuda_verify", &cuda_verify);
+  bind(module, "cuda_attention", &cuda_attention);
+  bind(module, "cuda_compact", &cuda_compact);
   bind_workspace(module, "cuda_mix_workspace", &cuda_mix_workspace);
   bind_workspace(module, "cuda_sample_workspace", &cuda_sample_workspace);
   bind_workspace(module, "cuda_verify_workspace", &cuda_verify_workspace);
+  bind_workspace(module, "cuda_attention_workspace", &cuda_attention_workspace);
 }
 
 }  // namespace specens

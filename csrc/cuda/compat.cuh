@@ -27,13 +27,25 @@
 #define SPECENS_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 
-// The same for a kernel whose threads all call `await_previous`: its blocks may be on the device
-// while the launch before it ends.
+// Before a launch whose blocks have more than 48 KiB of shared memory.
+#define SPECENS_ALLOW_SHARED(kernel, bytes) \
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))
+
+// `SPECENS_LAUNCH` for a kernel whose threads all call `await_previous`: its blocks may be on the
+// device while the launch before it ends.
 #define SPECENS_LAUNCH_EARLY(kernel, grid, block, shared, stream, ...) \
   ::specens::launch_early(kernel, grid, block, shared, stream, __VA_ARGS__)
 
 namespace specens {
 inline int launch_error() { return static_cast<int>(cudaGetLastError()); }
+
+// Bytes of shared memory that a block may have on the current device.
+inline size_t most_shared() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return static_cast<size_t>(bytes);
+}
 
 // Programmatic dependent launch, where the device has it. `launch_error` sees what goes wrong.
 template <typename... Parameters>
@@ -56,6 +68,7 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
 }
 }  // namespace specens
 #else
+#include "simt/matrix.h"
 #include "simt/simt.h"
 
 #define SPECENS_SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(::simt::block().shared)
@@ -70,9 +83,11 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   SPECENS_SIMT_LAUNCH(kernel, grid, block, shared, stream, false, __VA_ARGS__)
 #define SPECENS_LAUNCH_EARLY(kernel, grid, block, shared, stream, ...) \
   SPECENS_SIMT_LAUNCH(kernel, grid, block, shared, stream, true, __VA_ARGS__)
+#define SPECENS_ALLOW_SHARED(kernel, bytes) ::simt::allow_shared(#kernel, bytes)
 
 namespace specens {
 inline int launch_error() { return 0; }
+inline size_t most_shared() { return ::simt::most_shared(); }
 }  // namespace specens
 #endif
 
@@ -119,8 +134,12 @@ __device__ __forceinline__ T load(const T* from) {
 template <typename T>
 __device__ __forceinline__ T load_fresh(const T* from) {
 #if defined(__CUDACC__)
-  using Word = std::conditional_t<sizeof(T) % 16 == 0, uint4,
-                                  std::conditional_t<sizeof(T) % 8 == 0, uint2, unsigned>>;
+  using Word = std::conditional_t<
+      sizeof(T) % 16 == 0, uint4,
+      std::conditional_t<sizeof(T) % 8 == 0, uint2,
+                         std::conditional_t<sizeof(T) % 4 == 0, unsigned,
+                                            std::conditional_t<sizeof(T) % 2 == 0, unsigned short,
+                                                               unsigned char>>>>;
   Word words[sizeof(T) / sizeof(Word)];
 #pragma unroll
   for (unsigned i = 0; i < sizeof(T) / sizeof(Word); ++i) {

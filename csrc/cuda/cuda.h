@@ -25,10 +25,13 @@ constexpr int kWorkspaceTooSmall = -1;
 constexpr int kTooManyMembers = -2;
 constexpr int kTooManyRows = -3;
 constexpr int kVocabularyTooLarge = -4;
+constexpr int kHeadTooLarge = -5;
+constexpr int kTooManySlots = -6;
 
 size_t cuda_mix_workspace(const MixParams& params);
 size_t cuda_sample_workspace(const SampleParams& params);
 size_t cuda_verify_workspace(const VerifyParams& params);
+size_t cuda_attention_workspace(const AttentionParams& params, int64_t capacity);
 
 int cuda_uniforms(const UniformsParams& params, cudaStream_t stream);
 int cuda_mix(const MixParams& params, void* workspace, size_t workspace_bytes, cudaStream_t stream);
@@ -36,6 +39,11 @@ int cuda_sample(const SampleParams& params, void* workspace, size_t workspace_by
                 cudaStream_t stream);
 int cuda_verify(const VerifyParams& params, void* workspace, size_t workspace_bytes,
                 cudaStream_t stream);
+
+// `capacity` is how many slots a row of the batch has: what lies beyond is not touched.
+int cuda_attention(const AttentionParams& params, int64_t capacity, void* workspace,
+                   size_t workspace_bytes, cudaStream_t stream);
+int cuda_compact(const CompactParams& params, int64_t capacity, cudaStream_t stream);
 
 const char* cuda_error(int code);
 

@@ -1,34 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host code that the ops share: problems, the workspace's layout, and what an error means.
+// Host code that the ops share: problems, their workspace, and what an error means.
 #include "judge.cuh"
 #include "stats.cuh"
+#include "workspace.cuh"
 
 namespace specens {
-namespace {
-
-constexpr size_t kAlignment = 256;
-
-// Hands out a workspace from its beginning.
-class Layout {
- public:
-  explicit Layout(void* workspace) : base_(static_cast<char*>(workspace)) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* here = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return here;
-  }
-
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-}  // namespace
-
 Problem make_problem(const Ensemble& ensemble, int64_t batch, int64_t rows) {
   Problem problem = {};
   problem.ensemble = ensemble;
@@ -46,8 +22,7 @@ size_t attach(Problem& problem, void* workspace) {
   problem.sub_tiles = static_cast<int>((problem.ensemble.vocab_size + kSubTile - 1) / kSubTile);
   problem.slots = problem.warped_slot() + (problem.is_mixture() ? 1 : 0);
   Layout layout(workspace);
-  // Always as many, so that tickets never lie where another problem left data.
-  problem.tickets = layout.take<unsigned>(kMaxPlaces);
+  problem.tickets = layout.tickets();
   problem.cutoffs = layout.take<double>(places * kCutoffs);
   problem.partials = layout.take<Partial>(places * problem.slots * problem.sub_tiles);
   problem.totals = layout.take<Total>(places * problem.slots);
@@ -74,6 +49,10 @@ const char* cuda_error(int code) {
       return "more rows than a grid has";
     case kVocabularyTooLarge:
       return "a larger vocabulary than a block can hold";
+    case kHeadTooLarge:
+      return "larger heads than a kernel takes";
+    case kTooManySlots:
+      return "more slots than a kernel counts";
     default:
       break;
   }

@@ -12,9 +12,6 @@ namespace specens {
 // which needs the members' totals.
 enum class Thresholds { kBefore, kOfMixture };
 
-// The grids cannot have more rows than this, and the workspace has a ticket for each.
-constexpr int64_t kMaxPlaces = 65535;
-
 // A block holds the masses of all sub-tiles of a row.
 constexpr int kMaxSubTiles = 2048;
 

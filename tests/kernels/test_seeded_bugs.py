@@ -29,6 +29,8 @@ BUGS = {
     "a missing wait": (4, "address", "wrong result: NaN"),
     "a divergent barrier": (5, "address", "emulator: sum_doubled: divergent barrier"),
     "a launch that does not wait": (6, "address", "emulator: sum_doubled: early launch"),
+    "a wait for the copy before": (7, "address", "wrong products"),
+    "a copy over what is still read": (8, "thread", "data race"),
 }
 
 

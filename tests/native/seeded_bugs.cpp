@@ -2,13 +2,14 @@
 // One small kernel of each pattern that the CUDA backend lives by, on the emulator, with one bug of
 // choice: -DSPECENS_SEED_BUG=1 a missing barrier, 2 an overrun, 3 a missing fence, 4 a missing wait
 // for an asynchronous copy, 5 a barrier that not every thread reaches, 6 a missing wait for the
-// launch before; 0 none. tests/kernels/test_seeded_bugs.py builds each and expects the
-// tests' tools to see it. To add a bug: its number here and its line there.
+// launch before, 7 a wait that lets one copy too many be under way, 8 a copy over what another warp
+// still reads; 0 none. tests/kernels/test_seeded_bugs.py builds each and expects the tests' tools
+// to see it. To add a bug: its number here and its line there.
 #include <cmath>
 #include <cstdio>
 #include <vector>
 
-#include "cuda/compat.cuh"
+#include "cuda/matrix.cuh"
 
 namespace {
 
@@ -81,6 +82,72 @@ __global__ void sum_doubled(const float* in, float* out, float* partials, unsign
   store(total, all);
 }
 
+constexpr int kSteps = 4, kStages = 2;
+
+// A step's operands (16, 16): rows of A, then columns of B.
+struct Tiles {
+  alignas(128) uint16_t stage[kStages][2 * 256];
+};
+
+// out (16, 16) is the sum over steps of A B; a warp has half of the columns.
+__global__ void multiply_steps(const uint16_t* in, float* out) {
+  SPECENS_SHARED(Tiles, shared);
+  const auto copy = [&](int step) {
+    const int half = static_cast<int>(threadIdx.x) * 8;
+    if (step < kSteps) copy_async(&shared.stage[step % 2][half], in + step * 512 + half, true);
+    __pipeline_commit();
+  };
+  float sums[4] = {};
+  copy(0);
+  for (int step = 0; step < kSteps; ++step) {
+#if SPECENS_SEED_BUG == 7
+    copy(step + 1);
+#endif
+    __pipeline_wait_prior(SPECENS_SEED_BUG == 7 ? 2 : 0);
+#if SPECENS_SEED_BUG == 8
+    copy(step + 1);
+#endif
+    __syncthreads();
+#if SPECENS_SEED_BUG != 7 && SPECENS_SEED_BUG != 8
+    copy(step + 1);
+#endif
+    const uint16_t* tile = shared.stage[step % 2];
+    const int matrix = lane_id() / 8, row = lane_id() % 8;
+    uint32_t a[4], both[4];
+    load_matrices<false>(a, tile + (row + matrix % 2 * 8) * 16 + matrix / 2 * 8);
+    load_matrices<false>(both, tile + 256 + (row + matrix / 2 * 8) * 16 + matrix % 2 * 8);
+    const uint32_t b[2] = {both[2 * warp_id()], both[2 * warp_id() + 1]};
+    BFloat16::multiply_add(sums, a, b);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane_id() / 4 + i / 2 * 8, column = lane_id() % 4 * 2 + i % 2;
+    store(out + row * 16 + warp_id() * 8 + column, sums[i]);
+  }
+}
+
+// Whether the products are those of small integers, which are exact.
+bool multiplies() {
+  std::vector<uint16_t> in(kSteps * 512);
+  std::vector<float> out(256), right(256);
+  for (int step = 0; step < kSteps; ++step) {
+    for (int i = 0; i < 256; ++i) {
+      const float a = static_cast<float>(step + i % 7), b = static_cast<float>(i % 5 - step);
+      in[step * 512 + i] = static_cast<uint16_t>(simt::round_to_bfloat16(a));
+      in[step * 512 + 256 + i] = static_cast<uint16_t>(simt::round_to_bfloat16(b));
+    }
+    for (int i = 0; i < 256; ++i) {
+      for (int k = 0; k < 16; ++k) {
+        right[i] += from_bfloat16(in[step * 512 + i / 16 * 16 + k]) *
+                    from_bfloat16(in[step * 512 + 256 + i % 16 * 16 + k]);
+      }
+    }
+  }
+  const uint16_t* from = in.data();
+  float* to = out.data();
+  SPECENS_LAUNCH(multiply_steps, dim3(1), dim3(kThreads), sizeof(Tiles), nullptr, from, to);
+  return out == right;
+}
+
 }  // namespace
 
 int main() {
@@ -94,6 +161,10 @@ int main() {
   try {
     SPECENS_LAUNCH_EARLY(sum_doubled, dim3(kBlocks), dim3(kThreads), sizeof(Shared), nullptr, from,
                          to, sums, arrivals, result);
+    if (!multiplies()) {
+      std::printf("wrong products\n");
+      return 3;
+    }
   } catch (const simt::Error& error) {
     std::printf("emulator: %s\n", error.what());
     return 1;

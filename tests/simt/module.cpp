@@ -29,6 +29,12 @@ PYBIND11_MODULE(specens_simt, module) {
     }
     return table;
   });
+  // {kernel: turns that its loads of matrices lost to bank conflicts}.
+  module.def("conflicts", [] {
+    py::dict table;
+    for (const auto& [name, seen] : simt::traffic()) table[py::str(name)] = seen.conflicts.load();
+    return table;
+  });
   module.def("reset_traffic", [] {
     simt::current_traffic = nullptr;
     simt::traffic().clear();

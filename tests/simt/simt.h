@@ -8,7 +8,7 @@
 // To add an intrinsic: its twin below, under its own name.
 //
 // Environment: SIMT_SEED shuffles the order of blocks, SIMT_WORKERS runs blocks on that many
-// threads.
+// threads, SIMT_SHARED is how much shared memory a block may ask for.
 #pragma once
 #if defined(__CUDACC__)
 #error "simt.h is for host compilers"
@@ -124,8 +124,9 @@ struct Place {
 
 struct Traffic {
   std::atomic<int64_t> launches{0}, loaded{0}, stored{0};
-  int threads = 0;    // of a block of the last launch
-  size_t shared = 0;  // bytes of its shared memory
+  std::atomic<int64_t> conflicts{0};  // turns that loads of matrices lost
+  int threads = 0;                    // of a block of the last launch
+  size_t shared = 0;                  // bytes of its shared memory
 };
 
 inline std::map<std::string, Traffic>& traffic() {
@@ -170,6 +171,7 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  size_t zeros;  // the last of them, which are not read
 };
 
 struct Block;
@@ -528,27 +530,45 @@ inline void run_block(Pool& pool, Machine& m) {
   throw Error(m.error);
 }
 
+inline uint64_t environment(const char* name, uint64_t fallback) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? fallback : std::strtoull(value, nullptr, 0);
+}
+
+// Of a block on the device that is emulated, with and without asking: an A100's.
+inline size_t most_shared() { return environment("SIMT_SHARED", 166912); }
+constexpr size_t kSharedUnasked = 49152;
+
+inline std::map<std::string, size_t>& asked_shared() {
+  static std::map<std::string, size_t> table;
+  return table;
+}
+inline void allow_shared(const char* name, size_t bytes) {
+  if (bytes > most_shared()) throw Error(std::string("simt: too much shared memory for ") + name);
+  asked_shared()[name] = bytes;
+}
+inline size_t allowed_shared(const char* name) {
+  const auto asked = asked_shared().find(name);
+  return asked == asked_shared().end() ? kSharedUnasked : std::max(kSharedUnasked, asked->second);
+}
+
 struct Grid {
   dim3 blocks, threads;
   size_t shared = 0;
   bool early = false;  // may start before the launch before it has ended
 };
 
-inline uint64_t environment(const char* name, uint64_t fallback) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? fallback : std::strtoull(value, nullptr, 0);
-}
-
 template <typename Body>
 void launch(const char* name, const Grid& grid, const Body& body) {
   const size_t count = size_t{grid.blocks.x} * grid.blocks.y * grid.blocks.z;
   const auto threads = static_cast<int>(grid.threads.x * grid.threads.y * grid.threads.z);
-  if (threads < 1 || threads > 1024 || count == 0 || grid.shared > 49152 || grid.blocks.y > 65535 ||
-      grid.blocks.z > 65535) {
+  if (threads < 1 || threads > 1024 || count == 0 || grid.shared > allowed_shared(name) ||
+      grid.blocks.y > 65535 || grid.blocks.z > 65535) {
     throw Error(std::string("simt: bad launch of ") + name);
   }
-  current_traffic =
-      &traffic()[std::string(name, std::strcspn(name, "<"))];  // no template arguments
+  // Without template arguments, and the parentheses that keep them together.
+  const char* bare = name + (name[0] == '(' ? 1 : 0);
+  current_traffic = &traffic()[std::string(bare, std::strcspn(bare, "<"))];
   current_traffic->launches.fetch_add(1, std::memory_order_relaxed);
   current_traffic->threads = threads;
   current_traffic->shared = grid.shared;
@@ -663,28 +683,6 @@ inline unsigned atomicAdd(unsigned* at, unsigned value) {
 }
 inline unsigned atomicExch(unsigned* at, unsigned value) {
   return __atomic_exchange_n(at, value, __ATOMIC_RELAXED);
-}
-
-// --- asynchronous copies: nothing arrives before the wait ---
-
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-  simt::Quiet quiet;
-  simt::current->copies.push_back({to, from, bytes});
-}
-inline void __pipeline_commit() {
-  simt::Quiet quiet;
-  simt::current->groups.push_back(std::exchange(simt::current->copies, {}));
-}
-inline void __pipeline_wait_prior(size_t keep) {
-  std::vector<simt::Copy> arrived;
-  {
-    simt::Quiet quiet;
-    auto& groups = simt::current->groups;
-    for (; groups.size() > keep; groups.pop_front()) {
-      arrived.insert(arrived.end(), groups.front().begin(), groups.front().end());
-    }
-  }
-  for (const simt::Copy& copy : arrived) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
 // --- numbers ---
