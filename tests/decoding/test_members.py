@@ -315,8 +315,8 @@ def test_probe_finds_the_mode(name, caplog):
     ("argument", "mode"), [("position_ids", "crop"), ("attention_mask", "crop")]
 )
 def test_probe_does_not_believe_signatures(argument, mode):
-    # The model takes the argument and ignores it.
-    model = build("llama")
+    # The model takes the argument and ignores it; no kernel serves its type instead of a mask.
+    model = build("llama", dtype=torch.float64)
     model.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {argument: None}), with_kwargs=True
     )
