@@ -20,9 +20,11 @@ from specens.members.member import Member
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Tokens of rows that begin with them: of more, whole attention without a mask is the faster one,
-# for it leaves out what lies after each token.
+# Where no mask is needed, torch's own attention is faster for more tokens of a prompt, for it leaves
+# out what lies after each token; and for one token in float32 that sees fewer, by its lower cost of
+# a call.
 LONGEST_PROMPT = 512
+SHORT_TEXT = 512
 
 
 class SlotMember(Member):
@@ -118,7 +120,7 @@ class SlotMember(Member):
             positions = torch.minimum(positions, to_device(lasts, self.device)[:, None])
         skip = self._masks.skip(plan, q)
         view: Any
-        if self._kernel and not (skip and plan.end == q > self.longest_prompt):
+        if self._kernel and not (skip and self._plain_is_faster(q, plan.end)):
             view = self._slots(starts, q)
         elif skip:
             view = self._masks.nothing
@@ -129,6 +131,12 @@ class SlotMember(Member):
         if keep_last is None:
             return self._run(tokens, view, positions)
         return self._last(tokens, view, positions, counts, keep_last)
+
+    def _plain_is_faster(self, q: int, end: int) -> bool:
+        """Whether torch's attention is, of `q` tokens that see `end` slots without a mask."""
+        if end == q:
+            return q > self.longest_prompt
+        return end < SHORT_TEXT and self.model.dtype == torch.float32
 
     def _slots(self, starts: Sequence[int], q: int, seen: Tensor | None = None) -> Slots:
         """What the tokens of this forward see, for layers that attend through a kernel."""
