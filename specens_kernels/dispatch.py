@@ -71,6 +71,15 @@ def backend(name: str) -> Iterator[None]:
         _backend.reset(before)
 
 
+def first_backend(device: str) -> str:
+    """The backend that ops on this type of device are asked for first, here and now."""
+    chosen = _backend.get()
+    if chosen != "auto":
+        return chosen
+    able = (name for name in PREFERRED.get(device, ()) if MODULES[name].AVAILABLE)
+    return next(able, "reference")
+
+
 def _first_that_can(
     name: str, check: Callable[..., None], reference_op: Callable[..., Any], device: str
 ) -> Callable[..., Any]:

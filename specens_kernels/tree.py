@@ -77,10 +77,15 @@ def visible(parents: Tensor, window: int = 0) -> Tensor:
     if window > 0:
         steps = seen.sum(-1)
         seen = seen & (steps[:, :, None] - steps[:, None, :] < window)
+    return words(seen)
+
+
+def words(seen: Tensor) -> Tensor:
+    """(B, N+1, W) int64 of (B, N+1, N+1) bool: whether node i sees node j, as `visible` says it."""
     batch, nodes, _ = seen.shape
-    words = (nodes + WORD - 1) // WORD
-    seen = torch.nn.functional.pad(seen, (0, words * WORD - nodes))
+    count = (nodes + WORD - 1) // WORD
+    seen = torch.nn.functional.pad(seen, (0, count * WORD - nodes))
     bits = torch.tensor(1, device=seen.device) << torch.arange(WORD, device=seen.device)
     # Bits of one word are different ones: their sum is their union, the sign's bit included.
-    union: Tensor = (seen.view(batch, nodes, words, WORD) * bits).sum(-1)
+    union: Tensor = (seen.view(batch, nodes, count, WORD) * bits).sum(-1)
     return union

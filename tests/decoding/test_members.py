@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A member's logits are those of a fresh forward over the row, whatever happened before.
 
-The oracle is the model itself, run without a cache over one row's tokens. A new architecture in
-`zoo.CONFIGS` is tested by every test here that is parametrised over it.
+The oracle is the model itself, run without a cache over one row's tokens (`tools/rows.py`); with
+kernels, in test_kernel_mode.py. A new architecture in `zoo.CONFIGS` is tested by every test here
+that is parametrised over it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny
+from rows import TOLERANCE, Rows, error, fresh
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -23,11 +25,10 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
-from zoo import CONFIGS, MODES, VOCAB_SIZE, WINDOW, build
+from zoo import CONFIGS, MODES, WINDOW, build
 
 from specens.members.by_row import CropMember, ReplayMember
 from specens.members.cache import Masks
-from specens.members.member import Member
 from specens.members.probe import Probe, member, probe
 from specens.members.slot import SlotMember
 
@@ -45,12 +46,6 @@ FLOAT32 = {
     "granitemoehybrid",
 }
 
-# Errors are in units of the logits' standard deviation over the vocabulary. Both sides add the
-# same products in another order. A rounding error of eps enters at some 30 places in each of 4
-# layers, and a sum of 64 to 96 products carries at most 64 of it: 4 * 30 * 64 * eps, which is 5e-4
-# in float32 and 1e-12 in float64.
-TOLERANCE = {torch.float32: 5e-4, torch.float64: 1e-12}
-
 EXACT = TOLERANCE[torch.float64]
 VISIBLE = 20 * TOLERANCE[torch.float32]  # the least error of a fault that must be seen
 
@@ -64,90 +59,6 @@ def dtype_of(name: str) -> torch.dtype:
 
 def tolerance_of(name: str) -> float:
     return TOLERANCE[torch.float32 if name in FLOAT32_INSIDE else dtype_of(name)]
-
-
-def fresh(model: Any, row: list[int]) -> Tensor:
-    """(len(row), V). What the model says of a row it sees for the first time."""
-    with torch.no_grad():
-        return model(torch.tensor([row]), use_cache=False).logits[0]
-
-
-def error(logits: Tensor, expected: Tensor) -> float:
-    """The largest error, in units of the spread of its position's logits; NaN is infinite."""
-    errors = (logits - expected).abs() / expected.std(-1, keepdim=True)
-    return errors.nan_to_num(nan=float("inf")).max().item()
-
-
-class Rows:
-    """A member next to the token lists it should hold; every forward is compared with `fresh`."""
-
-    def __init__(self, member: Member, batch_size: int, capacity: int, seed: int = 0) -> None:
-        self.member = member
-        self.random = random.Random(seed)
-        self.rows: list[list[int]] = [[] for _ in range(batch_size)]
-        self.worst = 0.0
-        self.compared = 0
-        member.start(batch_size, capacity)
-
-    def forward(self, counts: list[int], rows: list[int] | None = None, keep: int | None = None):
-        among = list(range(len(self.rows))) if rows is None else rows
-        q = max(counts)
-        # The decoder pads with -1, which no embedding has.
-        tokens = torch.full((len(among), q), -1)
-        for i, (row, count) in enumerate(zip(among, counts, strict=True)):
-            # Not the padding token, whose embedding is zero: its logits would have no spread.
-            new = [self.random.randrange(3, VOCAB_SIZE) for _ in range(count)]
-            tokens[i, :count] = torch.tensor(new, dtype=torch.int64)
-            self.rows[row] += new
-        given = tokens.clone()
-        logits = self.member.forward(tokens, counts, rows, keep_last=keep)
-        assert torch.equal(tokens, given)
-        assert logits.shape == (len(among), q if keep is None else keep, VOCAB_SIZE)
-        for i, (row, count) in enumerate(zip(among, counts, strict=True)):
-            if count == 0:
-                continue
-            shown = count if keep is None else min(keep, count)
-            got = logits[i, :count] if keep is None else logits[i, keep - shown :]
-            expected = fresh(self.member.model, self.rows[row])[-shown:]
-            self.worst = max(self.worst, error(got, expected))
-            self.compared += shown
-        assert self.member.lengths == [len(row) for row in self.rows]
-
-    def rollback(self, lengths: list[int]) -> None:
-        self.member.rollback(lengths)
-        for row, length in zip(self.rows, lengths, strict=True):
-            del row[length:]
-
-    def select(self, rows: list[int]) -> None:
-        self.member.select(rows)
-        self.rows = [self.rows[row] for row in rows]
-
-    def play(self, turns: int) -> None:
-        """Random moves: what a decoder does, and what it might do."""
-        pick = self.random
-        self.forward([pick.randint(1, 2 * WINDOW) for _ in self.rows])
-        for turn in range(turns):
-            batch_size = len(self.rows)
-            q = pick.choice([1, 1, 2, 3, 5])
-            move = pick.choice(["all", "equal", "some", "draft"])
-            if move == "all":
-                counts = [pick.randint(0, q) for _ in range(batch_size)]
-                counts[pick.randrange(batch_size)] = q
-                self.forward(counts, keep=pick.choice([None, None, 1, 3]))
-            elif move == "equal":
-                shortest = min(map(len, self.rows))
-                self.rollback([shortest] * batch_size)
-                self.forward([q] * batch_size)
-            elif move == "some":
-                some = pick.sample(range(batch_size), pick.randint(1, batch_size))
-                self.forward([q] + [pick.randint(0, q) for _ in some[1:]], some)
-            else:
-                for _ in range(3):
-                    self.forward([1] * batch_size)
-            depth = 30 if turn % 7 == 6 else 5
-            self.rollback([max(len(row) - pick.randint(0, depth), 0) for row in self.rows])
-            if turn % 5 == 4 and batch_size > 1:
-                self.select(pick.sample(range(batch_size), batch_size - turn % 2))
 
 
 SLOW = {"qwen3_next", "granitemoehybrid", "falcon_h1"}
@@ -315,8 +226,8 @@ def test_probe_finds_the_mode(name, caplog):
     ("argument", "mode"), [("position_ids", "crop"), ("attention_mask", "crop")]
 )
 def test_probe_does_not_believe_signatures(argument, mode):
-    # The model takes the argument and ignores it.
-    model = build("llama")
+    # The model takes the argument and ignores it; no kernel serves its type instead of a mask.
+    model = build("llama", dtype=torch.float64)
     model.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {argument: None}), with_kwargs=True
     )

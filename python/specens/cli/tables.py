@@ -153,12 +153,14 @@ def probe_table(probe: "Probe") -> Table:
         "all": "not understood: all logits are computed",
     }
     tree = "is scored in one forward" if probe.tree else "cannot be scored in one forward"
-    masks = "a dict, one for each layer type" if probe.per_type else "one for all layers"
+    masks = "masks in a dict by layer type" if probe.per_type else "one mask for all layers"
     table = Table("of the model", probe.model)
     table.add_row("mode", f"{probe.mode}: {modes[probe.mode]}")
     table.add_row("tree of tokens", tree)
-    if probe.mode == "slot":
-        table.add_row("masks", masks)
+    if probe.attention == "kernel":
+        table.add_row("attention", "kernel: a kernel of this package, no masks")
+    elif probe.mode == "slot":
+        table.add_row("attention", f"mask: {masks} ({probe.mask_reason})")
     if probe.mode == "replay":
         table.add_row(
             "cache continues", f"{probe.continuation}: {continuations[probe.continuation]}"

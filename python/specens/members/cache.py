@@ -41,7 +41,8 @@ class Plan:
     """Where the tokens of one forward go, shared by all layers and set before each forward.
 
     `start` is the common first slot, or None for a ragged forward, whose slots are `slots`.
-    Rows are a range `first_row`, `num_rows` of the storage, or any list, `rows`.
+    Rows are a range `first_row`, `num_rows` of the storage, or any list, `rows`. `by_table`:
+    whoever attends finds any list of rows by itself, in all of the storage.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,8 @@ class Plan:
         self.first_row = 0
         self.num_rows = 0
         self.rows: Sequence[int] | None = None
+        self.by_table = False
+        self.layers = 0  # that have written to their slots in this forward
         self.slots: Tensor | None = None
         self._rows_on: dict[torch.device, Tensor] = {}
         self._index: dict[tuple[int, torch.device], Tensor] = {}
@@ -60,6 +63,8 @@ class Plan:
         """Plan `q` tokens for each of `rows`, from slot `starts[i]` on."""
         self._index.clear()
         self._rows_on.clear()
+        self.layers = 0
+        self.by_table = False
         self.past = max(starts)
         self.end = self.past + q
         self.start = self.past if self.past == min(starts) else None
@@ -168,6 +173,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        self.plan.layers += 1
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def _write(self, stored: Tensor, states: Tensor) -> Tensor:
@@ -176,6 +182,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             _, heads, q, size = states.shape
             index = plan.index(heads, q, states.device)
             stored.view(-1, size).index_copy_(0, index, states.reshape(-1, size))
+            if plan.rows is not None and plan.by_table:
+                return stored.narrow(2, 0, plan.end)
             if plan.rows is not None:
                 return stored.narrow(2, 0, plan.end).index_select(0, plan.rows_on(states.device))
             if plan.num_rows != stored.shape[0]:
@@ -272,10 +280,20 @@ class Masks:
             entry = REACH[kind]
             size = getattr(config, entry[0], None) if entry else None
             self._reach[kind] = (size, entry[1]) if entry and size else None
+        types = getattr(config, "layer_types", None)
+        # Of each layer, or of all where one stands for them: the sliding window, or 0.
+        self.windows = [self._window(kind) for kind in types or kinds]
         sizes = [limited[0] for limited in self._reach.values() if limited]
         self.window = min(sizes, default=None)
         self._dtype = dtype
         self._nothing: Any = dict.fromkeys(kinds) if per_type else None
+
+    def _window(self, kind: str) -> int | None:
+        """The sliding window of a layer of this type, 0 for none; None is what is no window."""
+        reach = self._reach[kind]
+        if reach is None:
+            return 0
+        return reach[0] if kind == "sliding_attention" else None
 
     def skip(self, plan: Plan, q: int) -> bool:
         """Whether plain causal attention needs no mask: one token a row, or rows from slot 0."""

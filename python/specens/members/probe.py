@@ -28,8 +28,9 @@ from specens.members.facts import (
     text_config,
     vocab_size,
 )
+from specens.members.kernel import implementation_of, serves
 from specens.members.member import Member
-from specens.members.slot import SlotMember
+from specens.members.slot import LONGEST_PROMPT, SlotMember
 from specens_kernels import Refusal
 
 if TYPE_CHECKING:
@@ -63,21 +64,25 @@ class Probe:
     Attributes:
         model: its name.
         mode: "slot", "crop" or "replay", see `member.py`.
+        attention: "kernel" or "mask": what its layers attend through (slot).
         tree: a tree of tokens can be scored in one forward.
         per_type: masks are a dict by layer type (slot).
         continuation: "chunk", "token" or "none": what its cache can be continued with (replay).
         logits_to_keep: "rows", "last" or "all": the form of that argument it understands.
         reason: why the faster modes were refused; empty for "slot".
+        mask_reason: why a slot mode's layers do not attend through a kernel.
         layout: key and value tensors of its layers, per shape (slot).
     """
 
     model: str
     mode: str
+    attention: str = "mask"
     tree: bool = False
     per_type: bool = False
     continuation: str = "chunk"
     logits_to_keep: str = "all"
     reason: str = ""
+    mask_reason: str = field(default="", compare=False)
     layout: dict[Signature, int] = field(default_factory=dict, compare=False, repr=False)
 
     def member(self, model: "PreTrainedModel") -> Member:
@@ -85,6 +90,7 @@ class Probe:
         if self.mode == "slot":
             return SlotMember(
                 model,
+                kernel=self.attention == "kernel",
                 per_type=self.per_type,
                 logits_to_keep=self.logits_to_keep,
                 counts=self.layout,
@@ -111,12 +117,14 @@ def probe(model: "PreTrainedModel", *, mode: str = "auto") -> Probe:
         ValueError: not a causal LM, or `mode` is not exact for it.
     """
     check_causal_lm(model)
-    implementation = text_config(model)._attn_implementation
-    key = (mode, implementation, model.dtype, model.device)
+    implementation = implementation_of(text_config(model))
+    # Another backend may be chosen for ops, and another model may be compiled.
+    kernel = not serves(model, implementation)
+    key = (mode, implementation, model.dtype, model.device, kernel)
     known = _probes.setdefault(model, {})
     if key not in known:
         with _undisturbed(model):
-            known[key] = _examine(model, mode)
+            known[key] = _examine(model, mode, serves(model, implementation))
     return known[key]
 
 
@@ -156,12 +164,40 @@ def ignores(model: "PreTrainedModel", name: str, tokens: Tensor, value: Tensor |
         return bool(_errors(logits, expected).max() < _rounding(model) ** 0.5)
 
 
-def _examine(model: "PreTrainedModel", mode: str) -> Probe:
+def _examine(model: "PreTrainedModel", mode: str, no_kernel: str) -> Probe:
+    """The first candidate that is exact; `no_kernel` says why its layers need masks, or nothing."""
     name = model_name(model)
     # A rounding that sends a token to other experts is no fault of the mode and happens with
     # some inputs; a wrong mask is wrong for all.
     seeds = range(3 if _is_coarse(model) else 1)
     games = cache(partial(_Game, model))
+    _begin(model, games)
+    kept = games(0).logits_to_keep()
+    refused: list[str] = []
+    for candidate in _candidates(model, Probe(name, "", logits_to_keep=kept)):
+        kernel = candidate.attention == "kernel"
+        if mode not in ("auto", candidate.mode) or (kernel and no_kernel):
+            continue
+        found, fault = _tried(model, candidate, [partial(games, seed) for seed in seeds])
+        if found is None and kernel:
+            no_kernel = fault
+        elif found is None:
+            refused.append(f"{candidate.mode}: {fault}")
+        else:
+            reason = "; ".join(refused)
+            if found.mode != "slot" and mode == "auto":
+                logger.warning("%s: %s mode, row by row (%s)", name, found.mode, reason)
+            if found.mode == "slot" and not kernel:
+                logger.info("%s: slot mode with masks, no kernel (%s)", name, no_kernel)
+                found = replace(found, mask_reason=no_kernel)
+            return replace(found, reason=reason)
+    raise Refusal(
+        "member", "mode", f"one that is exact for {name}", f"{mode!r} ({'; '.join(refused)})"
+    )
+
+
+def _begin(model: "PreTrainedModel", games: Callable[[int], "_Game"]) -> None:
+    """Make the first game, or refuse a model that cannot read."""
     try:
         games(0)
     except Refusal:
@@ -175,46 +211,47 @@ def _examine(model: "PreTrainedModel", mode: str) -> Probe:
             "a causal LM that reads 20 tokens, as its test does",
             f"{type(model).__name__} of {positions} positions ({fault})",
         ) from raised
-    kept = games(0).logits_to_keep()
-    refused: list[str] = []
-    for candidate in _candidates(model, Probe(name, "", logits_to_keep=kept)):
-        if mode not in ("auto", candidate.mode):
-            continue
-        try:
-            member = candidate.member(model)
-            for seed in seeds:
-                error = games(seed).play(member)
-                if not error < games(seed).tolerance:
-                    continue
-                if isinstance(member, SlotMember):
-                    tree = games(seed).tree(member)
-                    candidate = replace(candidate, tree=tree, layout=member.layout)
-                reason = "; ".join(refused)
-                if candidate.mode != "slot" and mode == "auto":
-                    logger.warning("%s: %s mode, row by row (%s)", name, candidate.mode, reason)
-                return replace(candidate, reason=reason)
-            fault = f"logits are off by {error:.2g} of their spread"
-        except torch.OutOfMemoryError:
-            raise
-        except REFUSALS as refusal:
-            fault = (str(refusal) or "no message").splitlines()[0]
-            if not isinstance(refusal, NotImplementedError):
-                fault = f"{type(refusal).__name__}: {fault}"
-        fault = fault.removeprefix(f"{candidate.mode}: ")
-        refused.append(f"{candidate.mode}: {fault}")
-    raise Refusal(
-        "member", "mode", f"one that is exact for {name}", f"{mode!r} ({'; '.join(refused)})"
-    )
+
+
+def _tried(
+    model: "PreTrainedModel", candidate: Probe, games: "Sequence[Callable[[], _Game]]"
+) -> tuple[Probe | None, str]:
+    """A candidate that one of the games finds exact, and what it can; or None, and its fault."""
+    try:
+        member = candidate.member(model)
+        for make in games:
+            game = make()
+            if isinstance(member, SlotMember):
+                member.longest_prompt = 0  # so that the game has prompts of both kinds
+            error = game.play(member)
+            if not error < game.tolerance:
+                continue
+            if not isinstance(member, SlotMember):
+                return candidate, ""
+            member.longest_prompt = LONGEST_PROMPT
+            tree = game.tree(member)
+            if candidate.attention == "kernel" and not tree:
+                return None, "a tree's logits are not those of its paths"
+            return replace(candidate, tree=tree, layout=member.layout), ""
+        fault = f"logits are off by {error:.2g} of their spread"
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as refusal:
+        fault = (str(refusal) or "no message").splitlines()[0]
+        if not isinstance(refusal, NotImplementedError):
+            fault = f"{type(refusal).__name__}: {fault}"
+    return None, fault.removeprefix(f"{candidate.mode}: ").removeprefix("kernel: ")
 
 
 def _candidates(model: "PreTrainedModel", blank: Probe) -> Iterator[Probe]:
     """Every way to run a model, fastest first."""
     config = text_config(model)
     # A model that wants a dict may take one tensor too, and is then wrong beyond its window.
-    if getattr(config, "layer_types", None):
-        yield replace(blank, mode="slot", per_type=True)
-    if len(layer_kinds(config)) == 1:
-        yield replace(blank, mode="slot", per_type=False)
+    forms = [True] if getattr(config, "layer_types", None) else []
+    forms += [False] if len(layer_kinds(config)) == 1 else []
+    for per_type in forms:
+        for attention in ("kernel", "mask"):
+            yield replace(blank, mode="slot", attention=attention, per_type=per_type)
     yield replace(blank, mode="crop")
     for continuation in ("chunk", "token", "none"):
         yield replace(blank, mode="replay", continuation=continuation)
