@@ -128,6 +128,35 @@ CASES = [
         law={"temperature": 0.0, "top_k": 2},
         draft_temperature=1.0,
     ),
+    Case(
+        "three siblings without replacement",
+        4,
+        (-1, 0, 0, 0, 1),
+        (0, 0, 0, 1),
+        (0.3, 0.7),
+        seed=4,
+        draws="without",
+    ),
+    Case(
+        "siblings of three kinds without replacement",
+        4,
+        (-1, 0, 0, 0, 0),
+        (0, 1, POINT, 0),
+        HALVES,
+        points={3: 2},
+        law={"temperature": (0.7, 1.2)},
+        draws="without",
+    ),
+    Case(
+        "more siblings than the draft has tokens",
+        3,
+        (-1, 0, 0, 0),
+        (SEPARATE,) * 3,
+        HALVES,
+        zeros=0.5,
+        seed=1,
+        draws="without",
+    ),
     Case("the greedy rule", 3, CHAIN_2, (0, 1), HALVES, acceptance="greedy"),
 ]
 # Folds of one's own, which the reference alone obeys.
@@ -223,6 +252,7 @@ def in_float64(
                 acceptance=chosen.rule.name,
                 parameters=chosen.parameters,
                 bonus=case.bonus,
+                draws=case.draws,
             )
         )
         return verdict[0], verdict[3]
@@ -244,6 +274,7 @@ def through_the_op(case: Case) -> Callable:
             draft_temperature=None if temperature is None else torch.tensor(temperature),
             acceptance=rule_of(case),
             bonus=case.bonus,
+            draws=case.draws,
         )
         return verdict.tokens, verdict.path
 
@@ -255,8 +286,8 @@ def through_the_op(case: Case) -> Callable:
 BUGS = {
     "the residual is the target": (
         "weights for each position",
-        "mass = left\n",
-        "pass\n",
+        "mass, chance, bits = self.left(",
+        "_, chance, bits = self.left(",
     ),
     "the bonus token comes from the draft": (
         "weights for each position",
@@ -277,8 +308,23 @@ BUGS = {
     ),
     "the residual is not normalised": (
         "three drawn siblings",
-        "return residual / residual.sum(), 0",
-        "return residual, 0",
+        "return residual / left, chance * left, 0",
+        "return residual, chance * left, 0",
+    ),
+    "earlier siblings stay in the draft's law": (
+        "three siblings without replacement",
+        "mass[earlier] = 0.0",
+        "pass",
+    ),
+    "what is left of the draft's law is not normalised": (
+        "three siblings without replacement",
+        "mass = mass / mass.sum() if mass.sum() > 0 else mass",
+        "pass",
+    ),
+    "draws with replacement are taken for draws without": (
+        "three drawn siblings",
+        'self.draws == "with"',
+        'self.draws == "neither"',
     ),
     "the draft's probability is left out": (
         "weights for each position",
