@@ -7,6 +7,7 @@ backend through the public op, with numbers on the grid of 2^-24 that `uniforms`
 
 import importlib.util
 import itertools
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -220,7 +221,8 @@ def law_of(case: Case, batch: int, dtype: torch.dtype = torch.float32) -> Law:
     weights = case.weights
     if callable(weights):
         rows = len(case.parents) - (not case.bonus)
-        weights = torch.tensor([weights(row) for row in range(rows)]).expand(batch, rows, -1)
+        by_row = [weights(case.depth(row)) for row in range(rows)]
+        weights = torch.tensor(by_row).expand(batch, rows, -1)
     return folds.law_of(weights, vocab_size=case.vocab_size, **(case.law or {}))
 
 
@@ -396,6 +398,29 @@ def test_the_public_op_decides_where_the_closed_form_says(backend: str, case: Ca
     assert laws.joint_distance(case, law) < 1e-6
     if backend == "reference":
         assert surprise <= GRID
+
+
+def with_coins(coins: tuple[int, ...], parents: tuple[int, ...]) -> Case:
+    """A tree that the first of two members proposes; each depth's target is the coin's member."""
+    one_hot = tuple(tuple(float(member == coin) for member in (0, 1)) for coin in coins)
+    proposers = (0,) * (len(parents) - 1)
+    return Case(f"{coins}", 3, parents, proposers, one_hot.__getitem__, seed=3)
+
+
+@pytest.mark.parametrize("widths", [(1, 2), (2, 3)], ids=str)
+def test_a_tree_whose_widths_follow_the_coins_has_the_mixtures_law(widths: tuple[int, int]) -> None:
+    """The proposer's own levels have one child, which is kept for sure, the others more."""
+    share, law = 0.3, defaultdict(float)
+    for coins in itertools.product((0, 1), repeat=3):
+        first, second = (widths[level] if coins[level] else 1 for level in (0, 1))
+        case = with_coins(coins, (-1,) + (0,) * first + (1,) * second)
+        emitted, _ = laws.observed_law(case, in_float64(case), FINE)
+        chance = math.prod(1 - share if coin else share for coin in coins)
+        for tokens, mass in laws.completed(case, emitted, 3).items():
+            law[tokens] += chance * mass
+    mixture = Case("the mixture", 3, (-1,), (), (share, 1 - share), seed=3)
+    # Weights are stored in single precision.
+    assert laws.total_variation(law, mixture.sequence_law(3)) < 1e-7
 
 
 @pytest.mark.parametrize("bug", BUGS)
