@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .law import LawTensors
 
+# Whether siblings of one proposer were drawn with replacement.
+DRAWS = ("with", "without")
+
 # Tensors that an op writes to.
 Slabs = Annotated[list[Tensor], "written"]
 
@@ -22,6 +25,7 @@ class VerifyCall(NamedTuple):
     parents, proposers: of B rows or of 1 for all. draft_temperature: (B or 1,)
         float32. memory: (B,) float64.
     acceptance, parameters: the rule's name, and its numbers in the registry's order.
+    draws: an entry of `DRAWS`.
     """
 
     logits: list[Tensor]
@@ -38,6 +42,7 @@ class VerifyCall(NamedTuple):
     parameters: Sequence[float] = ()
     memory: Tensor | None = None
     bonus: bool = True
+    draws: str = "with"
 
 
 class AttentionCall(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import arguments
 from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
-from .call import VerifyCall
+from .call import DRAWS, VerifyCall
 from .ensembles import SPACES, Ensemble
 from .law import FLOATS, INTEGERS, SCOPES, Law, LawTensors
 from .refusal import Refusal, shown
@@ -94,7 +94,10 @@ def check_sample(logits: list[Tensor], uniforms: Tensor, law: LawTensors, member
     """All that `sample` takes; member -1 is the ensemble."""
     _check_members("sample", logits, law)
     batch, rows = logits[0].shape[0], logits[0].shape[1]
-    _check_numbers("sample", uniforms, batch, rows, logits[0].device)
+    many = tuple(uniforms.shape[2:3]) if uniforms.dim() == 4 else ()
+    if many == (0,):
+        raise Refusal("sample", "uniforms", "a block or more for each row", tuple(uniforms.shape))
+    _check_numbers("sample", uniforms, batch, rows, logits[0].device, *many)
     if not -1 <= member < len(logits):
         raise Refusal("sample", "member", f"None or 0 to {len(logits) - 1}", member)
 
@@ -112,6 +115,10 @@ def check_verify(call: VerifyCall) -> None:
         raise wrong("verify", "logits[0]", f"(B={batch}, {rows}, V) on {device}", logits[0])
     _check_numbers("verify", call.uniforms, batch, count + 1, device)
     rule = _check_rule(call.acceptance, call.parameters)
+    arguments.name("verify", "draws", call.draws, DRAWS)
+    if rule.independent and call.draws == "without":
+        expected = f"'with' for acceptance {rule.name!r}"
+        raise Refusal("verify", "draws", expected, shown(call.draws))
     if rule.block and call.parents is not None:
         raise Refusal("verify", "parents", "None for acceptance 'block'", "a tensor")
     if call.memory is not None:
@@ -220,14 +227,17 @@ def _check_rule(name: str, parameters: Sequence[float]) -> AcceptanceRule:
     return rule
 
 
-def _check_numbers(op: str, numbers: Tensor, batch: int, rows: int, device: torch.device) -> None:
-    """The blocks that an op draws with."""
+def _check_numbers(
+    op: str, numbers: Tensor, batch: int, rows: int, device: torch.device, *count: int
+) -> None:
+    """The blocks that an op draws with: one a row, or so many."""
     if (
-        numbers.shape != (batch, rows, 4)
+        numbers.shape != (batch, rows, *count, 4)
         or numbers.dtype != torch.float32
         or numbers.device != device
     ):
-        raise wrong(op, "uniforms", f"(B={batch}, {rows}, 4) float32 on {device}", numbers)
+        shape = ", ".join(map(str, (rows, *count)))
+        raise wrong(op, "uniforms", f"(B={batch}, {shape}, 4) float32 on {device}", numbers)
 
 
 def _check_nodes(

@@ -61,6 +61,8 @@ def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
+    if numbers.dim() == 4:
+        raise Unsupported("cuda", "count", "None", numbers.shape[2])
     if member < 0:
         law.refuse_fold("cuda")
     _check(logits, law)

@@ -208,8 +208,12 @@ def _fake_mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
 def _fake_sample(
     logits: list[Tensor], uniforms: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, ...]:
+    drawn, rows = uniforms.shape[:-1], uniforms.shape[:2]
     dtypes = (torch.int64, torch.float32, torch.float32, torch.int32)
-    return tuple(uniforms.new_empty(uniforms.shape[:2], dtype=dtype) for dtype in dtypes)
+    shapes = (drawn, drawn, rows, rows)
+    return tuple(
+        uniforms.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
 
 
 def _fake_verify(call: VerifyCall) -> tuple[Tensor, ...]:

@@ -66,7 +66,7 @@ def flattened_mix(logits: list[Tensor], law: LawTensors) -> tuple[list[Any], tup
 def flattened_sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Arguments and results of `sample`."""
+    """Arguments and results of a `sample` of one token a row."""
     flat = flattened_logits(logits) + _law(law)
     batch, rows, _ = numbers.shape
     device = numbers.device

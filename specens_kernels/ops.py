@@ -60,8 +60,9 @@ class Status(enum.IntFlag):
 class Sample(NamedTuple):
     """What `sample` returns.
 
-    tokens: (B, T) int64.
-    log_probs: (B, T) float32. Log-probability of each token under the law it was drawn from.
+    tokens: (B, T) int64; (B, T, k) if k were asked for, -1 where the law has no more.
+    log_probs: as tokens, float32. Log-probability of each token under the law that was asked for,
+        of which no token is taken away; -inf for a token -1.
     lse: (B, T) float32. Log-sum-exp of that law's kept scores; 0 for several members of scope
         "member" in space "probabilities". NaN, which is not known, for one such member whose
         weights are a tensor.
@@ -141,20 +142,29 @@ def mix(logits: Sequence[Tensor], law: Law) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    logits: Sequence[Tensor], uniforms: Tensor, law: Law, *, member: int | None = None
+    logits: Sequence[Tensor],
+    uniforms: Tensor,
+    law: Law,
+    *,
+    member: int | None = None,
+    count: int | None = None,
 ) -> Sample:
-    """Draw one token per row from the ensemble, or from one member's own warped law.
+    """Draw tokens of each row from the ensemble, or from one member's own warped law.
 
     The draw is a hierarchical inverse CDF over 8,192-token tiles and 1,024-token sub-tiles. A row
     whose temperatures are all 0 takes the law's most probable token, the lowest id on ties.
 
     Args:
         logits: M tensors (B, T, V_m), as for `mix`.
-        uniforms: (B, T, 4) float32 in [0, 1). Words 1 to 3 of each block are used.
+        uniforms: (B, T, 4) float32 in [0, 1); (B, T, k, 4) with a count. Words 1 to 3 of each block
+            are used.
         law: how the members become one distribution.
         member: draw from this member alone, warped as `law` says; None draws from the ensemble.
+        count: k >= 1 draws k tokens of a row without replacement, each from what the earlier ones
+            have left of the law; the first is what is drawn without a count. Where the temperatures
+            are all 0 they are the most probable ones, in that order. None draws one.
     Returns:
-        Sample: tokens, log_probs, lse and status, each (B, T).
+        Sample: tokens, log_probs, lse and status.
     Raises:
         Refusal: a shape, dtype or device disagrees, or there is no such member.
 
@@ -162,6 +172,7 @@ def sample(
     """
     tensors, parameters = checks.members("sample", logits, law)
     checks.tensors("sample", ("uniforms",), (uniforms,))
+    _check_count(count, uniforms)
     if member is not None:
         place = arguments.count(member)
         if not 0 <= place < len(tensors):
@@ -174,6 +185,18 @@ def sample(
     drawn = Sample(*dispatch.call_sample(tensors, uniforms, parameters, -1))
     # The mixture's, 0, would pass for the member's.
     return drawn._replace(lse=torch.full_like(drawn.lse, torch.nan))
+
+
+def _check_count(count: object, uniforms: Tensor) -> None:
+    """Refuse a count that is none, or another one than the uniforms have blocks for."""
+    many = arguments.count(count)
+    if count is not None and many < 1:
+        raise Refusal("sample", "count", "None or an integer >= 1", shown(count))
+    if uniforms.dim() != 4 if count is not None else uniforms.dim() == 4:
+        expected = "(B, T, 4)" if count is None else f"(B, T, {many}, 4)"
+        raise Refusal("sample", "uniforms", expected, tuple(uniforms.shape))
+    if count is not None and uniforms.shape[2] != many:
+        raise Refusal("sample", "uniforms", f"(B, T, {many}, 4)", tuple(uniforms.shape))
 
 
 def verify(
@@ -191,6 +214,7 @@ def verify(
     acceptance: Acceptance | str = "rejection",
     memory: Tensor | None = None,
     bonus: bool = True,
+    draws: str = "with",
 ) -> Verdict:
     """Keep the longest path of drafted tokens that the ensemble accepts, and emit one token more.
 
@@ -229,6 +253,9 @@ def verify(
             probable token or the rule trusts it. "block" takes chains only.
         memory: (B,) float. For rules that remember: what of the tokens before; None is 0.
         bonus: whether a path that ends without a rejection emits a bonus token.
+        draws: "with": the siblings of one proposer were drawn independently. "without": without
+            replacement, as `sample` draws with a count, so that a later sibling's law has none of
+            the earlier ones' tokens; not for "k_seq", whose siblings are independent.
     Returns:
         Verdict: tokens, log_probs, num_accepted, path and status.
     Raises:
@@ -259,6 +286,7 @@ def verify(
         chosen.parameters,
         None if memory is None else checks.memory(memory),
         arguments.flag("verify", "bonus", bonus),
+        draws,
     )
     return Verdict(*dispatch.call_verify(call))
 

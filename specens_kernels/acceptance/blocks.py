@@ -24,10 +24,16 @@ def k_seq(at: Situation) -> Judgement:
     """Keeps min(p / rho, q) of each of k tokens drawn from q; rho balances what is kept."""
     k = at.candidates
     low, high = torch.ones_like(at.target[..., :1]), torch.full_like(at.target[..., :1], float(k))
+    # What a law sums to less than 1 is no token's; what is nearer to 1 than this is rounding.
+    rests = [1 - total(law) for law in (at.target, at.draft)]
+    target_rest, draft_rest = (torch.where(rest.abs() > 2.0**-40, rest, 0.0) for rest in rests)
     for _ in range(60):
         rho = (low + high) / 2
-        once = total(torch.minimum(at.target / rho, at.draft))
-        short = 1 - (1 - once) ** k >= rho * once
+        # What is left of the target, and the chance that all are refused: as sums of differences,
+        # for one less what is kept would be rounding where the two laws are nearly equal.
+        left = target_rest + total((at.target - rho * at.draft).clamp(min=0))
+        refused = draft_rest + total((at.draft - at.target / rho).clamp(min=0))
+        short = left >= refused**k
         low, high = torch.where(short, rho, low), torch.where(short, high, rho)
     # A token is kept rho times on average: rho min(p / rho, q) of it is accounted for.
     kept = torch.minimum(at.target / high, at.draft)

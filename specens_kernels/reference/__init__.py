@@ -14,12 +14,12 @@ file here first, then its public function in `ops.py`. Three ideas carry everyth
 
 from .attention import attention
 from .compact import compact
-from .draw import SUB_TILE, TILE
+from .draw import PADDING, SUB_TILE, TILE
 from .laws import EMPTY_LAW, INFINITE_LOGITS, NAN_LOGITS
 from .mix import mix
 from .sample import sample
 from .uniforms import uniforms
-from .verify import EMPTY_RESIDUAL, INVALID_DRAFT, PADDING, verify
+from .verify import EMPTY_RESIDUAL, INVALID_DRAFT, verify
 
 __all__ = [
     "EMPTY_LAW",

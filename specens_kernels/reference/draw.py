@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+PADDING = -1  # no token
 TILE = 8192
 SUB_TILE = 1024
 

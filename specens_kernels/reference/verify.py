@@ -14,11 +14,11 @@ from ..acceptance.rules import Judgement, Situation
 from ..call import VerifyCall
 from ..law import LawTensors
 from ..tree import chain, children
-from .draw import draw
+from .draw import PADDING, draw
 from .laws import collapse, first_argmax, greedy_rows, proposal_law, target_law
 
-PADDING = -1
-# A residual of less mass than this, of a target of mass 1, is rounding: it is empty.
+# A residual of less mass than this, of a target of mass 1, is rounding: it is empty. After several
+# rejections, the target of mass 1 is the first.
 LEAST_RESIDUAL = 2.0**-40
 
 # Status bits beside those of laws.py.
@@ -62,6 +62,7 @@ class _Sequence(NamedTuple):
     law: LawTensors
     rule: AcceptanceRule
     parameters: Sequence[float]
+    draws: str
 
     def target(self, row: int) -> _Target:
         here = slice(row, row + 1)
@@ -89,20 +90,22 @@ class _Sequence(NamedTuple):
             return None
         target = self.target(row)
         log_probs, status = target.log_probs, target.status
-        mass = log_probs.exp()
+        mass, chance = log_probs.exp(), 1.0  # the chance that all so far are rejected
+        candidates = [child for child in children if self.is_valid(child)]
         for child in children:
+            if child not in candidates:
+                status |= INVALID_DRAFT
+                continue
             draft, bits = self.proposal(child, row, target)
             status |= bits
-            if draft is None:
-                continue
             token = torch.tensor(self.tokens[child - 1], device=mass.device)
-            at = Situation(mass, draft, token, memory, len(children))
+            at = Situation(mass, draft, token, memory, len(candidates))
             if self.keeps(child, at, judgement := self.judge(at), target):
                 return _Step(child, None, log_probs, status)
-            left, bits = self.left(mass, judgement, target)
+            if self.rule.independent and child != candidates[-1]:
+                continue
+            mass, chance, bits = self.left(mass, chance, judgement, target)
             status |= bits
-            if not self.rule.independent or child == children[-1]:
-                mass = left
         if target.greedy:
             mass = collapse(mass.log()).exp()
         return _Step(None, mass, log_probs, status | target.unread)
@@ -120,22 +123,26 @@ class _Sequence(NamedTuple):
             return True
         return bool(at.target.sum() > 0) and bool(token == first_argmax(at.target.log()))
 
-    def left(self, mass: Tensor, judgement: Judgement, target: _Target) -> tuple[Tensor, int]:
-        """What the next child, or the draw, has for its target, and the status bits."""
+    def left(
+        self, mass: Tensor, chance: float, judgement: Judgement, target: _Target
+    ) -> tuple[Tensor, float, int]:
+        """What the next child, or the draw, has for its target, its chance, and status bits."""
         if target.greedy:
             vetoed = judgement.vetoed is not None and bool(judgement.vetoed)
-            return (judgement.left if vetoed else mass), 0
+            return (judgement.left if vetoed else mass), chance, 0
         residual = judgement.left
-        if residual.sum() > LEAST_RESIDUAL * mass.sum():
-            return residual / residual.sum(), 0
-        return mass, EMPTY_RESIDUAL if mass.sum() > 0 else 0
+        left = float(residual.sum())
+        if chance * left > LEAST_RESIDUAL * float(mass.sum()):
+            return residual / left, chance * left, 0
+        return mass, chance, EMPTY_RESIDUAL if mass.sum() > 0 else 0
 
-    def proposal(self, child: int, row: int, target: _Target) -> tuple[Tensor | None, int]:
-        """The (V,) law that `child` was drawn from, None if it is invalid, and the status bits."""
+    def is_valid(self, child: int) -> bool:
         token, proposer = self.tokens[child - 1], self.proposers[child - 1]
-        known_proposer = PADDING <= proposer < len(self.logits)
-        if not 0 <= token < self.law.vocab_size or not known_proposer:
-            return None, INVALID_DRAFT
+        return 0 <= token < self.law.vocab_size and PADDING <= proposer < len(self.logits)
+
+    def proposal(self, child: int, row: int, target: _Target) -> tuple[Tensor, int]:
+        """The (V,) law that `child` was drawn from, and the status bits."""
+        token, proposer = self.tokens[child - 1], self.proposers[child - 1]
         is_point = proposer == PADDING and self.draft_logits is None
         if is_point or (target.greedy and not (target.at_zero and self.rule.needs_draft)):
             point = torch.zeros(self.law.vocab_size, dtype=torch.float64, device=self.coins.device)
@@ -158,7 +165,23 @@ class _Sequence(NamedTuple):
             at_zero,
             None if lse is None else lse[:, here],
         )
-        return alone.log_probs[0, 0].exp(), int(status)
+        mass = alone.log_probs[0, 0].exp()
+        earlier = self.earlier(child)
+        if earlier:
+            mass[earlier] = 0.0
+            mass = mass / mass.sum() if mass.sum() > 0 else mass
+        return mass, int(status)
+
+    def earlier(self, child: int) -> list[int]:
+        """The tokens that a child's proposer could not draw again."""
+        if self.draws == "with":
+            return []
+        siblings = self.children(self.parents[child])
+        return [
+            self.tokens[other - 1]
+            for other in siblings[: siblings.index(child)]
+            if self.proposers[other - 1] == self.proposers[child - 1] and self.is_valid(other)
+        ]
 
     def block(self, bonus: bool) -> tuple[int, _Step | None, list[Tensor], int]:
         """Judge a chain as a whole: drafts kept, what is emitted after them, laws, status bits.
@@ -174,12 +197,14 @@ class _Sequence(NamedTuple):
             if self.tokens[row] == PADDING:
                 break
             target = self.target(row)
-            draft, bits = self.proposal(row + 1, row, target)
-            status |= bits | target.status
+            status |= target.status
             targets.append(target.log_probs)
             unread.append(target.unread)
-            if draft is None:
+            if not self.is_valid(row + 1):
+                status |= INVALID_DRAFT
                 break
+            draft, bits = self.proposal(row + 1, row, target)
+            status |= bits
             drafts.append(draft)
         count, reach, kept, kept_reach = len(drafts), 1.0, 0, 1.0
         if len(targets) == count and bonus:
@@ -292,6 +317,7 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             law=_at_batch(law, b),
             rule=ACCEPTANCE_RULES[call.acceptance],
             parameters=call.parameters,
+            draws=call.draws,
         )
         if not sequence.is_a_tree():
             status[b] = INVALID_DRAFT

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..law import LawTensors
+from ..refusal import Unsupported
 from .draw import most_probable, pick, pick_sub_tile, sub_tile_tokens
 from .launch import law_arguments, workspace
 from .logits import log_prob, look
@@ -45,6 +46,8 @@ def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
+    if numbers.dim() == 4:
+        raise Unsupported("triton", "count", "None", numbers.shape[2])
     arguments = law_arguments(logits, law, member)
     batch, rows, _ = numbers.shape
     work = workspace(arguments, batch)

@@ -54,17 +54,24 @@ def run_sample(logits: list[Tensor], numbers: Tensor, draft: Tensor) -> Any:
     return sample(logits, numbers, LAW)
 
 
+def run_sample_many(logits: list[Tensor], numbers: Tensor, draft: Tensor) -> Any:
+    return sample(logits, numbers[:, :, None].expand(-1, -1, 2, 4) / 2, LAW, count=2)
+
+
 def run_chain(logits: list[Tensor], numbers: Tensor, draft: Tensor) -> Any:
     return verify(logits, draft, numbers, LAW, proposers=torch.zeros(2, dtype=torch.int32))
 
 
 def run_tree(logits: list[Tensor], numbers: Tensor, draft: Tensor) -> Any:
     parents = torch.tensor([-1, 0, 0])
-    return verify(logits, draft, numbers, LAW, parents=parents, draft_logits=logits[1])
+    options = {"parents": parents, "draft_logits": logits[1], "draws": "without"}
+    return verify(logits, draft, numbers, LAW, **options)
 
 
 RUNS = pytest.mark.parametrize(
-    "run", [run_uniforms, run_mix, run_sample, run_chain, run_tree], ids=lambda run: run.__name__
+    "run",
+    [run_uniforms, run_mix, run_sample, run_sample_many, run_chain, run_tree],
+    ids=lambda run: run.__name__,
 )
 
 
@@ -106,6 +113,7 @@ def op_calls() -> list[Any]:
             parents=torch.tensor([[-1, 0, 0]], dtype=torch.int32),
             **apart,
             **lenient,
+            draws="without",
         ),
         "known": VerifyCall(logits, draft, numbers, plain, **apart, **known, **lenient),
         "memory": VerifyCall(logits, draft, numbers, law, **apart)._replace(
@@ -136,6 +144,7 @@ def op_calls() -> list[Any]:
         "mix bare": (specens.mix, (logits, bare)),
         "sample": (specens.sample, (logits, numbers, law, -1)),
         "sample member": (specens.sample, (logits, numbers, bare, 1)),
+        "sample many": (specens.sample, (logits, torch.rand(2, 3, 2, 4), law, -1)),
     }
     calls |= {f"verify {name}": (specens.verify, (call,)) for name, call in verifications.items()}
     return [
@@ -151,7 +160,7 @@ def test_opcheck(backend: str, op: Any, arguments: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [run_uniforms, run_mix, run_sample, run_tree])
+@pytest.mark.parametrize("run", [run_uniforms, run_mix, run_sample, run_sample_many, run_tree])
 def test_it_compiles_without_a_graph_break_and_for_any_shape(run: Callable[..., Any]) -> None:
     torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -302,6 +311,34 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: sample(two(), NUMBERS, HALVES, member=-1),
         "sample: member: expected None or 0 to 1, got -1",
+    ),
+    (
+        lambda: sample(two(), NUMBERS, HALVES, count=0),
+        "sample: count: expected None or an integer >= 1, got 0",
+    ),
+    (
+        lambda: sample(two(), NUMBERS, HALVES, count=2),
+        "sample: uniforms: expected (B, T, 2, 4), got (2, 3, 4)",
+    ),
+    (
+        lambda: sample(two(), NUMBERS[:, :, None], HALVES, count=2),
+        "sample: uniforms: expected (B, T, 2, 4), got (2, 3, 1, 4)",
+    ),
+    (
+        lambda: sample(two(), NUMBERS[:, :, None], HALVES),
+        "sample: uniforms: expected (B, T, 4), got (2, 3, 1, 4)",
+    ),
+    (
+        lambda: sample(two(), NUMBERS[:, :2, None], HALVES, count=1),
+        "sample: uniforms: expected (B=2, 3, 1, 4) float32 on cpu, got (2, 2, 1, 4) float32 on cpu",
+    ),
+    (
+        lambda: verify(two(), DRAFT, NUMBERS, HALVES, draws="some"),
+        "verify: draws: expected one of with, without, got 'some'",
+    ),
+    (
+        lambda: verify(two(), DRAFT, NUMBERS, HALVES, draws="without", acceptance="k_seq"),
+        "verify: draws: expected 'with' for acceptance 'k_seq', got 'without'",
     ),
     (
         lambda: verify(two(), DRAFT[0], NUMBERS, HALVES),

@@ -11,6 +11,7 @@ import torch
 from folds import law_of
 from torch import Tensor
 
+import specens_kernels
 from specens_kernels import Law, Sample, Status, mix, reference, sample, verify
 
 INF, NAN = math.inf, math.nan
@@ -331,3 +332,85 @@ def test_inputs_are_not_modified(backend: str) -> None:
 def test_empty_shapes(backend: str, shape: tuple[int, int]) -> None:
     drawn = sample([torch.zeros(*shape, 5)], torch.zeros(*shape, 4), Law())
     assert all(value.shape == shape for value in drawn)
+
+
+def conditional_laws(tokens_at: Any, vocab_size: int, count: int, resolution: float) -> Any:
+    """Of each list of `count` - 1 distinct tokens: the law of the next one, by inversion."""
+    laws_after: dict[tuple[int, ...], Tensor] = {}
+
+    def visit(numbers: tuple[float, ...], drawn: tuple[int, ...]) -> None:
+        law = measured_law(lambda u: tokens_at(numbers, u), vocab_size, resolution)
+        laws_after[drawn] = law
+        if len(drawn) + 1 < count:
+            middles = law.cumsum(-1) - law / 2
+            for token in range(vocab_size):
+                if law[token] > 0:
+                    visit((*numbers, middles[token].item()), (*drawn, token))
+
+    visit((), ())
+    return laws_after
+
+
+@pytest.mark.parametrize("options", LAWS[:3], ids=str)
+@pytest.mark.parametrize("member", [None, 1])
+def test_several_tokens_are_drawn_without_replacement(
+    backend: str, options: dict[str, Any], member: int | None
+) -> None:
+    logits = [2 * torch.randn(4) for _ in range(2)]
+
+    def tokens_at(before: tuple[float, ...], points: Tensor) -> Tensor:
+        count = len(before) + 1
+        numbers = torch.full((len(points), 1, count, 4), 0.5)
+        numbers[:, 0, :-1, 3] = torch.tensor(before)
+        numbers[:, 0, -1, 3] = points.float()
+        rows = [row.expand(len(points), 1, 4) for row in logits]
+        law = Law((0.25, 0.75), **options)
+        return sample(rows, numbers, law, member=member, count=count).tokens[:, 0, -1]
+
+    first = expected_law(logits, options, member)
+    for drawn, observed in conditional_laws(tokens_at, 4, 3, 2.0**-24).items():
+        left = first.index_fill(0, torch.tensor(drawn, dtype=torch.int64), 0.0)
+        if left.sum() > 1e-6:
+            assert (observed - left / left.sum()).abs().sum() < 1e-5, drawn
+
+
+@pytest.mark.parametrize("vocab_size", [5, 1500, 9000, 20_000])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_of_several_tokens_the_first_is_the_one_and_none_comes_twice(
+    backend: str, vocab_size: int, temperature: float
+) -> None:
+    logits = [3 * torch.randn(4, 3, vocab_size) for _ in range(2)]
+    numbers, law = torch.rand(4, 3, 4, 4), Law((0.5, 0.5), temperature=temperature)
+    for member in (None, 1):
+        many = sample(logits, numbers, law, member=member, count=4)
+        one = sample(logits, numbers[:, :, 0], law, member=member)
+        assert torch.equal(many.tokens[..., 0], one.tokens)
+        assert torch.equal(many.log_probs[..., 0], one.log_probs)
+        assert torch.equal(many.lse, one.lse)
+        assert torch.equal(many.status, one.status)
+        assert (many.tokens.sort(-1).values.diff(dim=-1) > 0).all()
+        with specens_kernels.backend("reference"):
+            right = sample(logits, numbers, law, member=member, count=4)
+        assert torch.equal(many.tokens, right.tokens)
+        torch.testing.assert_close(many.log_probs, right.log_probs, atol=1e-5, rtol=3e-6)
+
+
+def test_several_tokens_at_temperature_0_are_the_most_probable(backend: str) -> None:
+    logits = torch.tensor([[[1.0, 3.0, 2.0, 3.0, -INF, 0.0]]])
+    drawn = sample([logits], torch.rand(1, 1, 6, 4), Law(temperature=0.0), count=6)
+    assert drawn.tokens.flatten().tolist() == [1, 3, 2, 0, 5, -1]
+    assert drawn.log_probs[0, 0, 5] == -INF
+    assert drawn.status.item() == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_law_of_fewer_tokens_has_no_more(backend: str, temperature: float) -> None:
+    logits = torch.full((2, 1, 3000), -INF)
+    logits[0, 0, [7, 2999]] = 1.0
+    law = Law(temperature=temperature)
+    drawn = sample([logits], torch.rand(2, 1, 4, 4), law, count=4)
+    assert sorted(drawn.tokens[0, 0, :2].tolist()) == [7, 2999]
+    assert drawn.tokens[0, 0, 2:].tolist() == [-1, -1]
+    assert drawn.tokens[1].flatten().tolist() == [-1] * 4
+    assert drawn.log_probs[drawn.tokens < 0].isneginf().all()
+    assert drawn.status.flatten().tolist() == [0, Status.EMPTY_LAW]

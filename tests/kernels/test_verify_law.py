@@ -7,6 +7,7 @@ backend through the public op, with numbers on the grid of 2^-24 that `uniforms`
 
 import importlib.util
 import itertools
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -128,6 +129,35 @@ CASES = [
         law={"temperature": 0.0, "top_k": 2},
         draft_temperature=1.0,
     ),
+    Case(
+        "three siblings without replacement",
+        4,
+        (-1, 0, 0, 0, 1),
+        (0, 0, 0, 1),
+        (0.3, 0.7),
+        seed=4,
+        draws="without",
+    ),
+    Case(
+        "siblings of three kinds without replacement",
+        4,
+        (-1, 0, 0, 0, 0),
+        (0, 1, POINT, 0),
+        HALVES,
+        points={3: 2},
+        law={"temperature": (0.7, 1.2)},
+        draws="without",
+    ),
+    Case(
+        "more siblings than the draft has tokens",
+        3,
+        (-1, 0, 0, 0),
+        (SEPARATE,) * 3,
+        HALVES,
+        zeros=0.5,
+        seed=1,
+        draws="without",
+    ),
     Case("the greedy rule", 3, CHAIN_2, (0, 1), HALVES, acceptance="greedy"),
 ]
 # Folds of one's own, which the reference alone obeys.
@@ -191,7 +221,8 @@ def law_of(case: Case, batch: int, dtype: torch.dtype = torch.float32) -> Law:
     weights = case.weights
     if callable(weights):
         rows = len(case.parents) - (not case.bonus)
-        weights = torch.tensor([weights(row) for row in range(rows)]).expand(batch, rows, -1)
+        by_row = [weights(case.depth(row)) for row in range(rows)]
+        weights = torch.tensor(by_row).expand(batch, rows, -1)
     return folds.law_of(weights, vocab_size=case.vocab_size, **(case.law or {}))
 
 
@@ -223,6 +254,7 @@ def in_float64(
                 acceptance=chosen.rule.name,
                 parameters=chosen.parameters,
                 bonus=case.bonus,
+                draws=case.draws,
             )
         )
         return verdict[0], verdict[3]
@@ -244,6 +276,7 @@ def through_the_op(case: Case) -> Callable:
             draft_temperature=None if temperature is None else torch.tensor(temperature),
             acceptance=rule_of(case),
             bonus=case.bonus,
+            draws=case.draws,
         )
         return verdict.tokens, verdict.path
 
@@ -255,8 +288,8 @@ def through_the_op(case: Case) -> Callable:
 BUGS = {
     "the residual is the target": (
         "weights for each position",
-        "mass = left\n",
-        "pass\n",
+        "mass, chance, bits = self.left(",
+        "_, chance, bits = self.left(",
     ),
     "the bonus token comes from the draft": (
         "weights for each position",
@@ -277,8 +310,23 @@ BUGS = {
     ),
     "the residual is not normalised": (
         "three drawn siblings",
-        "return residual / residual.sum(), 0",
-        "return residual, 0",
+        "return residual / left, chance * left, 0",
+        "return residual, chance * left, 0",
+    ),
+    "earlier siblings stay in the draft's law": (
+        "three siblings without replacement",
+        "mass[earlier] = 0.0",
+        "pass",
+    ),
+    "what is left of the draft's law is not normalised": (
+        "three siblings without replacement",
+        "mass = mass / mass.sum() if mass.sum() > 0 else mass",
+        "pass",
+    ),
+    "draws with replacement are taken for draws without": (
+        "three drawn siblings",
+        'self.draws == "with"',
+        'self.draws == "neither"',
     ),
     "the draft's probability is left out": (
         "weights for each position",
@@ -350,6 +398,29 @@ def test_the_public_op_decides_where_the_closed_form_says(backend: str, case: Ca
     assert laws.joint_distance(case, law) < 1e-6
     if backend == "reference":
         assert surprise <= GRID
+
+
+def with_coins(coins: tuple[int, ...], parents: tuple[int, ...]) -> Case:
+    """A tree that the first of two members proposes; each depth's target is the coin's member."""
+    one_hot = tuple(tuple(float(member == coin) for member in (0, 1)) for coin in coins)
+    proposers = (0,) * (len(parents) - 1)
+    return Case(f"{coins}", 3, parents, proposers, one_hot.__getitem__, seed=3)
+
+
+@pytest.mark.parametrize("widths", [(1, 2), (2, 3)], ids=str)
+def test_a_tree_whose_widths_follow_the_coins_has_the_mixtures_law(widths: tuple[int, int]) -> None:
+    """The proposer's own levels have one child, which is kept for sure, the others more."""
+    share, law = 0.3, defaultdict(float)
+    for coins in itertools.product((0, 1), repeat=3):
+        first, second = (widths[level] if coins[level] else 1 for level in (0, 1))
+        case = with_coins(coins, (-1,) + (0,) * first + (1,) * second)
+        emitted, _ = laws.observed_law(case, in_float64(case), FINE)
+        chance = math.prod(1 - share if coin else share for coin in coins)
+        for tokens, mass in laws.completed(case, emitted, 3).items():
+            law[tokens] += chance * mass
+    mixture = Case("the mixture", 3, (-1,), (), (share, 1 - share), seed=3)
+    # Weights are stored in single precision.
+    assert laws.total_variation(law, mixture.sequence_law(3)) < 1e-7
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -174,6 +174,7 @@ class Case:
     acceptance, parameters: the rule.
     zeros: probability that a logit of the language is -inf.
     seed: of the language.
+    draws: how siblings of one proposer are drawn, "with" or "without" replacement.
     """
 
     name: str
@@ -189,6 +190,7 @@ class Case:
     bonus: bool = True
     zeros: float = 0.0
     seed: int = 0
+    draws: str = "with"
 
     def __str__(self) -> str:
         return self.name
@@ -271,6 +273,16 @@ class Case:
         filters = {key: settings[key] for key in ("top_k", "top_p", "min_p") if key in settings}
         return filtered(self.logits(proposer, prefix), temperature, **filters).softmax(-1)
 
+    def sibling(self, node: int, prefix: Tokens, tried: "Sequence[Tried]") -> Tensor:
+        """(V,) law that the token of `node` is drawn from, after what was tried before it."""
+        law = self.draft(node, prefix)
+        if self.draws == "without" and self.proposers[node - 1] != POINT:
+            for other, token, _ in tried:
+                siblings = self.parents[other] == self.parents[node]
+                if siblings and self.proposers[other - 1] == self.proposers[node - 1]:
+                    law = law.index_fill(0, torch.tensor(token), 0.0)
+        return law / law.sum() if law.sum() > 0 else law
+
     def sequence_law(self, length: int) -> JointLaw:
         """The target's joint law of the next `length` tokens."""
         law = {(): 1.0}
@@ -329,7 +341,10 @@ def emitted_law(case: Case, answer: Callable[[Question], float]) -> JointLaw:
                 below = edge
             return
         child, *others = children
-        for token, probability in enumerate(case.draft(child, emitted).tolist()):
+        law_of_child = case.sibling(child, emitted, tried).tolist()
+        if not any(law_of_child):  # nothing is left to draw
+            attempt(row, others, emitted, tried, weight)
+        for token, probability in enumerate(law_of_child):
             if probability > 0:
                 kept = answer(Question(row, tried, child, token))
                 yes, no = (*tried, Tried(child, token, True)), (*tried, Tried(child, token, False))
@@ -346,7 +361,7 @@ def predicted(case: Case, question: Question) -> float:
     siblings = case.children(question.row)
     target = mass = case.target(prefix)
 
-    def judge(child: int, token: int) -> tuple[float, Tensor]:
+    def judge(child: int, token: int, earlier: Sequence[Tried]) -> tuple[float, Tensor]:
         """The chance that the child is kept, and what is then left."""
         definition = rules.DEFINITIONS[case.acceptance]
         parameters = case.parameters or {}
@@ -362,18 +377,18 @@ def predicted(case: Case, question: Question) -> float:
         if case.acceptance == "k_seq":
             parameters = {"k": len(siblings)}
         law = target if case.acceptance == "k_seq" else mass
-        draft = case.draft(child, prefix).tolist()
+        draft = case.sibling(child, prefix, earlier).tolist()
         assert definition.closed is not None
         kept, left = definition.closed(law.tolist(), draft, token, memory, **parameters)
         residual = torch.tensor(left, dtype=torch.float64)
         return kept, residual / residual.sum() if residual.sum() > 0 else mass
 
-    for tried in question.tried:
+    for place, tried in enumerate(question.tried):
         if case.parents[tried.node] == question.row:
-            mass = judge(tried.node, tried.token)[1]
+            mass = judge(tried.node, tried.token, question.tried[:place])[1]
     if question.child is None:
         return mass.cumsum(-1)[question.token].item()
-    return judge(question.child, question.token)[0]
+    return judge(question.child, question.token, question.tried)[0]
 
 
 class Call(NamedTuple):
