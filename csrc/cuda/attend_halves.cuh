@@ -40,7 +40,7 @@ __device__ __forceinline__ void multiply_keys(const uint16_t* query,
                                               const uint32_t (&kept)[kSteps][4],
                                               const uint16_t* keys, int slot,
                                               float (&scores)[kOwn / 8][4]) {
-#pragma unroll (kSteps > 1 ? kSteps : 4)
+#pragma unroll(kSteps > 1 ? kSteps : 4)
   for (int step = 0; step < kSize / 16; ++step) {
     uint32_t a[4];
     if constexpr (kSteps > 1) {
@@ -74,8 +74,8 @@ __device__ __forceinline__ void add_values(const float (&masses)[kOwn / 8][4],
 #pragma unroll
     for (int n = 0; n < kSize / 16; ++n) {
       uint32_t b[4];
-      load_square<kSize, true>(b, values + (slot + j * 16) * kSize, lane_id() % 16,
-                               lane_id() / 16, n);
+      load_square<kSize, true>(b, values + (slot + j * 16) * kSize, lane_id() % 16, lane_id() / 16,
+                               n);
       Half::multiply_add(out[2 * n], a, {b[0], b[1]});
       Half::multiply_add(out[2 * n + 1], a, {b[2], b[3]});
     }
