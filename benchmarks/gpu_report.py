@@ -39,7 +39,17 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specens_kernels import Acceptance, Law, backend, mix, sample, uniforms, verify
+from specens_kernels import (
+    Acceptance,
+    Law,
+    attention,
+    backend,
+    compact,
+    mix,
+    sample,
+    uniforms,
+    verify,
+)
 from specens_kernels import triton as kernels
 from specens_kernels.call import AttentionCall, VerifyCall
 
@@ -336,11 +346,38 @@ def block_sizes() -> dict[str, tuple[int, int]]:
         verify(logits, words, numbers, law, acceptance="block")
         uniforms(words[:, 0], words, 0)
         found: dict[str, tuple[int, int]] = module.blocks()
+        compact([torch.zeros(1, 1, 1, 3, 4)], words[:, 0], words.int())
+        found |= {"move_path": module.blocks()["move_path"]}
+        for name, dtype, size, rows in attention_variants():
+            query, cache = (torch.zeros(1, n, 1, size, dtype=dtype) for n in (rows, 1))
+            zero = torch.zeros(1, dtype=torch.int64)
+            attention(query, cache, cache, zero, zero[:, None, None] + 1)
+            found |= {name: module.blocks()[name.split("<")[0]]}
+        found["join_splits"] = module.blocks()["join_splits"]
     return found
+
+
+def attention_variants() -> Iterator[tuple[str, torch.dtype, int, int]]:
+    """Names of the kernels that attend, and dtype, head size and packed rows that they are for."""
+    for size in (64, 128, 256):
+        yield f"attend_floats<{size}, 4>", torch.float32, size, 8
+        yield f"attend_floats<{size}, 1>", torch.float32, size, 32
+        rows = {32: (2, 2)} if size == 256 else {16: (1, 4), 32: (2, 2), 64: (4, 1), 128: (8, 1)}
+        for count, (row_warps, slot_warps) in rows.items():
+            for name, dtype in (("BFloat16", torch.bfloat16), ("Float16", torch.float16)):
+                yield (
+                    f"attend_halves<{name}, {size}, {row_warps}, {slot_warps}>",
+                    dtype,
+                    size,
+                    count,
+                )
 
 
 def kernel_name(symbol: str) -> str:
     """The kernel's name in a mangled symbol, with the number of its variant if it is a template."""
+    if found := re.search(r"\d(attend_[a-z]+)I(?:NS_\d+(\w+?)E)?((?:Li\d+E)+)E", symbol):
+        numbers = [found[2]] * bool(found[2]) + re.findall(r"\d+", found[3])
+        return f"{found[1]}<{', '.join(numbers)}>"
     found = re.search(r"\d([a-z]+(?:_[a-z]+)+|thresholds|judge)(?:ILNS\w*?E(\d)E)?E", symbol)
     if found is None:
         return symbol
@@ -367,7 +404,7 @@ def compiled_rows(
             spills = sum(map(int, found.groups()))
         elif found := _USED.search(line):
             name, registers = kernel_name(symbol), int(found[1])
-            threads, shared = blocks[name.split("<")[0]]
+            threads, shared = blocks[name if name in blocks else name.split("<")[0]]
             share = occupancy(target, registers, shared, threads // 32)
             wide = len(_WIDE_LOAD.findall(bodies[symbol]))
             yield Row(f"cuda {name}", target, registers, shared, spills, share, wide)

@@ -108,7 +108,7 @@ __device__ __forceinline__ void add_values(const Masses<kOwn>& masses, const flo
 }
 
 template <int kSize, int kSlotWarps>
-__global__ void __launch_bounds__(kFloatThreads) attend_floats(AttentionProblem problem) {
+__global__ void __launch_bounds__(kFloatThreads, 3) attend_floats(AttentionProblem problem) {
   using Own = Shares<kSize, kSlotWarps>;
   constexpr int kOwn = Own::kOwn, kRows = Own::kRows, kSlotLanes = Own::kSlotLanes;
   constexpr int kRowWarps = kFloatWarps / kSlotWarps, kTileRows = kRowWarps * kFloatRows;

@@ -19,11 +19,19 @@ struct RowStates {
   float out[kSize / 8][4] = {};
 };
 
-// Fragments of the query, for 16 of its columns.
+// Four fragments of 16 rows and of 16 columns, the `step`-th of them; the lane gives the address of
+// `row` and of one of their two chunks. Rows begin at one of eight, so that other columns lie where
+// bits of the address differ.
+template <int kSize, bool kTransposed>
+__device__ __forceinline__ void load_square(uint32_t (&words)[4], const uint16_t* rows, int row,
+                                            int chunk, int step) {
+  const int place = place_in_tile<uint16_t, kSize>(row, chunk);
+  load_matrices<kTransposed>(words, rows + (place ^ step * 16));
+}
+
 template <int kSize>
 __device__ __forceinline__ void load_query(uint32_t (&a)[4], const uint16_t* rows, int step) {
-  load_matrices<false>(
-      a, rows + place_in_tile<uint16_t, kSize>(lane_id() % 16, 2 * step + lane_id() / 16));
+  load_square<kSize, false>(a, rows, lane_id() % 16, lane_id() / 16, step);
 }
 
 // Scores (16, kOwn) of the slots from `keys` on.
@@ -32,7 +40,7 @@ __device__ __forceinline__ void multiply_keys(const uint16_t* query,
                                               const uint32_t (&kept)[kSteps][4],
                                               const uint16_t* keys, int slot,
                                               float (&scores)[kOwn / 8][4]) {
-#pragma unroll
+#pragma unroll(kSteps > 1 ? kSteps : 4)
   for (int step = 0; step < kSize / 16; ++step) {
     uint32_t a[4];
     if constexpr (kSteps > 1) {
@@ -43,10 +51,9 @@ __device__ __forceinline__ void multiply_keys(const uint16_t* query,
     }
 #pragma unroll
     for (int j = 0; j < kOwn / 16; ++j) {
-      const int row = slot + j * 16 + lane_id() / 16 * 8 + lane_id() % 8;
       uint32_t b[4];
-      load_matrices<false>(
-          b, keys + place_in_tile<uint16_t, kSize>(row, 2 * step + lane_id() / 8 % 2));
+      load_square<kSize, false>(b, keys + (slot + j * 16) * kSize,
+                                lane_id() / 16 * 8 + lane_id() % 8, lane_id() / 8 % 2, step);
       Half::multiply_add(scores[2 * j], a, {b[0], b[1]});
       Half::multiply_add(scores[2 * j + 1], a, {b[2], b[3]});
     }
@@ -66,9 +73,9 @@ __device__ __forceinline__ void add_values(const float (&masses)[kOwn / 8][4],
                            Half::pack(high[0], high[1]), Half::pack(high[2], high[3])};
 #pragma unroll
     for (int n = 0; n < kSize / 16; ++n) {
-      const int row = slot + j * 16 + lane_id() % 16;
       uint32_t b[4];
-      load_matrices<true>(b, values + place_in_tile<uint16_t, kSize>(row, 2 * n + lane_id() / 16));
+      load_square<kSize, true>(b, values + (slot + j * 16) * kSize, lane_id() % 16, lane_id() / 16,
+                               n);
       Half::multiply_add(out[2 * n], a, {b[0], b[1]});
       Half::multiply_add(out[2 * n + 1], a, {b[2], b[3]});
     }
@@ -160,22 +167,22 @@ __device__ __forceinline__ void keep_rows(const RowStates<kSize>& state,
 template <int kSize>
 constexpr int kHalfSlots = kSize <= 128 ? 64 : 32;  // of a tile
 
-template <typename Half, int kSize, int kSlotWarps>
-__global__ void __launch_bounds__(kSlotWarps == 1 ? 256 : 128)
+template <typename Half, int kSize, int kRowWarps, int kSlotWarps>
+__global__ void __launch_bounds__(kRowWarps * kSlotWarps * kLanes,
+                                  kRowWarps <= 4 && kSize <= 128 ? 3 : 1)
     attend_halves(AttentionProblem problem) {
   constexpr int kSlots = kHalfSlots<kSize>, kOwn = kSlots / kSlotWarps;
   // Larger heads leave no registers for the query.
-  constexpr int kSteps = kSize <= 128 ? kSize / 16 : 1;
+  constexpr int kSteps = kSize <= 64 || (kSize == 128 && kSlotWarps == 4) ? kSize / 16 : 1;
   SPECENS_SHARED(unsigned char, shared);
-  const int row_warps = static_cast<int>(blockDim.x) / (kLanes * kSlotWarps);
-  const int rows = row_warps * kWarpRows;
-  const Share share = share_of(problem, rows, kSlots);
+  constexpr int kRows = kRowWarps * kWarpRows;
+  const Share share = share_of(problem, kRows, kSlots);
   if (share.count == 0) return;
-  const Tiles<uint16_t, kSize, kSlots> tiles(&shared, rows, problem.stages);
-  tiles.begin(problem, share, rows);
+  const Tiles<uint16_t, kSize, kSlots> tiles(&shared, kRows, problem.stages);
+  tiles.begin(problem, share, kRows);
 
-  const int own_row = warp_id() % row_warps * kWarpRows;
-  const int own_slot = warp_id() / row_warps * kOwn;
+  const int own_row = warp_id() % kRowWarps * kWarpRows;
+  const int own_slot = warp_id() / kRowWarps * kOwn;
   const bool idle = share.tile_row + own_row >= problem.rows;
   const uint16_t* query = tiles.query + own_row * kSize;
   uint32_t kept[kSteps][4];
@@ -207,27 +214,28 @@ __global__ void __launch_bounds__(kSlotWarps == 1 ? 256 : 128)
   }
   release_next();
   __syncthreads();
-  const Scratch<kSize> scratch(&shared, rows, kSlotWarps);
-  if (!idle) keep_rows<kSize>(state, scratch, warp_id() / row_warps * rows + own_row);
-  write_part<kSize, kSlotWarps>(problem, share, scratch, rows);
+  const Scratch<kSize> scratch(&shared, kRows, kSlotWarps);
+  if (!idle) keep_rows<kSize>(state, scratch, warp_id() / kRowWarps * kRows + own_row);
+  write_part<kSize, kSlotWarps>(problem, share, scratch, kRows);
 }
 
-template <typename Half, int kSize, int kSlotWarps>
-void launch_halves(AttentionProblem problem, int row_warps, cudaStream_t stream) {
+template <typename Half, int kSize, int kRowWarps, int kSlotWarps>
+void launch_halves(AttentionProblem problem, cudaStream_t stream) {
   constexpr int kSlots = kHalfSlots<kSize>;
-  const int rows = row_warps * kWarpRows;
-  const size_t shared = shared_bytes<kSize, kSlots>(problem, rows, kSlotWarps, sizeof(uint16_t));
-  SPECENS_ALLOW_SHARED((attend_halves<Half, kSize, kSlotWarps>), shared);
-  SPECENS_LAUNCH((attend_halves<Half, kSize, kSlotWarps>), grid_of(problem, rows),
-                 dim3(static_cast<unsigned>(row_warps * kSlotWarps * kLanes)), shared, stream,
+  constexpr int kRows = kRowWarps * kWarpRows;
+  const size_t shared = shared_bytes<kSize, kSlots>(problem, kRows, kSlotWarps, sizeof(uint16_t));
+  SPECENS_ALLOW_SHARED((attend_halves<Half, kSize, kRowWarps, kSlotWarps>), shared);
+  SPECENS_LAUNCH((attend_halves<Half, kSize, kRowWarps, kSlotWarps>), grid_of(problem, kRows),
+                 dim3(static_cast<unsigned>(kRowWarps * kSlotWarps * kLanes)), shared, stream,
                  problem);
 }
 
 template <typename Half, int kSize>
 void launch_rows(const AttentionProblem& problem, cudaStream_t stream) {
-  if (problem.rows <= 16) return launch_halves<Half, kSize, 4>(problem, 1, stream);
-  if (problem.rows <= 32) return launch_halves<Half, kSize, 2>(problem, 2, stream);
-  launch_halves<Half, kSize, 1>(problem, problem.rows <= 64 ? 4 : 8, stream);
+  if (problem.rows <= 16) return launch_halves<Half, kSize, 1, 4>(problem, stream);
+  if (problem.rows <= 32) return launch_halves<Half, kSize, 2, 2>(problem, stream);
+  if (problem.rows <= 64) return launch_halves<Half, kSize, 4, 1>(problem, stream);
+  launch_halves<Half, kSize, 8, 1>(problem, stream);
 }
 
 template <typename Half>
@@ -235,7 +243,7 @@ void launch_sizes(const AttentionProblem& problem, cudaStream_t stream) {
   const int64_t size = largest_size(problem);
   if (size <= 64) return launch_rows<Half, 64>(problem, stream);
   if (size <= 128) return launch_rows<Half, 128>(problem, stream);
-  launch_halves<Half, kLargestHead, 2>(problem, 2, stream);
+  launch_halves<Half, kLargestHead, 2, 2>(problem, stream);
 }
 
 }  // namespace specens

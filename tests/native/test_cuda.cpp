@@ -15,6 +15,7 @@
 
 #include "cuda/cuda.h"
 #include "specens.h"
+#include "trees.h"
 
 namespace {
 
@@ -28,11 +29,15 @@ constexpr int64_t kVocabularies[] = {3, 1025, 8200};
 constexpr uint64_t kFirst = 48, kSituations = 12;
 constexpr uint64_t kKnown = 20;  // a situation with rows that are known and swept late
 constexpr int kMostNodes = 1, kMostBatch = 1;
+constexpr uint64_t kTrees = 60;
+constexpr int64_t kMostBlocks = 8;  // of an attention that is tried
 #else
 constexpr int64_t kVocabularies[] = {2, 17, 100, 1000, 1024, 1025, 8191, 8193, 20000};
 constexpr uint64_t kFirst = 0, kSituations = 250;
 constexpr uint64_t kKnown = 250;
 constexpr int kMostNodes = 4, kMostBatch = 3;
+constexpr uint64_t kTrees = 100;
+constexpr int64_t kMostBlocks = 1000;
 #endif
 
 class Dice {
@@ -255,6 +260,7 @@ struct Situation {
 
 uint64_t current_seed = 0;
 int known_rows = 0;  // situations that have some
+int attended = 0;    // trees
 
 void fail(const std::string& what) {
   std::fprintf(stderr, "FAILED: %s, seed %llu\n", what.c_str(),
@@ -378,6 +384,33 @@ void test(uint64_t seed) {
   test_verify(now);
 }
 
+// In two layouts, whose blocks run in other orders.
+void test_attention(uint64_t seed) {
+  const native_tests::TreeCase c = native_tests::tree_case(seed, seed % 16 == 0);
+  const int64_t rows = c.heads / c.key_heads * c.nodes, capacity = c.pages() * c.page;
+  const int64_t blocks = c.batch * c.key_heads * (capacity / 256 + 1 + rows / 4);
+  if (blocks > kMostBlocks) return;
+  native_tests::context = {"simt", seed, "attention", 1, ""};
+  const auto attend = [&](const AttentionParams& params) {
+    const size_t bytes = cuda_attention_workspace(params, capacity);
+    expect_success(cuda_attention(params, capacity, workspace(bytes), bytes, nullptr));
+  };
+  native_tests::Attended found[2];
+  for (uint64_t i = 0; i < 2; ++i) {
+    setenv("SIMT_SEED", std::to_string(2 * seed + i).c_str(), 1);
+    found[i] = native_tests::Caches(c, 2 * seed + i).run(c, i == 1, attend);
+  }
+  native_tests::check_attended(c, found[0]);
+  native_tests::expect(found[0] == found[1], "it depends on the layout", 0);
+  ++attended;
+}
+
+void test_compact(uint64_t seed) {
+  native_tests::check_moves(seed, [](const CompactParams& params) {
+    expect_success(cuda_compact(params, params.pages.size, nullptr));
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -387,7 +420,11 @@ int main(int argc, char** argv) {
   }
   for (uint64_t seed = kFirst; seed < kFirst + kSituations; ++seed) test(seed);
   test(kKnown);
-  std::printf("%llu situations, %d with known rows\n", static_cast<unsigned long long>(kSituations),
-              known_rows);
+  for (uint64_t seed = 1; seed <= kTrees; ++seed) {
+    test_attention(seed);
+    if (seed % 8 != 0 || kMostBlocks > 8) test_compact(seed);
+  }
+  std::printf("%llu situations, %d with known rows, %d trees\n",
+              static_cast<unsigned long long>(kSituations), known_rows, attended);
   return 0;
 }

@@ -218,7 +218,9 @@ class Caches {
     params_.window = c.window;
   }
 
-  Attended run(const TreeCase& c, int threads, bool margins) const {
+  // What `attend` makes of the parameters.
+  template <typename Attend>
+  Attended run(const TreeCase& c, bool margins, const Attend& attend) const {
     specens::AttentionParams params = params_;
     const int64_t count = c.batch * c.nodes * c.heads * c.value_size;
     Output<float> lse(c.batch * c.heads * c.nodes, unwritten(), margins);
@@ -226,12 +228,12 @@ class Caches {
     if (c.dtype == DType::kFloat32) {
       Output<float> out(count, unwritten(), margins);
       params.out = out.data();
-      specens::attention(params, threads);
+      attend(params);
       return {out.take(), lse.take()};
     }
     Output<uint16_t> out(count, 0x5A5A, margins);
     params.out = out.data();
-    specens::attention(params, threads);
+    attend(params);
     std::vector<float> wide;
     for (const uint16_t half : out.take()) {
       wide.push_back(c.dtype == DType::kBFloat16 ? from_bfloat16(half) : from_float16(half));
@@ -304,13 +306,16 @@ inline uint64_t check_attention(uint64_t seed) {
   context = {context.isa, seed, "attention", 1, ""};
   const TreeCase c = tree_case(seed, large);
   const Caches one(c, 2 * seed), other(c, 2 * seed + 1);
-  const Attended expected = one.run(c, 1, false);
+  const auto on = [](int threads) {
+    return [=](const specens::AttentionParams& params) { specens::attention(params, threads); };
+  };
+  const Attended expected = one.run(c, false, on(1));
   check_attended(c, expected);
   for (int threads = 2; threads <= 4; ++threads) {
     context.threads = threads;
-    expect(one.run(c, threads, true) == expected, "it depends on the threads", threads);
+    expect(one.run(c, true, on(threads)) == expected, "it depends on the threads", threads);
   }
-  expect(other.run(c, 2, false) == expected, "it depends on the layout", 0);
+  expect(other.run(c, false, on(2)) == expected, "it depends on the layout", 0);
   Digest digest;
   // Sets that multiply bfloat16 in pairs add up in another order.
   if (c.dtype != DType::kBFloat16) {
@@ -321,7 +326,8 @@ inline uint64_t check_attention(uint64_t seed) {
 }
 
 // Rows of two slabs, moved, against a copy made before; the rest has to stay.
-inline uint64_t check_compact(uint64_t seed) {
+template <typename Move>
+void check_moves(uint64_t seed, const Move& move) {
   context = {context.isa, seed, "compact", 1, ""};
   Random random(seed);
   const int64_t batch = 1 + random.below(3), depth = random.below(12);
@@ -366,11 +372,17 @@ inline uint64_t check_compact(uint64_t seed) {
       }
     }
   }
-  context.threads = 1 + static_cast<int>(seed % 4);
-  specens::compact(params, context.threads);
+  move(params);
   for (const Layer& layer : memory) {
     expect(layer.bytes == layer.expected, "not what was moved", 0);
   }
+}
+
+inline uint64_t check_compact(uint64_t seed) {
+  check_moves(seed, [&](const specens::CompactParams& params) {
+    context.threads = 1 + static_cast<int>(seed % 4);
+    specens::compact(params, context.threads);
+  });
   return 0;
 }
 

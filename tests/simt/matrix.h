@@ -119,6 +119,8 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, si
   }
   std::memset(to, 0xFF, bytes);
   simt::count_loaded(bytes - zeros);
+  simt::current_traffic->copied.fetch_add(static_cast<int64_t>(bytes - zeros),
+                                          std::memory_order_relaxed);
   simt::Quiet quiet;
   simt::current->copies.push_back({to, from, bytes, zeros});
 }

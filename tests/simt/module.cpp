@@ -29,10 +29,12 @@ PYBIND11_MODULE(specens_simt, module) {
     }
     return table;
   });
-  // {kernel: turns that its loads of matrices lost to bank conflicts}.
-  module.def("conflicts", [] {
+  // {kernel: (bytes copied asynchronously, turns that loads of matrices lost to bank conflicts)}.
+  module.def("tiles", [] {
     py::dict table;
-    for (const auto& [name, seen] : simt::traffic()) table[py::str(name)] = seen.conflicts.load();
+    for (const auto& [name, seen] : simt::traffic()) {
+      table[py::str(name)] = py::make_tuple(seen.copied.load(), seen.conflicts.load());
+    }
     return table;
   });
   module.def("reset_traffic", [] {

@@ -124,6 +124,7 @@ struct Place {
 
 struct Traffic {
   std::atomic<int64_t> launches{0}, loaded{0}, stored{0};
+  std::atomic<int64_t> copied{0};     // bytes that were loaded asynchronously
   std::atomic<int64_t> conflicts{0};  // turns that loads of matrices lost
   int threads = 0;                    // of a block of the last launch
   size_t shared = 0;                  // bytes of its shared memory
