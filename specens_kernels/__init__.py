@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .ops import Status as Status
     from .ops import Stream as Stream
     from .ops import Verdict as Verdict
+    from .ops import attend as attend
     from .ops import attention as attention
     from .ops import compact as compact
     from .ops import mix as mix
@@ -52,6 +53,7 @@ _HOMES = {
         "Status",
         "Stream",
         "Verdict",
+        "attend",
         "attention",
         "compact",
         "mix",
