@@ -87,6 +87,7 @@ docs: dev  ## Write the generated parts of the pages, and build them as a site i
 bench: dev  ## Run the benchmarks
 	$(BIN)/python benchmarks/bench_verify.py
 	$(BIN)/python benchmarks/bench_attention.py
+	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_loop.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_traffic.py
