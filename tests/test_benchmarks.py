@@ -79,6 +79,7 @@ def test_forward_says_which_targets_are_met() -> None:
     forward, harness = bench("bench_forward"), bench("harness")
     row = {"model": "m", "dtype": "float32", "slots": 4096, "nodes": 8, "threads": 1}
     row |= {"none_over_kernel": harness.Spread.of([0.9])}
+    row |= {"floor_over_kernel": harness.Spread.of([0.95])}
     row |= {"mask_over_kernel": harness.Spread.of([0.99])}
     grid = [(4096, "pass"), (16384, "pass"), (512, "miss")]
     found = forward.verdicts([row | {"slots": slots} for slots, _ in grid] + [row | {"nodes": 1}])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Where no mask is needed, torch's own attention is faster: for longer prompts, as it leaves out
 # what lies after each token; and for one token in float32 that sees fewer slots, by a call's cost.
 LONGEST_PROMPT = 512
-SHORT_TEXT = 512
+SHORT_TEXT = 1024
 
 
 class SlotMember(Member):
