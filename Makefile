@@ -88,6 +88,7 @@ bench: dev  ## Run the benchmarks
 	$(BIN)/python benchmarks/bench_verify.py
 	$(BIN)/python benchmarks/bench_attention.py
 	$(BIN)/python benchmarks/bench_compact.py
+	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_loop.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_traffic.py

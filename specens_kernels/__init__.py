@@ -2,8 +2,8 @@
 """Kernels that fuse the mixing of M models' laws with sampling and speculative verification.
 
 Needs torch only. `Law` says how logits become one distribution; `uniforms`, `mix`, `sample`,
-`verify`, `attention` and `compact` are the ops; `backend` chooses their implementation. The module
-`tree` makes of a draft tree what `attention` takes.
+`verify`, `attention`, `attend` and `compact` are the ops; `backend` chooses their implementation.
+The module `tree` makes of a draft tree what `attention` takes, `layouts` of another engine's.
 
 Names are imported when they are first used: torch takes seconds, and a refusal or a rule's name
 needs none. The first op registers `torch.ops.specens`: a program that calls those by itself, such
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .ops import Status as Status
     from .ops import Stream as Stream
     from .ops import Verdict as Verdict
+    from .ops import attend as attend
     from .ops import attention as attention
     from .ops import compact as compact
     from .ops import mix as mix
@@ -52,6 +53,7 @@ _HOMES = {
         "Status",
         "Stream",
         "Verdict",
+        "attend",
         "attention",
         "compact",
         "mix",

@@ -228,7 +228,8 @@ def _fake_verify(call: VerifyCall) -> tuple[Tensor, ...]:
     return tuple(call.draft_tokens.new_empty(shape, dtype=dtype) for shape, dtype in results)
 
 
-def _fake_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+def fake_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """What `attention` returns, of fakes."""
     batch, heads, nodes, _ = call.query.shape
     out = call.query.new_empty((batch, nodes, heads, call.values.shape[-1]))
     return out, call.query.new_empty((batch, heads, nodes), dtype=torch.float32)
@@ -308,6 +309,15 @@ def _register(
     return call
 
 
+def register_written(schema: str, implementation: Any, fake: Any) -> None:
+    """Register an op that is made of others, and writes where its schema says so."""
+    _define(schema)
+    name = schema.partition("(")[0]
+    _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    _lib.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"specens::{name}", fake, lib=_lib)
+
+
 def _noting_writes(run: Callable[..., Any]) -> Callable[..., Any]:
     """Tell whoever has saved a slab for its gradient that it is another one now."""
 
@@ -371,7 +381,7 @@ call_mix = _register("mix", reference.mix, checks.check_mix, _fake_mix)
 call_sample = _register("sample", reference.sample, checks.check_sample, _fake_sample)
 call_verify = _register("verify", reference.verify, checks.check_verify, _fake_verify)
 call_attention = _register(
-    "attention", reference.attention, cache_checks.check_attention, _fake_attention
+    "attention", reference.attention, cache_checks.check_attention, fake_attention
 )
 call_compact = _register("compact", reference.compact, cache_checks.check_compact, _fake_compact)
 

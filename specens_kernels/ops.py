@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import arguments, checks, dispatch, reference
 from .acceptance import Acceptance
+from .attended import attend as attend
 from .call import AttentionCall, VerifyCall
 from .law import Law
 from .refusal import Refusal, shown

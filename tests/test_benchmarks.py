@@ -80,6 +80,26 @@ def test_attention_says_which_targets_are_met() -> None:
     assert attention.verdicts([row | {"slots": 512}], 1, "amx") == []
 
 
+def test_forward_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--tiny", "--threads", "1", "--slots", "96", "--models", "smollm2-135m"]
+    assert bench("bench_forward").main(arguments) == 0
+    headline = last_line(capsys)
+    assert headline["wrong_rows"] == 0
+    assert headline["targets"] == []  # which are of longer texts
+
+
+def test_forward_says_which_targets_are_met() -> None:
+    forward, harness = bench("bench_forward"), bench("harness")
+    row = {"model": "m", "dtype": "float32", "slots": 4096, "nodes": 8, "threads": 1}
+    row |= {"none_over_kernel": harness.Spread.of([0.9])}
+    row |= {"floor_over_kernel": harness.Spread.of([0.95])}
+    row |= {"mask_over_kernel": harness.Spread.of([0.99])}
+    grid = [(4096, "pass"), (16384, "pass"), (512, "miss")]
+    found = forward.verdicts([row | {"slots": slots} for slots, _ in grid] + [row | {"nodes": 1}])
+    assert [each["verdict"] for each in found] == [verdict for _, verdict in grid]
+    assert [each["figure"] for each in found] == [0.9, 0.9, 0.99]
+
+
 @pytest.mark.parametrize("members", [1, 2, 3])
 @pytest.mark.parametrize("situation", ["accepted", "rejected"])
 def test_verify_inputs_keep_what_they_promise(members: int, situation: str) -> None:

@@ -20,11 +20,10 @@ from specens.members.member import Member
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Where no mask is needed, torch's own attention is faster for more tokens of a prompt, for it leaves
-# out what lies after each token; and for one token in float32 that sees fewer, by its lower cost of
-# a call.
+# Where no mask is needed, torch's own attention is faster: for longer prompts, as it leaves out
+# what lies after each token; and for one token in float32 that sees fewer slots, by a call's cost.
 LONGEST_PROMPT = 512
-SHORT_TEXT = 512
+SHORT_TEXT = 1024
 
 
 class SlotMember(Member):
@@ -83,7 +82,6 @@ class SlotMember(Member):
         self._allocate()
 
     def _allocate(self) -> None:
-        self._no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
         self.cache = SlotCache(len(self.lengths), self._counts)
         # Position of each slot, (1, slots): positions of equal rows are a view of it.
         self._positions = torch.arange(0, device=self.device)[None]
@@ -185,7 +183,8 @@ class SlotMember(Member):
         through_kernel = isinstance(view, Slots)
         if through_kernel:
             # transformers makes no mask where one of four dimensions is given, and asks it nothing.
-            arguments |= {"specens": view, "attention_mask": self._no_mask}
+            no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
+            arguments |= {"specens": view, "attention_mask": no_mask}
         else:
             arguments["attention_mask"] = view
         config = text_config(self.model)
