@@ -20,8 +20,8 @@ struct Proposal {
   double lse = kInfinity;  // not known
 
   bool dense() const { return member != kPadding || row != nullptr; }
-  // The place of its law among those of a row.
-  int slot() const { return member != kPadding ? member : row != nullptr ? kMaxMembers : kPadding; }
+  // The place of a dense one's law among those of a row.
+  int slot() const { return member != kPadding ? member : kMaxMembers; }
 };
 
 class RowLaws {

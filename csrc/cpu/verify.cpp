@@ -173,7 +173,8 @@ bool Walk::measure_sibling(int64_t row, int64_t node, Drafted* drafted) {
 }
 
 void Walk::describe(int64_t node, const Proposal& proposal, Drafted* drafted) {
-  *drafted = {tree_.token(node), proposal.slot(), at_zero_, memory_};
+  const int slot = proposal.dense() ? proposal.slot() : kPadding;
+  *drafted = {tree_.token(node), slot, at_zero_, memory_};
   if (params_.without && drafted->dense()) take_away_siblings(drafted);
 }
 
@@ -237,6 +238,7 @@ void Walk::refine() {
   laws_.refine();
   exact_ = true;
   ratio_slot_ = kPadding;
+  if (greedy_) return;  // nothing that was computed is kept
   left_ = Leftover(laws_);
   for (Drafted& drafted : rejected_) {
     if (!drafted.gone.empty()) {
@@ -248,10 +250,13 @@ void Walk::refine() {
 }
 
 void Walk::reject(int64_t node, const Drafted& drafted, const Judgement& judgement) {
+  const bool last = tree_.next_sibling(node) == 0;
   if (greedy_) {
-    if (!judgement.vetoed) return;
-    left_.exclude(drafted.token);
-    best_ = left_.argmax();
+    if (judgement.vetoed) {
+      left_.exclude(drafted.token);
+      best_ = left_.argmax();
+    }
+    if (!last) rejected_.push_back(drafted);
     return;
   }
   if (laws_.target().empty() || (params_.independent && !is_last_valid(node))) return;
@@ -262,7 +267,7 @@ void Walk::reject(int64_t node, const Drafted& drafted, const Judgement& judgeme
     left = left_.reject(drafted, judge_node(node, drafted), /*exactly=*/true);
   }
   if (!left) status_ |= kEmptyResidual;
-  if (!params_.independent && tree_.next_sibling(node) != 0) rejected_.push_back(drafted);
+  if (!params_.independent && !last) rejected_.push_back(drafted);
 }
 
 int64_t Walk::drawn(int64_t row) const {

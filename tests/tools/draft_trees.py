@@ -71,10 +71,12 @@ def tree_call(seed: int, sizes: tuple[int, ...], rules: Sequence[str]) -> Call:
     bonus = dice.happens(0.8)
     rows = nodes + 1 if bonus else nodes
     logits = [dice.logits(batch, rows, vocab_size) for _ in range(members)]
-    if dice.happens(0.3):  # a proposer that is the target, or nearly so
-        logits[-1] = logits[0] + dice.choice([0.0, 0.0, 1e-3])
     law = dice.law(batch, rows, members, vocab_size)
     chosen = dice.acceptance(sorted(set(rules) - CHAINS_ONLY), vocab_size)
+    divergence = any(each.name == "threshold" for each in chosen.rule.parameters)
+    # A proposer that is the target, or nearly so; its divergence would be rounding.
+    if not divergence and dice.happens(0.3):
+        logits[-1] = logits[0] + dice.choice([0.0, 0.0, 1e-3])
     draws = "with" if chosen.rule.independent else dice.choice(["with", "without"])
     parents = random_parents(dice, dice.choice([1, batch]), nodes)
     options: dict[str, Any] = {
@@ -105,7 +107,7 @@ def tree_call(seed: int, sizes: tuple[int, ...], rules: Sequence[str]) -> Call:
     tokens = drafted(dice, sources, proposers, parents).to(dice.choice([torch.int32, torch.int64]))
     numbers = dice.numbers(batch, nodes + 1, 4)
     if dice.happens(0.5):  # late siblings are reached
-        numbers[..., 0] = 1 - numbers[..., 0] ** 2 * 0.999
+        numbers[..., 0] = (1 - numbers[..., 0] ** 2).clamp(max=1 - 2.0**-24)
     name = f"tree, seed {seed}: {law}, {chosen}, {draws} replacement, {kind}, {nodes} nodes"
     return Call("verify", (logits, tokens, numbers, law), options, name)
 
