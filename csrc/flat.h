@@ -113,7 +113,8 @@ inline Reader& operator>>(Reader& in, MixParams& params) {
 
 inline Reader& operator>>(Reader& in, SampleParams& params) {
   in >> params.ensemble >> params.member >> params.batch >> params.rows >> params.uniforms;
-  return in >> params.tokens >> params.log_probs >> params.lse >> params.status;
+  in >> params.tokens >> params.log_probs >> params.lse >> params.status;
+  return in >> params.count >> params.block_stride;
 }
 
 inline Reader& operator>>(Reader& in, VerifyParams& params) {
@@ -125,7 +126,8 @@ inline Reader& operator>>(Reader& in, VerifyParams& params) {
   in >> params.draft_logits >> params.draft_temperature;
   in >> params.ensemble.lse >> params.draft_lse;
   in >> params.tokens >> params.log_probs >> params.num_accepted >> params.path;
-  return in >> params.status;
+  in >> params.status;
+  return in >> params.parents >> params.independent >> params.without;
 }
 
 inline Reader& operator>>(Reader& in, Heads& heads) {

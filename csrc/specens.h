@@ -125,11 +125,14 @@ struct SampleParams {
   int member;  // -1 draws from the ensemble
   int64_t batch;
   int64_t rows;
-  Values<float> uniforms;  // (B, T, 4)
-  int64_t* tokens;         // (B, T), and so are the others
+  Values<float> uniforms;  // (B, T, 4), or the first block of each row
+  int64_t* tokens;         // (B, T, k), and so are the log-probabilities; else (B, T)
   float* log_probs;
   float* lse;
   int32_t* status;
+  // k draws of a row without replacement, and the elements between their blocks; 0 is one draw.
+  int64_t count = 0;
+  int64_t block_stride = 0;
 };
 
 struct VerifyParams {
@@ -151,6 +154,9 @@ struct VerifyParams {
   int32_t* num_accepted;                         // (B,)
   int32_t* path;                                 // (B, N)
   int32_t* status;                               // (B,)
+  Integers parents = {nullptr, false, 0, 0};     // (B, N + 1); null data: a chain
+  bool independent = false;  // siblings are all judged by the target: the rule is "k_seq"
+  bool without = false;      // siblings of one proposer were drawn without replacement
 };
 
 // Vectors (B, H, S, E) of heads, each contiguous.

@@ -73,6 +73,8 @@ def sample(
 
 def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
+    if call.parents is not None:
+        raise Unsupported("cuda", "parents", "None", "a tree")
     flat.refuse("cuda", call)
     _check(call.logits, call.law)
     arguments, results = flat.flattened_verify(call)

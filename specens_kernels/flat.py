@@ -66,17 +66,19 @@ def flattened_mix(logits: list[Tensor], law: LawTensors) -> tuple[list[Any], tup
 def flattened_sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Arguments and results of a `sample` of one token a row."""
+    """Arguments and results of `sample`."""
     flat = flattened_logits(logits) + _law(law)
-    batch, rows, _ = numbers.shape
+    batch, rows, *count, _ = numbers.shape
     device = numbers.device
-    tokens = empty(batch, rows, dtype=int64, device=device)
-    log_probs = empty(batch, rows, dtype=float32, device=device)
+    tokens = empty(batch, rows, *count, dtype=int64, device=device)
+    log_probs = empty(batch, rows, *count, dtype=float32, device=device)
     lse = empty(batch, rows, dtype=float32, device=device)
     status = empty(batch, rows, dtype=int32, device=device)
+    batch_stride, row_stride, *block_stride, word_stride = numbers.stride()
     flat += member, batch, rows, numbers.data_ptr()
-    flat += numbers.stride()
+    flat += batch_stride, row_stride, word_stride
     flat += tokens.data_ptr(), log_probs.data_ptr(), lse.data_ptr(), status.data_ptr()
+    flat += *(count or (0,)), *(block_stride or (0,))
     return flat, (tokens, log_probs, lse, status)
 
 
@@ -109,6 +111,8 @@ def flattened_verify(
     flat += _NO_VALUES if draft_lse is None else (draft_lse.data_ptr(), *draft_lse.stride(), 0)
     flat += tokens.data_ptr(), log_probs.data_ptr(), num_accepted.data_ptr(), path.data_ptr()
     flat.append(status.data_ptr())
+    flat += _NO_VALUES if call.parents is None else _integers(call.parents)
+    flat += call.acceptance == "k_seq", call.draws == "without"
     return flat, (tokens, log_probs, num_accepted, path, status)
 
 
@@ -236,8 +240,6 @@ def _integers(value: Tensor) -> tuple[int, bool, int, int]:
 
 def refuse(backend: str, call: VerifyCall) -> None:
     """Raise `Unsupported` for a verification that no compiled kernel takes."""
-    if call.parents is not None:
-        raise Unsupported(backend, "parents", "None", "a tree")
     if call.acceptance not in RULES:
         raise Unsupported.unknown(backend, "acceptance", call.acceptance, RULES)
     call.law.refuse_fold(backend)

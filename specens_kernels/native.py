@@ -62,8 +62,6 @@ def sample(
     logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
-    if numbers.dim() == 4:
-        raise Unsupported("native", "count", "None", numbers.shape[2])
     if not numbers.is_cpu:
         raise _elsewhere(numbers)
     if member < 0:

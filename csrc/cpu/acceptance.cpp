@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sweeps of both laws for the rules. The cheap rules need none; a gate's replacement is the target
-// itself; and max(scale p - q, 0) has a kernel in single precision, unless it is next to nothing.
+// Sweeps of both laws for the rules; the cheap ones need none.
 #include "acceptance.h"
 
 #include <algorithm>
@@ -9,37 +8,16 @@
 #include <mutex>
 #include <vector>
 
-#include "draw.h"
+#include "../rules/k_seq.h"
 
 namespace specens {
 namespace {
 
-// Below this total the rounding of single precision would show in what is left.
-constexpr double kLeastSingle = 1e-4;
+// Masses of sub-tiles are of single precision.
+constexpr double kMassSlack = 1e-5;
 
-// What is left of less mass is rounding, and empty; the reference's LEAST_RESIDUAL.
-constexpr double kLeast = 0x1p-40;
-
-double sum(const double* values, int64_t count) {
-  double total = 0.0;
-  for (int64_t i = 0; i < count; ++i) total += values[i];
-  return total;
-}
-
-void fill_law(const RowLaw& law, int sub_tile, double* out) {
-  std::fill_n(out, padded(law.count(sub_tile)), 0.0);
-  law.add_masses(sub_tile, 1.0, out);
-}
-
-// q of a sub-tile.
-void fill_draft(const RowLaws& laws, const Drafted& drafted, int sub_tile, double* out) {
-  if (drafted.dense) {
-    fill_law(laws.draft(), sub_tile, out);
-    return;
-  }
-  std::fill_n(out, padded(laws.target().count(sub_tile)), 0.0);
-  if (drafted.token / kSubTile == sub_tile) out[drafted.token % kSubTile] = 1.0;
-}
+// Where `k_seq` leaves less of the target, the rounding of single precision would show.
+constexpr double kLeastLeft = 1e-2;
 
 // Finds the n-th largest probability in one sweep: a list of the largest so far, cut in half when
 // it is full, whose least is a threshold for all that comes.
@@ -82,17 +60,32 @@ class Best {
   std::atomic<double> threshold_{0.0};  // no fewer than n are as large, or it is 0
 };
 
+// The largest of what fill(sub_tile, buffer) says.
+template <typename Fill>
+double largest(const RowLaws& laws, const Fill& fill) {
+  const RowLaw& target = laws.target();
+  std::unique_ptr<double[]> best(new double[target.sub_tiles()]);
+  laws.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
+    const int sub_tile = static_cast<int>(index);
+    double here[kSubTile];
+    fill(sub_tile, here);
+    best[index] = *std::max_element(here, here + target.count(sub_tile));
+  });
+  return *std::max_element(best.get(), best.get() + target.sub_tiles());
+}
+
 // The `At` of rules/judgement.h.
 class At {
  public:
-  At(const VerifyParams& params, RowLaws& laws, const Drafted& drafted)
-      : p(laws.target().probability(drafted.token)),
-        q(drafted.dense ? laws.draft().probability(drafted.token) : 1.0),
+  At(const VerifyParams& params, RowLaws& laws, const Leftover& target, const Drafted& drafted)
+      : p(target.probability(drafted.token)),
+        q(draft_probability(laws, drafted, drafted.token)),
         memory(drafted.memory),
         parameters(params.parameters),
         vocab_size(params.ensemble.vocab_size),
         at_zero(drafted.at_zero),
         laws_(laws),
+        target_(target),
         drafted_(drafted) {}
 
   const double p, q, memory;
@@ -102,22 +95,33 @@ class At {
 
   double highest(Side side) const {
     laws_.complete_draft();
-    if (side == Side::kTarget) return laws_.target().highest();
-    return drafted_.dense ? laws_.draft().highest() : 1.0;
+    if (side == Side::kTarget) return target_.highest();
+    if (!drafted_.dense()) return 1.0;
+    if (drafted_.gone.empty()) return laws_.draft(drafted_.slot).highest();
+    return largest(laws_,
+                   [&](int sub_tile, double* out) { fill_draft(laws_, drafted_, sub_tile, out); });
   }
 
   double least_of_top(Side side, int64_t n) const {
-    if (side == Side::kDraft && !drafted_.dense) return n == 1 ? 1.0 : 0.0;
+    const bool drafts = side == Side::kDraft;
+    if (drafts && !drafted_.dense()) return n == 1 ? 1.0 : 0.0;
     laws_.complete_draft();
-    const RowLaw& law = side == Side::kTarget ? laws_.target() : laws_.draft();
-    if (law.empty()) return 0.0;
+    const RowLaw& target = laws_.target();
+    if (drafts ? laws_.draft(drafted_.slot).empty() : target.empty()) return 0.0;
     Best best(n);
-    laws_.team().for_each(law.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
-      // No token has more than its sub-tile, whose mass is of single precision.
-      if (law.masses()[index] * (1.0 + 1e-5) < best.threshold()) return;
+    laws_.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
+      const int sub_tile = static_cast<int>(index);
+      const double most =
+          drafts ? laws_.draft(drafted_.slot).masses()[index] * drafted_.share * (1.0 + kMassSlack)
+                 : target_.bound(sub_tile);
+      if (most < best.threshold()) return;
       double values[kSubTile];
-      fill_law(law, static_cast<int>(index), values);
-      best.offer(values, law.count(static_cast<int>(index)));
+      if (drafts) {
+        fill_draft(laws_, drafted_, sub_tile, values);
+      } else {
+        target_.fill(sub_tile, values);
+      }
+      best.offer(values, target.count(sub_tile));
     });
     return best.nth_largest();
   }
@@ -130,7 +134,7 @@ class At {
     laws_.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
       const int sub_tile = static_cast<int>(index);
       double whole[kSubTile], drafted[kSubTile];
-      fill_law(target, sub_tile, whole);
+      target_.fill(sub_tile, whole);
       if (Sum::kReadsDraft) fill_draft(laws_, drafted_, sub_tile, drafted);
       parts[index] = kernels().sums[index_of_sum<Sum>()](
           &sum, whole, Sum::kReadsDraft ? drafted : whole, target.count(sub_tile));
@@ -144,14 +148,44 @@ class At {
 
  private:
   RowLaws& laws_;
-  Drafted drafted_;
+  const Leftover& target_;
+  const Drafted& drafted_;
 };
 
 }  // namespace
 
-Judgement judge(const VerifyParams& params, RowLaws& laws, const Drafted& drafted) {
-  const At at(params, laws, drafted);
+Judgement judge(const VerifyParams& params, RowLaws& laws, const Leftover& target,
+                const Drafted& drafted) {
+  const At at(params, laws, target, drafted);
   return with_rule(params.rule, [&](auto rule) { return rule.judge(at); });
+}
+
+double k_seq_ratio(const VerifyParams& params, RowLaws& laws, const Drafted& drafted,
+                   int candidates) {
+  const Leftover target(laws);
+  // Log-sum-exps that were given need not make a law that sums to 1, which shows here.
+  const bool given = params.ensemble.lse.data != nullptr || params.draft_lse.data != nullptr;
+  if (given) laws.refine();
+  KSeqSearch search(candidates, given);
+  for (bool refined = given; !search.found;) {
+    const At at(params, laws, target, drafted);
+    const Sums sums = at.sums(search.refused());
+    if (!refined && sums.value[0] < kLeastLeft) {
+      laws.refine();
+      refined = true;
+      continue;
+    }
+    search.step(sums);
+  }
+  return search.ratio;
+}
+
+Judgement k_seq_judgement(const RowLaws& laws, const Drafted& drafted, double ratio) {
+  Judgement judgement;
+  judgement.scale = 1.0 / ratio;
+  judgement.kept = minimum(laws.target().probability(drafted.token) * judgement.scale,
+                           draft_probability(laws, drafted, drafted.token));
+  return judgement;
 }
 
 bool is_asked_at_zero(RuleId rule) {
@@ -160,98 +194,6 @@ bool is_asked_at_zero(RuleId rule) {
 
 bool needs_draft_at_zero(RuleId rule) {
   return with_rule(rule, [](auto chosen) { return decltype(chosen)::kNeedsDraft; });
-}
-
-void Leftover::fill(int sub_tile, double* out) const {
-  const RowLaw& target = laws_.target();
-  const int count = target.count(sub_tile);
-  fill_law(target, sub_tile, out);
-  if (judgement_.left != Left::kTarget) {
-    double drafted[kSubTile];
-    fill_draft(laws_, drafted_, sub_tile, drafted);
-    for (int i = 0; i < count; ++i) out[i] = left_of(judgement_, out[i], drafted[i]);
-  }
-  if (judgement_.without_token && drafted_.token / kSubTile == sub_tile) {
-    out[drafted_.token % kSubTile] = 0.0;
-  }
-}
-
-double Leftover::measure_sub_tile(int sub_tile) const {
-  double buffer[kSubTile];
-  fill(sub_tile, buffer);
-  return sum(buffer, laws_.target().count(sub_tile));
-}
-
-// Where q is 0 for every token but x, of every other one the same part is left.
-void Leftover::measure_point() {
-  const RowLaw& target = laws_.target();
-  const double scale = judgement_.left == Left::kTarget ? 1.0 : judgement_.scale;
-  for (int s = 0; s < target.sub_tiles(); ++s) masses_[s] = scale * target.masses()[s];
-  const int sub_tile = static_cast<int>(drafted_.token / kSubTile);
-  masses_[sub_tile] = measure_sub_tile(sub_tile);
-}
-
-void Leftover::measure_dense(bool exactly) {
-  const RowLaw& target = laws_.target();
-  const bool single = !exactly && judgement_.left == Left::kScaled;
-  laws_.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
-    const int sub_tile = static_cast<int>(index);
-    const bool excludes = judgement_.without_token && drafted_.token / kSubTile == index;
-    masses_[index] = target.masses()[index] == 0.0 ? 0.0
-                     : single && !excludes
-                         ? residual(target, laws_.draft(), sub_tile, judgement_.scale)
-                         : measure_sub_tile(sub_tile);
-  });
-}
-
-bool Leftover::measure(bool exactly) {
-  laws_.complete_draft();
-  const RowLaw& target = laws_.target();
-  const bool scaled = judgement_.left == Left::kScaled;
-  if (scaled && judgement_.scale == 0.0) return false;
-  masses_.reset(new double[target.sub_tiles()]);
-  const bool dense = drafted_.dense && judgement_.left != Left::kTarget;
-  Part parts[kMaxMembers];
-  if (!dense) {
-    measure_point();
-  } else if (exactly || !scaled || (target.parts(parts) > 0 && !laws_.draft_is_empty())) {
-    measure_dense(exactly);
-  } else {
-    return false;
-  }
-  mass_ = sum(masses_.get(), target.sub_tiles());
-  return mass_ > (exactly || !dense ? kLeast : kLeastSingle);
-}
-
-int64_t Leftover::draw_from(const double (&numbers)[3]) const {
-  return draw(masses_.get(), laws_.target().vocab_size(), numbers,
-              [&](int sub_tile, double* out) { fill(sub_tile, out); });
-}
-
-int64_t best_but(RowLaws& laws, int64_t token) {
-  laws.refine();
-  const RowLaw& target = laws.target();
-  const auto masses = [&](int sub_tile, double* out) {
-    fill_law(target, sub_tile, out);
-    if (token / kSubTile == sub_tile) out[token % kSubTile] = 0.0;
-  };
-  std::unique_ptr<double[]> best(new double[target.sub_tiles()]);
-  laws.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
-    double here[kSubTile];
-    masses(static_cast<int>(index), here);
-    best[index] = *std::max_element(here, here + target.count(static_cast<int>(index)));
-  });
-  const double most = *std::max_element(best.get(), best.get() + target.sub_tiles());
-  if (!(most > 0.0)) return 0;
-  const double tied = least(most);
-  const auto first = static_cast<int>(std::find_if(best.get(), best.get() + target.sub_tiles(),
-                                                   [&](double mass) { return mass >= tied; }) -
-                                      best.get());
-  double here[kSubTile];
-  masses(first, here);
-  const double* place =
-      std::find_if(here, here + target.count(first), [&](double mass) { return mass >= tied; });
-  return static_cast<int64_t>(first) * kSubTile + (place - here);
 }
 
 }  // namespace specens

@@ -77,7 +77,7 @@ using RuleSums =
     std::tuple<Whole<JsFsdTerm>, Whole<JsTerm>, Whole<KlTerm>, Whole<ReverseKlTerm>, Whole<TvTerm>,
                Inside<JsFsdTerm>, Inside<JsTerm>, Inside<KlTerm>, Inside<ReverseKlTerm>,
                Inside<TvTerm>, Deferred<Side::kTarget>, Deferred<Side::kDraft>, TargetEntropy,
-               Entropies, Above, Common, Clipped>;
+               Entropies, Above, Common, Clipped, Refused>;
 using SumKernel = Sums (*)(const void* sum, const double* target, const double* draft, int count);
 
 template <typename Sum, size_t kIndex = 0>
@@ -132,7 +132,7 @@ struct AttentionBlock {
 
 // Values below `cutoff` have no mass. Buffers hold kSubTile elements or more; what lies between
 // `count` and the next multiple of kLanes is written, and has no mass. Sums over a sub-tile
-// (statistics and residual) are made of single-precision exponentials and good to about 1e-8;
+// (statistics and positive_mass) are made of single-precision exponentials and good to about 1e-8;
 // masses are good to a few units of the last place of a double.
 struct Kernels {
   const char* name;
@@ -162,9 +162,8 @@ struct Kernels {
   void (*below)(const double* values, int count, double cutoff, double top, float* out);
   // values = log(value), -inf for 0.
   void (*logarithms)(double* values, int count);
-  // Sum of max(target - draft, 0), of spans of one dtype; part `draft_part` of the target is the
-  // draft's law.
-  double (*residual)(const Term* target, int count, const Term& draft, int draft_part);
+  // Sum of what the sum of the terms, of one dtype and weights of any sign, is above 0.
+  double (*positive_mass)(const Term* terms, int count);
   // Places where the sum of the parts, in single precision, lies in [low, high]; returns their
   // number.
   int (*select)(const Term* parts, int count, float low, float high, uint16_t* out);

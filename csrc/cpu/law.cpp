@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What warped laws share, whatever their values are: sweeps, normalisers and masses; and residuals.
+// What warped laws share, whatever their values are: sweeps, normalisers and masses; and sums of
+// laws.
 #include "law.h"
 
 #include <algorithm>
@@ -145,25 +146,20 @@ void WarpedLaw::log_probabilities(int sub_tile, double* out) const {
   for (int i = 0; i < size; ++i) out[i] = out[i] < cutoff_ ? -kInfinity : law(out[i]);
 }
 
-double residual(const RowLaw& target, const LogitsLaw& draft, int sub_tile, double scale) {
-  Part parts[kMaxMembers];
-  const int size = target.parts(parts);
+double positive_mass(const Part* parts, int count, int sub_tile) {
   float scratch[kMaxTerms][kSubTile];
   Term terms[kMaxTerms];
-  int draft_part = -1;
-  for (int k = 0; k < size; ++k) {
-    if (parts[k].law == &draft) draft_part = k;
-    terms[k] = parts[k].law->term(sub_tile, scale * parts[k].share, scratch[k]);
-  }
-  terms[size] = draft.term(sub_tile, 1.0, scratch[size]);
   bool one_dtype = true;
-  for (int k = 0; k < size; ++k) one_dtype &= terms[k].span.dtype == terms[size].span.dtype;
-  for (int k = 0; k <= size && !one_dtype; ++k) {
+  for (int k = 0; k < count; ++k) {
+    terms[k] = parts[k].law->term(sub_tile, parts[k].share, scratch[k]);
+    one_dtype &= terms[k].span.dtype == terms[0].span.dtype;
+  }
+  for (int k = 0; k < count && !one_dtype; ++k) {
     if (terms[k].span.dtype == DType::kFloat32) continue;
     kernels().clean(terms[k].span, Cleaning::kNone, 0.0f, scratch[k]);
     terms[k].span = {scratch[k], DType::kFloat32, terms[k].span.count};
   }
-  return kernels().residual(terms, size, terms[size], draft_part);
+  return kernels().positive_mass(terms, count);
 }
 
 }  // namespace specens

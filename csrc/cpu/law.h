@@ -39,7 +39,7 @@ struct Argmax {
   bool tied = false;
 };
 
-// A summand of a mixture.
+// A summand of a mixture, or of a signed one.
 struct Part {
   const LogitsLaw* law;
   double share;
@@ -163,9 +163,9 @@ class WarpedLaw : public RowLaw {
 // The least value of a law that its filter keeps; filters.cpp.
 double filter_cutoff(const WarpedLaw& law, const Team& team);
 
-// The sum of max(scale * target - draft, 0) over a sub-tile, in single precision, of a target that
-// has parts.
-double residual(const RowLaw& target, const LogitsLaw& draft, int sub_tile, double scale);
+// The sum of what a signed mixture is above 0 over a sub-tile, in single precision; of one part or
+// more, whose shares may have any sign.
+double positive_mass(const Part* parts, int count, int sub_tile);
 
 // The least float >= x: a float is below x iff it is below this.
 float round_up(double x);

@@ -27,7 +27,7 @@ const void* row_of(const Logits& logits, int64_t batch, int64_t row) {
 }
 
 RowLaws::RowLaws(const Ensemble& ensemble, const Team& team) : ensemble_(ensemble), team_(team) {
-  const int count = ensemble.num_members + 2;
+  const int count = 2 * ensemble.num_members + 2;
   const int64_t vocab_size = ensemble.vocab_size;
   const auto sub_tiles = static_cast<size_t>((vocab_size + kSubTile - 1) / kSubTile);
   const auto width = static_cast<size_t>(padded(static_cast<int>(sub_tiles)));
@@ -44,8 +44,9 @@ RowLaws::RowLaws(const Ensemble& ensemble, const Team& team) : ensemble_(ensembl
 void RowLaws::move_to(int64_t batch, int64_t row) {
   batch_ = batch;
   row_ = row;
-  draft_ = late_draft_ = nullptr;
-  late_.count = 0;
+  std::fill(std::begin(drafts_), std::end(drafts_), nullptr);
+  late_.count = late_drafts_.count = 0;
+  refined_ = false;
   greedy_ = greedy_row(ensemble_, batch);
   filter_ = Filter{};
   if (greedy_) return;
@@ -105,32 +106,60 @@ void RowLaws::measure_target(int64_t batch, int64_t row, const Proposal& proposa
     measure_product(sweep);
   }
   status_ = target_->status();
-  // A member that is not swept yet has no status bits.
-  draft_status_ = draft_ == nullptr || late_draft_ != nullptr ? 0 : draft_->status();
+  take_draft_status(proposal);
+}
+
+void RowLaws::measure_draft(const Proposal& proposal) {
+  if (drafts_[proposal.slot()] == nullptr) {
+    Sweep sweep;
+    set_draft(proposal, sweep);
+    sweep.run(team_);
+    if (refined_) {  // a draft beside exact laws is exact, too
+      complete_draft();
+      drafts_[proposal.slot()]->refine(team_);
+    }
+  }
+  take_draft_status(proposal);
+}
+
+double RowLaws::own_temperature(const Proposal& proposal) const {
+  if (greedy_) return 1.0;
+  return proposal.member == kPadding ? proposal.temperature : temperature(proposal.member);
+}
+
+double RowLaws::own_lse(const Proposal& proposal) const {
+  return proposal.member == kPadding ? proposal.lse : lse_at(proposal.member);
+}
+
+// Nobody reads a row that is known for its status.
+void RowLaws::take_draft_status(const Proposal& proposal) {
+  draft_status_ = 0;
+  if (!proposal.dense() || is_known(own_lse(proposal), own_temperature(proposal))) return;
+  draft_status_ = drafts_[proposal.slot()]->status();
 }
 
 void RowLaws::set_draft(const Proposal& proposal, Sweep& sweep) {
-  LogitsLaw& draft = laws_[ensemble_.num_members + 1];
   const int member = proposal.member;
   const bool separate = member == kPadding;
-  const double own = greedy_ ? 1.0 : separate ? proposal.temperature : temperature(member);
+  const double own = own_temperature(proposal);
   // A member of a mixture is measured there, unless the mixture is what is warped.
   if (!separate && ensemble_.space == Space::kProbabilities &&
       (ensemble_.warp_members || is_identity(own)) && weight(member) != 0.0) {
-    draft_ = &laws_[member];
+    drafts_[member] = &laws_[member];
     return;
   }
-  draft_ = &draft;
+  LogitsLaw& draft = laws_[ensemble_.num_members + 1 + (separate ? 0 : 1 + member)];
+  drafts_[proposal.slot()] = &draft;
   if (separate) {
     draft.set(own, filter_);
     draft.add_source(proposal.row, proposal.dtype, 1.0);
   } else {
     set_member(draft, member, own, filter_);
   }
-  const double lse = separate ? proposal.lse : lse_at(member);
+  const double lse = own_lse(proposal);
   if (is_known(lse, own)) {
     draft.set_lse(lse);
-    late_draft_ = &draft;
+    late_drafts_.add(draft);
   } else {
     sweep.add(draft);
   }
@@ -145,17 +174,21 @@ void RowLaws::complete() {
 
 void RowLaws::complete_draft() {
   complete();
-  if (late_draft_ != nullptr) LogitsLaw::measure(&late_draft_, 1, team_);
-  late_draft_ = nullptr;
+  if (late_drafts_.count > 0) late_drafts_.run(team_);
+  late_drafts_.count = 0;
 }
 
 void RowLaws::refine() {
   complete_draft();
+  if (refined_) return;
+  refined_ = true;
   // The values of a warped mixture, and so its cutoff, come from its parts as they are.
-  for (int k = 0; k < ensemble_.num_members + 2; ++k) {
+  for (int k = 0; k < 2 * ensemble_.num_members + 2; ++k) {
     LogitsLaw& law = laws_[k];
     const bool part = target_ == &mixture_ && mixture_.has_part(law);
-    if (&law == target_ || &law == draft_ || part) law.refine(team_);
+    const bool drafts =
+        std::find(std::begin(drafts_), std::end(drafts_), &law) != std::end(drafts_);
+    if (&law == target_ || drafts || part) law.refine(team_);
   }
   if (target_ == &warped_) warped_.refine(team_);
 }

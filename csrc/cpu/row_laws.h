@@ -11,7 +11,7 @@
 
 namespace specens {
 
-// What the children of a row were drawn from, where it is not a point mass.
+// What a child of a row was drawn from, where it is not a point mass.
 struct Proposal {
   int member = kPadding;
   const void* row = nullptr;  // of separate draft logits
@@ -20,6 +20,8 @@ struct Proposal {
   double lse = kInfinity;  // not known
 
   bool dense() const { return member != kPadding || row != nullptr; }
+  // The place of a dense one's law among those of a row.
+  int slot() const { return member != kPadding ? member : kMaxMembers; }
 };
 
 class RowLaws {
@@ -29,8 +31,10 @@ class RowLaws {
 
   // Makes the ensemble's law at this row, and the proposal's if it is dense. Rows whose log-sum-exp
   // is known are not swept: single tokens can be asked for, all else of the target after
-  // `complete`, of the draft after `complete_draft`, which completes both.
+  // `complete`, of drafts after `complete_draft`, which completes both.
   void measure_target(int64_t batch, int64_t row, const Proposal& proposal);
+  // Makes one more dense proposal's law at the row of the target.
+  void measure_draft(const Proposal& proposal);
   void complete();
   void complete_draft();
   // Makes the law of one member alone.
@@ -43,9 +47,9 @@ class RowLaws {
   void refine();
 
   const RowLaw& target() const { return *target_; }
-  const LogitsLaw& draft() const { return *draft_; }
-  bool draft_is_empty() const { return draft_ == nullptr || draft_->empty(); }
-  // Of the rows of the target that were not known; of the draft's, if it was not.
+  // Of a dense proposal that was measured at this row.
+  const LogitsLaw& draft(int slot) const { return *drafts_[slot]; }
+  // Of the rows of the target that were not known; of the last draft's, if it was not.
   int32_t status() const { return status_; }
   int32_t draft_status() const { return draft_status_; }
   const Team& team() const { return team_; }
@@ -73,6 +77,9 @@ class RowLaws {
   double lse_at(int member) const;
   void set_member(LogitsLaw& law, int member, double temperature, const Filter& filter) const;
   void set_draft(const Proposal& proposal, Sweep& sweep);
+  double own_temperature(const Proposal& proposal) const;
+  double own_lse(const Proposal& proposal) const;
+  void take_draft_status(const Proposal& proposal);
   void measure_mixture(Sweep& sweep);
   void finish_mixture();
   void measure_product(Sweep& sweep);
@@ -82,7 +89,8 @@ class RowLaws {
 
   const Ensemble& ensemble_;
   const Team& team_;
-  std::unique_ptr<LogitsLaw[]> laws_;  // of each member, of the product, of the draft
+  // Of each member, of the product, of a separate draft, of each member that proposes by itself.
+  std::unique_ptr<LogitsLaw[]> laws_;
   MixtureLaw mixture_;
   WarpedMixture warped_;
   std::unique_ptr<Peak[]> peaks_;
@@ -92,10 +100,11 @@ class RowLaws {
   bool greedy_ = false;  // all temperatures are 0
   Filter filter_;
   const RowLaw* target_ = nullptr;
-  const LogitsLaw* draft_ = nullptr;
+  LogitsLaw* drafts_[kMaxMembers + 1] = {};  // by slot; null: not measured at this row
   // Not swept yet:
   Sweep late_;
-  LogitsLaw* late_draft_ = nullptr;
+  Sweep late_drafts_;
+  bool refined_ = false;
   int32_t status_ = 0;
   int32_t draft_status_ = 0;
 };

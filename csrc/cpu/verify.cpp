@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// `verify` for chains: row after row, a sweep for the laws, then the draft token's coin against
-// what the rule keeps of it; the first rejection, or the end of the chain, emits a token and stops.
-// For the rule "block" every row is looked at before the last one kept is known.
+// `verify`: from the root of a draft tree down, a sweep of a row for its laws, then each child's
+// coin against what the rule keeps of it. A child that is rejected is taken from the target of the
+// next; the first row without a child that is kept emits a token and stops. Rows that are not
+// reached are not read. For the rule "block", which takes chains, every row is looked at before the
+// last one kept is known.
 #include <cmath>
+#include <vector>
 
 #include "acceptance.h"
 #include "draw.h"
@@ -15,13 +18,56 @@ namespace {
 constexpr double kNearlyEqual = 1e-5;
 constexpr double kLeastSlack = 1e-3;
 
-// One batch row.
-class ChainWalk {
+// Where draws without replacement leave a draft less, the rounding of single precision would show.
+constexpr double kLeastRest = 1e-2;
+
+// The children of each node of one row's tree, in order; 0 is none, for no child is the root.
+class Tree {
  public:
-  ChainWalk(const VerifyParams& params, RowLaws& laws, int64_t batch)
+  Tree(const VerifyParams& params, int64_t batch) : params_(params), batch_(batch) {
+    if (params.parents.data == nullptr) return;
+    const auto size = static_cast<size_t>(params.nodes + 1);
+    first_.resize(size);
+    next_.resize(size);
+    for (int64_t node = params.nodes; node > 0; --node) {
+      if (token(node) == kPadding) continue;
+      const int64_t parent = params.parents.at(batch, node);
+      if (parent < 0 || parent >= node) {
+        lost_ = true;
+        continue;
+      }
+      next_[node] = first_[parent];
+      first_[parent] = node;
+    }
+  }
+
+  int64_t token(int64_t node) const { return params_.draft_tokens.at(batch_, node - 1); }
+  // Whether a draft hangs off no earlier node.
+  bool loses_a_draft() const { return lost_; }
+
+  int64_t first_child(int64_t node) const {
+    if (!first_.empty()) return first_[node];
+    return node < params_.nodes && token(node + 1) != kPadding ? node + 1 : 0;
+  }
+
+  int64_t next_sibling(int64_t node) const { return next_.empty() ? 0 : next_[node]; }
+
+ private:
+  const VerifyParams& params_;
+  int64_t batch_;
+  bool lost_ = false;
+  std::vector<int64_t> first_, next_;  // empty: a chain
+};
+
+// One batch row.
+class Walk {
+ public:
+  Walk(const VerifyParams& params, RowLaws& laws, int64_t batch)
       : params_(params),
         laws_(laws),
         batch_(batch),
+        tree_(params, batch),
+        left_(laws),
         at_zero_(greedy_row(params.ensemble, batch)),
         greedy_(params.rule == RuleId::kGreedy || at_zero_),
         asks_(!greedy_ || (at_zero_ && is_asked_at_zero(params.rule))),
@@ -31,146 +77,258 @@ class ChainWalk {
   void run();
 
  private:
-  bool step(int64_t row);
-  int64_t run_block();
-  bool has_child(int64_t row) const;
-  bool read_proposal(int64_t row, Proposal* proposal) const;
-  bool measure(int64_t row, Drafted* drafted);
+  void run_tree();
+  int64_t step(int64_t row);
+  void run_block();
+  bool is_valid(int64_t node) const;
+  Proposal proposal(int64_t row, int64_t node) const;
+  bool measure(int64_t row, int64_t node, Drafted* drafted);
+  bool measure_sibling(int64_t row, int64_t node, Drafted* drafted);
+  void describe(int64_t node, const Proposal& proposal, Drafted* drafted);
+  void take_away_siblings(Drafted* drafted);
+  int candidates(int64_t node) const;
+  bool is_last_valid(int64_t node) const;
+  Judgement judge_node(int64_t node, const Drafted& drafted);
+  bool accepts(int64_t node, const Drafted& drafted, const Judgement& judgement) const;
+  void reject(int64_t node, const Drafted& drafted, const Judgement& judgement);
+  void refine();
   void complete();
   double mass_left(const Drafted& drafted, double reach);
   double block_reach(const Drafted& drafted, double reach);
-  bool accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const;
-  int64_t replacement(int64_t row, const Drafted& drafted, const Judgement& judgement);
   int64_t drawn(int64_t row) const;
-  void emit(int64_t row, int64_t token);
-  void keep(int64_t row, int64_t token);
-  void clear_from(int64_t row);
+  void emit(int64_t place, int64_t token);
+  void keep(int64_t node);
+  void clear_from(int64_t place);
 
   const VerifyParams& params_;
   RowLaws& laws_;
   int64_t batch_;
-  bool at_zero_;  // the temperature is 0
-  bool greedy_;   // the target's most probable token is what is emitted
-  bool asks_;     // the rule is asked at all
-  bool dense_;    // it reads the draft's law
+  Tree tree_;
+  Leftover left_;  // of the target at this row
+  bool at_zero_;   // the temperature is 0
+  bool greedy_;    // the target's most probable token is what is emitted
+  bool asks_;      // the rule is asked at all
+  bool dense_;     // it reads the draft's law
   double memory_;
+  std::vector<Drafted> rejected_;  // at this row, where there are siblings
+  bool exact_ = false;             // the laws of this row are
+  int ratio_slot_ = kPadding;      // whose ratio of `k_seq` is known
+  double ratio_ = 0.0;
   int64_t best_ = 0;
+  int64_t accepted_ = 0;
   int32_t status_ = 0;
 };
 
-bool ChainWalk::has_child(int64_t row) const {
-  return row < params_.nodes && params_.draft_tokens.at(batch_, row) != kPadding;
-}
-
-// False if the draft is invalid.
-bool ChainWalk::read_proposal(int64_t row, Proposal* proposal) const {
-  const int64_t token = params_.draft_tokens.at(batch_, row);
+bool Walk::is_valid(int64_t node) const {
+  const int64_t token = tree_.token(node);
   if (token < 0 || token >= params_.ensemble.vocab_size) return false;
-  if (params_.proposers.data != nullptr) {
-    const int64_t member = params_.proposers.at(batch_, row);
-    if (member < kPadding || member >= params_.ensemble.num_members) return false;
-    if (dense_) proposal->member = static_cast<int>(member);
-  } else if (params_.draft_logits.data != nullptr && dense_) {
-    proposal->row = row_of(params_.draft_logits, batch_, row);
-    proposal->dtype = params_.draft_logits.dtype;
-    proposal->temperature = bounded_temperature(params_.draft_temperature.at(batch_));
-    if (params_.draft_lse.data != nullptr) proposal->lse = params_.draft_lse.at(batch_, row);
-  }
-  return true;
+  if (params_.proposers.data == nullptr) return true;
+  const int64_t member = params_.proposers.at(batch_, node - 1);
+  return member >= kPadding && member < params_.ensemble.num_members;
 }
 
-// Makes the laws of a row; false if its child is invalid, or there is none.
-bool ChainWalk::measure(int64_t row, Drafted* drafted) {
+// Of a valid draft below this row.
+Proposal Walk::proposal(int64_t row, int64_t node) const {
   Proposal proposal;
-  const bool child = has_child(row);
-  const bool valid = child && read_proposal(row, &proposal);
-  laws_.measure_target(batch_, row, proposal);
-  status_ |= laws_.status() | laws_.draft_status() | (laws_.target().empty() ? kEmptyLaw : 0) |
-             (child && !valid ? kInvalidDraft : 0);
-  if (valid) {
-    *drafted = {params_.draft_tokens.at(batch_, row), proposal.dense(), at_zero_, memory_};
+  if (!dense_) return proposal;
+  if (params_.proposers.data != nullptr) {
+    proposal.member = static_cast<int>(params_.proposers.at(batch_, node - 1));
+  } else if (params_.draft_logits.data != nullptr) {
+    proposal.row = row_of(params_.draft_logits, batch_, row);
+    proposal.dtype = params_.draft_logits.dtype;
+    proposal.temperature = bounded_temperature(params_.draft_temperature.at(batch_));
+    if (params_.draft_lse.data != nullptr) proposal.lse = params_.draft_lse.at(batch_, row);
   }
+  return proposal;
+}
+
+// Makes the laws of a row, and of a child of it; false if that is invalid, or there is none.
+bool Walk::measure(int64_t row, int64_t node, Drafted* drafted) {
+  const bool valid = node != 0 && is_valid(node);
+  const Proposal from = valid ? proposal(row, node) : Proposal{};
+  laws_.measure_target(batch_, row, from);
+  left_ = Leftover(laws_);
+  rejected_.clear();
+  exact_ = false;
+  ratio_slot_ = kPadding;
+  status_ |= laws_.status() | laws_.draft_status() | (laws_.target().empty() ? kEmptyLaw : 0) |
+             (node != 0 && !valid ? kInvalidDraft : 0);
+  if (valid) describe(node, from, drafted);
   return valid;
 }
 
+// The same of one more child.
+bool Walk::measure_sibling(int64_t row, int64_t node, Drafted* drafted) {
+  if (!is_valid(node)) {
+    status_ |= kInvalidDraft;
+    return false;
+  }
+  const Proposal from = proposal(row, node);
+  if (from.dense()) {
+    laws_.measure_draft(from);
+    status_ |= laws_.draft_status();
+  }
+  describe(node, from, drafted);
+  return true;
+}
+
+void Walk::describe(int64_t node, const Proposal& proposal, Drafted* drafted) {
+  const int slot = proposal.dense() ? proposal.slot() : kPadding;
+  *drafted = {tree_.token(node), slot, at_zero_, memory_};
+  if (params_.without && drafted->dense()) take_away_siblings(drafted);
+}
+
+// Of draws without replacement.
+void Walk::take_away_siblings(Drafted* drafted) {
+  for (const Drafted& other : rejected_) {
+    if (other.slot == drafted->slot) drafted->gone.push_back(other.token);
+  }
+  if (drafted->gone.empty()) return;
+  double rest = rest_of(laws_, *drafted);
+  if (rest < kLeastRest && !exact_) {
+    refine();
+    rest = rest_of(laws_, *drafted);
+  }
+  drafted->share = rest > 0.0 ? 1.0 / rest : 0.0;
+}
+
+int Walk::candidates(int64_t node) const {
+  int count = 0;
+  const bool whole = params_.parents.data != nullptr;
+  int64_t sibling = whole ? tree_.first_child(params_.parents.at(batch_, node)) : node;
+  for (; sibling != 0; sibling = tree_.next_sibling(sibling)) count += is_valid(sibling) ? 1 : 0;
+  return count;
+}
+
+bool Walk::is_last_valid(int64_t node) const {
+  int64_t next = tree_.next_sibling(node);
+  while (next != 0 && !is_valid(next)) next = tree_.next_sibling(next);
+  return next == 0;
+}
+
+Judgement Walk::judge_node(int64_t node, const Drafted& drafted) {
+  if (!asks_) return Judgement{};
+  const int count = params_.independent ? candidates(node) : 1;
+  if (count == 1) return judge(params_, laws_, left_, drafted);
+  if (!drafted.dense() || ratio_slot_ != drafted.slot) {
+    ratio_ = k_seq_ratio(params_, laws_, drafted, count);
+    ratio_slot_ = drafted.slot;
+  }
+  return k_seq_judgement(laws_, drafted, ratio_);
+}
+
 // Where a token is drawn, every row of the target is looked at.
-void ChainWalk::complete() {
+void Walk::complete() {
   laws_.complete();
   status_ |= laws_.target().status() | (laws_.target().empty() ? kEmptyLaw : 0);
 }
 
-bool ChainWalk::accepts(int64_t row, const Drafted& drafted, const Judgement& judgement) const {
-  const double coin = params_.uniforms.at(batch_, row + 1, 0);
-  const RowLaw& target = laws_.target();
+bool Walk::accepts(int64_t node, const Drafted& drafted, const Judgement& judgement) const {
+  const double coin = params_.uniforms.at(batch_, node, 0);
   if (greedy_) {
     if (!(coin < 1.0) || judgement.vetoed) return false;
-    return judgement.trusted || (!target.empty() && drafted.token == best_);
+    return judgement.trusted || (!laws_.target().empty() && drafted.token == best_);
   }
-  return coin * (drafted.dense ? laws_.draft().probability(drafted.token) : 1.0) < judgement.kept;
+  const double draft = drafted.dense() ? draft_probability(laws_, drafted, drafted.token) : 1.0;
+  return coin * draft < judgement.kept;
 }
 
-int64_t ChainWalk::drawn(int64_t row) const {
-  return draw_from(laws_.target(), params_.uniforms, batch_, row);
-}
-
-// Of a rejected draft.
-int64_t ChainWalk::replacement(int64_t row, const Drafted& drafted, const Judgement& judgement) {
-  if (greedy_) return judgement.vetoed ? best_but(laws_, drafted.token) : best_;
-  if (laws_.target().empty()) return 0;
-  if (judgement.left == Left::kTarget && !judgement.without_token) return drawn(row);
-  const DrawNumbers numbers = draw_numbers(params_.uniforms, batch_, row);
-  Leftover left(laws_, drafted, judgement);
-  if (left.measure(false)) return left.draw_from(numbers.value);
-  // Two laws that are nearly equal differ by less than what their normalisers are good to.
+// Makes the laws of this row exact, and what earlier siblings have left.
+void Walk::refine() {
   laws_.refine();
-  const bool again = params_.rule != RuleId::kBlock;
-  Leftover exact(laws_, drafted, again ? judge(params_, laws_, drafted) : judgement);
-  if (exact.measure(true)) return exact.draw_from(numbers.value);
-  status_ |= kEmptyResidual;
-  return drawn(row);
+  exact_ = true;
+  ratio_slot_ = kPadding;
+  if (greedy_) return;  // nothing that was computed is kept
+  left_ = Leftover(laws_);
+  for (Drafted& drafted : rejected_) {
+    if (!drafted.gone.empty()) {
+      const double rest = rest_of(laws_, drafted);
+      drafted.share = rest > 0.0 ? 1.0 / rest : 0.0;
+    }
+    left_.reject(drafted, judge(params_, laws_, left_, drafted), /*exactly=*/true);
+  }
 }
 
-void ChainWalk::emit(int64_t row, int64_t token) {
-  const int64_t place = batch_ * (params_.nodes + 1) + row;
-  params_.tokens[place] = token;
-  params_.log_probs[place] = static_cast<float>(laws_.target().log_probability(token));
+void Walk::reject(int64_t node, const Drafted& drafted, const Judgement& judgement) {
+  const bool last = tree_.next_sibling(node) == 0;
+  if (greedy_) {
+    if (judgement.vetoed) {
+      left_.exclude(drafted.token);
+      best_ = left_.argmax();
+    }
+    if (!last) rejected_.push_back(drafted);
+    return;
+  }
+  if (laws_.target().empty() || (params_.independent && !is_last_valid(node))) return;
+  bool left = left_.reject(drafted, judgement, exact_);
+  if (!left && !exact_) {
+    // Two laws that are nearly equal differ by less than what their normalisers are good to.
+    refine();
+    left = left_.reject(drafted, judge_node(node, drafted), /*exactly=*/true);
+  }
+  if (!left) status_ |= kEmptyResidual;
+  if (!params_.independent && !last) rejected_.push_back(drafted);
 }
 
-void ChainWalk::keep(int64_t row, int64_t token) {
-  emit(row, token);
-  params_.path[batch_ * params_.nodes + row] = static_cast<int32_t>(row + 1);
+int64_t Walk::drawn(int64_t row) const {
+  if (greedy_) return best_ == kPadding ? 0 : best_;
+  if (left_.whole()) return draw_from(laws_.target(), params_.uniforms, batch_, row);
+  return left_.draw_from(draw_numbers(params_.uniforms, batch_, row).value);
+}
+
+void Walk::emit(int64_t place, int64_t token) {
+  const int64_t at = batch_ * (params_.nodes + 1) + place;
+  params_.tokens[at] = token;
+  params_.log_probs[at] = static_cast<float>(laws_.target().log_probability(token));
+}
+
+void Walk::keep(int64_t node) {
+  emit(accepted_, tree_.token(node));
+  params_.path[batch_ * params_.nodes + accepted_] = static_cast<int32_t>(node);
+  ++accepted_;
 }
 
 // Pads what was not emitted.
-void ChainWalk::clear_from(int64_t row) {
+void Walk::clear_from(int64_t place) {
   const int64_t nodes = params_.nodes;
-  std::fill_n(params_.tokens + batch_ * (nodes + 1) + row, nodes + 1 - row, int64_t{kPadding});
-  std::fill_n(params_.log_probs + batch_ * (nodes + 1) + row, nodes + 1 - row, 0.0f);
-  std::fill_n(params_.path + batch_ * nodes + row, nodes - row, int32_t{kPadding});
+  std::fill_n(params_.tokens + batch_ * (nodes + 1) + place, nodes + 1 - place, int64_t{kPadding});
+  std::fill_n(params_.log_probs + batch_ * (nodes + 1) + place, nodes + 1 - place, 0.0f);
+  std::fill_n(params_.path + batch_ * nodes + place, nodes - place, int32_t{kPadding});
 }
 
-// Whether the child of this row is kept.
-bool ChainWalk::step(int64_t row) {
+// The child of this row that is kept; 0 if none is, and a token is emitted instead.
+int64_t Walk::step(int64_t row) {
   Drafted drafted;
-  const bool valid = measure(row, &drafted);
+  int64_t node = tree_.first_child(row);
+  bool valid = measure(row, node, &drafted);
   if (greedy_) best_ = laws_.argmax();
-  if (!valid) {
-    complete();
-    emit(row, greedy_ ? best_ : drawn(row));
-    return false;
+  while (node != 0) {
+    if (valid) {
+      const Judgement judgement = judge_node(node, drafted);
+      if (accepts(node, drafted, judgement)) {
+        keep(node);
+        if (params_.rule == RuleId::kLikelihood) {
+          const double log_prob = laws_.target().log_probability(drafted.token);
+          memory_ = remember(memory_, log_prob, params_.parameters[1]);
+        }
+        return node;
+      }
+      reject(node, drafted, judgement);
+    }
+    node = tree_.next_sibling(node);
+    valid = node != 0 && measure_sibling(row, node, &drafted);
   }
-  const Judgement judgement = asks_ ? judge(params_, laws_, drafted) : Judgement{};
-  if (!accepts(row, drafted, judgement)) {
-    complete();
-    emit(row, replacement(row, drafted, judgement));
-    return false;
-  }
-  keep(row, drafted.token);
-  if (params_.rule == RuleId::kLikelihood) {
-    const double log_prob = laws_.target().log_probability(drafted.token);
-    memory_ = remember(memory_, log_prob, params_.parameters[1]);
-  }
-  return true;
+  complete();
+  emit(accepted_, drawn(row));
+  return 0;
+}
+
+void Walk::run_tree() {
+  int64_t row = 0;
+  do {
+    if (tree_.first_child(row) == 0 && !params_.bonus) return;
+    row = step(row);
+  } while (row != 0);
 }
 
 Judgement scaled(double scale) {
@@ -180,35 +338,38 @@ Judgement scaled(double scale) {
 }
 
 // sum max(reach p - q, 0).
-double ChainWalk::mass_left(const Drafted& drafted, double reach) {
+double Walk::mass_left(const Drafted& drafted, double reach) {
   if (reach == 0.0) return 0.0;
-  Leftover left(laws_, drafted, scaled(reach));
-  if (left.measure(false) && left.mass() + 1.0 - reach >= kLeastSlack) return left.mass();
+  Leftover left(laws_);
+  const bool found = left.reject(drafted, scaled(reach), /*exactly=*/false);
+  if (found && left.mass() + 1.0 - reach >= kLeastSlack) return left.mass();
   laws_.refine();
-  left.measure(true);
+  left = Leftover(laws_);
+  left.reject(drafted, scaled(reach), /*exactly=*/true);
   return left.mass();
 }
 
-double ChainWalk::block_reach(const Drafted& drafted, double reach) {
+double Walk::block_reach(const Drafted& drafted, double reach) {
   const auto ratio_is_near_1 = [&](double p, double q) {
     return std::abs(p - q) <= kNearlyEqual * q;
   };
   for (bool refined = false;; refined = true) {
     const double p = laws_.target().probability(drafted.token);
-    const double q = drafted.dense ? laws_.draft().probability(drafted.token) : 1.0;
+    const double q = draft_probability(laws_, drafted, drafted.token);
     if (refined || !ratio_is_near_1(p, q)) return block_step(reach, p, q);
     laws_.refine();
   }
 }
 
-// Emits the longest block that is kept and what follows it; returns how many drafts are kept.
-int64_t ChainWalk::run_block() {
-  int64_t row = 0, kept = 0;
+// Emits the longest block that is kept and what follows it.
+void Walk::run_block() {
+  int64_t kept = 0;
   double reach = 1.0, kept_reach = 1.0;
-  for (;; ++row) {
-    const bool ends = !has_child(row) && !params_.bonus;
+  for (int64_t row = 0;; ++row) {
+    const int64_t node = tree_.first_child(row);
+    const bool ends = node == 0 && !params_.bonus;
     Drafted drafted;
-    const bool valid = !ends && measure(row, &drafted);
+    const bool valid = !ends && measure(row, node, &drafted);
     const double threshold =
         valid && row > 0 ? block_threshold(reach, mass_left(drafted, reach)) : reach;
     if (row > 0 && params_.uniforms.at(batch_, row, 0) < threshold) {
@@ -220,29 +381,38 @@ int64_t ChainWalk::run_block() {
         complete();
         emit(row, drawn(row));
       }
+      if (kept == row) return;
       break;
     }
-    keep(row, drafted.token);
+    keep(node);
     reach = block_reach(drafted, reach);
   }
-  if (kept == row) return kept;
+  accepted_ = kept;
   clear_from(kept);
   Drafted drafted;
-  measure(kept, &drafted);
+  measure(kept, tree_.first_child(kept), &drafted);
   complete();
-  emit(kept, replacement(kept, drafted, scaled(kept_reach)));
-  return kept;
+  if (!laws_.target().empty()) {
+    bool left = left_.reject(drafted, scaled(kept_reach), /*exactly=*/false);
+    if (!left) {
+      laws_.refine();
+      left_ = Leftover(laws_);
+      left = left_.reject(drafted, scaled(kept_reach), /*exactly=*/true);
+    }
+    if (!left) status_ |= kEmptyResidual;
+  }
+  emit(kept, drawn(kept));
 }
 
-void ChainWalk::run() {
+void Walk::run() {
   clear_from(0);
-  int64_t row = 0;
+  if (tree_.loses_a_draft()) status_ |= kInvalidDraft;
   if (params_.rule == RuleId::kBlock && !at_zero_) {
-    row = run_block();
+    run_block();
   } else {
-    while ((has_child(row) || params_.bonus) && step(row)) ++row;
+    run_tree();
   }
-  params_.num_accepted[batch_] = static_cast<int32_t>(row);
+  params_.num_accepted[batch_] = static_cast<int32_t>(accepted_);
   params_.status[batch_] = status_;
 }
 
@@ -250,7 +420,7 @@ void ChainWalk::run() {
 
 void verify(const VerifyParams& params, int threads) {
   for_each_row(params.ensemble, params.batch, params.nodes + 1, threads,
-               [&](RowLaws& laws, int64_t batch) { ChainWalk(params, laws, batch).run(); });
+               [&](RowLaws& laws, int64_t batch) { Walk(params, laws, batch).run(); });
 }
 
 }  // namespace specens

@@ -183,6 +183,24 @@ struct Common {
   }
 };
 
+// Of min(p / ratio, q): what p - ratio q and q - p / ratio are above 0, and q's mass where the
+// first is, p's where it is not.
+struct Refused {
+  static constexpr int kSums = 4;
+  static constexpr bool kReadsDraft = true;
+  double ratio;
+
+  template <typename T, typename Log>
+  SPECENS_HOST_DEVICE void add(T p, T q, const Log& /*log*/, T (&sums)[kSums]) const {
+    const T left = p - static_cast<T>(ratio) * q;
+    const bool more = left > T(0);
+    sums[0] += more ? left : T(0);
+    sums[1] += more ? T(0) : q - p / static_cast<T>(ratio);
+    sums[2] += more ? q : T(0);
+    sums[3] += more ? T(0) : p;
+  }
+};
+
 // `log` for what is not in a sweep.
 struct StandardLog {
   SPECENS_HOST_DEVICE double operator()(double x) const { return ::log(x); }

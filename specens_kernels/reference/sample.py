@@ -51,7 +51,7 @@ def _without_replacement(target: TargetLaw, uniforms: Tensor) -> tuple[Tensor, T
         drawn = draw(left.exp(), numbers[..., 1:])
         token = torch.where(target.greedy[:, None], first_argmax(left), drawn)[..., None]
         log_prob = left.gather(-1, token)
-        none = torch.where(target.greedy[:, None, None], log_prob, log_prob.exp().log()).isneginf()
+        none = log_prob.exp() == 0
         left = left.scatter(-1, token, -torch.inf)
         tokens.append(token.masked_fill(none, PADDING))
         log_probs.append(log_prob.masked_fill(none, -torch.inf))

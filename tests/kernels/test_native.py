@@ -187,11 +187,6 @@ def test_the_floor_reads_every_row() -> None:
 
 ROWS, NUMBERS = torch.zeros(1, 2, 5), torch.zeros(1, 2, 4)
 REFUSED = {
-    "got a tree": (
-        verify,
-        ([ROWS], torch.zeros(1, 1, dtype=torch.int64), NUMBERS, Law()),
-        {"parents": torch.tensor([-1, 0])},
-    ),
     "float64": (sample, ([ROWS.double()], NUMBERS, Law()), {}),
     "query: expected bfloat16, float16 or float32, got torch.float64": (
         attention,

@@ -5,13 +5,10 @@ Two measurements of every case. The reference, in float64 with float64 numbers, 
 backend through the public op, with numbers on the grid of 2^-24 that `uniforms` has, to 1e-6.
 """
 
-import importlib.util
 import itertools
 import math
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +20,7 @@ import pytest
 import rules
 import torch
 from laws import POINT, SEPARATE, Call, Case
+from mutants import with_bug
 from torch import Tensor
 
 from specens_kernels import (
@@ -344,28 +342,6 @@ BUGS = {
         "token = _pick(_take(grid, sub_tile), numbers[..., 1])",
     ),
 }
-
-
-@contextmanager
-def with_bug(line: str, instead: str, tmp_path: Path) -> Iterator[ModuleType]:
-    """The specification with one line replaced, as a package of its own."""
-    name, files = "specens_kernels.wrong", sorted(Path(reference.__path__[0]).glob("*.py"))
-    sources = {file.name: file.read_text() for file in files}
-    assert sum(source.count(line) for source in sources.values()) == 1, "this test must follow"
-    for file, source in sources.items():
-        (tmp_path / file).write_text(source.replace(line, instead))
-    spec = importlib.util.spec_from_file_location(
-        name, tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        for loaded in [each for each in sys.modules if each.startswith(name)]:
-            del sys.modules[loaded]
 
 
 def case_named(name: str) -> Case:
