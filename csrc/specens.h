@@ -89,7 +89,7 @@ struct Ensemble {
 };
 
 // A temperature as it counts: 0 if it is not above 0, and else within what single precision can
-// divide by; law.py has the bounds, too.
+// divide by; ranges.py has the bounds, too.
 SPECENS_HOST_DEVICE float bounded_temperature(float given) {
   constexpr float kLeast = 1e-30f, kMost = 1e30f;
   if (!(given > 0.0f)) return 0.0f;

@@ -33,7 +33,7 @@ def numbers(value: object) -> tuple[float, ...]:
     """
     if hasattr(value, "__array__") and hasattr(value, "tolist"):
         value = value.tolist()
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
         return ()
     return tuple(map(number, value))
 

@@ -5,7 +5,6 @@ A law is built once and used for many calls: its numbers are checked when it is 
 knows by then (everything but the batch size) is not looked at again.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, ranges
 from .eager import is_eager_call
 from .ensembles import Ensemble
 from .refusal import Refusal, Unsupported, shown
@@ -22,8 +21,6 @@ from .storage import cast, is_readable, is_tensor, viewable
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 SCOPES = ("member", "ensemble")
-# Beyond these, single precision holds no reciprocal with which logits could be multiplied.
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
 _FILTERS = ("top_k", "top_p", "min_p")
 # The fields that may be tensors, as the kernels read them.
 _DTYPES = {
@@ -166,11 +163,7 @@ class Law:
     def _checked_temperature(self, given: Any) -> float | tuple[float, ...]:
         number = arguments.number(given)
         values = (number,) if number == number else arguments.numbers(given)
-        if not values or not all(
-            value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE for value in values
-        ):
-            expected = f"0 or numbers in [{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}]"
-            raise _out_of_range("temperature", expected, given)
+        ranges.check_temperatures(values, given)
         if self.scope == "ensemble" and len(values) != 1:
             raise _out_of_range("temperature", "one number for scope 'ensemble'", given)
         return number if number == number else values
@@ -269,16 +262,7 @@ def _checked_tensor(name: str, value: Tensor) -> Tensor:
 
 def _checked_weights(given: object, ensemble: Ensemble) -> tuple[float, ...]:
     weights = arguments.numbers(given)
-    rounded = [arguments.single(weight) for weight in weights]
-    if not weights or not all(map(math.isfinite, rounded)):
-        raise _out_of_range("weights", "M >= 1 finite numbers of float32", given)
-    vanished = any(kept == 0 != weight for weight, kept in zip(weights, rounded, strict=True))
-    if vanished and ensemble.space == "logits":  # a member that vetoes would be absent
-        raise _out_of_range("weights", "0 or numbers that float32 does not round to 0", given)
-    is_mean = ensemble.space == "probabilities" and ensemble.fold is None
-    if is_mean and (min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
-        expected = f"numbers >= 0 that sum to 1 for {ensemble.name!r}"
-        raise _out_of_range("weights", expected, list(weights))
+    ranges.check_weights(weights, ensemble, given)
     return weights
 
 

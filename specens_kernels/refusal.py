@@ -21,7 +21,7 @@ def shown(value: object) -> str:
         return repr(_cut(value, _LONGEST))
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
+    except (ValueError, RuntimeError):  # an integer of too many digits; a tensor without numbers
         text = ""
     if text and len(text) <= _LONGEST and "\n" not in text:
         return text

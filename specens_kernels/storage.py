@@ -37,6 +37,12 @@ def is_readable(tensor: Tensor) -> bool:
     return count == 0 or (not misaligned and (tensor.storage_offset() + reach) * size <= held)
 
 
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether Python can read its numbers."""
+    without = tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor._is_zerotensor()
+    return not without and is_readable(tensor)
+
+
 def viewable(op: str, argument: str, tensor: Tensor) -> Tensor:
     """The tensor itself, of which a view in another shape can be taken."""
     if is_eager_call((tensor,)) and not is_readable(tensor):

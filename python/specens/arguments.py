@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from specens.loop.named import integers, is_number
+from specens.loop.named import integers, is_number, untensored
 from specens.members.facts import check_causal_lm
 from specens.members.weight_head import WeightHead
 from specens_kernels import Acceptance, Refusal
@@ -48,8 +47,9 @@ def weights_of(given: Any, size: int) -> tuple[float, ...]:
     """Of each of `size` members; those that a head says are not numbers yet."""
     if given is None or isinstance(given, WeightHead):
         return tuple([1 / size] * size)
-    listed = _untensored(given)
-    numbers = [_float(each) for each in listed] if isinstance(listed, Sequence) else []
+    listed = untensored(given)
+    is_list = isinstance(listed, Sequence) and not isinstance(listed, bytes | bytearray)
+    numbers = [_float(each) for each in listed] if is_list else []
     if not numbers or None in numbers:
         expected = f"{size} numbers, one per member, or a WeightHead"
         raise Refusal("decoder", "weights", expected, shown(given))
@@ -68,19 +68,13 @@ def number_of(argument: str, given: Any) -> float:
 
 def _float(given: Any) -> float | None:
     """A number of any library, or None."""
-    value = _untensored(given)
+    value = untensored(given)
     if not is_number(value):
         return None
     try:
         return float(value)
     except OverflowError:
         return math.inf
-
-
-def _untensored(given: Any) -> Any:
-    """Tensors and arrays as lists and numbers; all else as it is."""
-    nowhere = isinstance(given, Tensor) and given.is_meta
-    return given.tolist() if hasattr(given, "tolist") and not nowhere else given
 
 
 def word_of(argument: str, given: Any, *known: str) -> str:
@@ -128,7 +122,7 @@ def seed_of(op: str, given: Any) -> int | list[int] | None:
     """None, one integer or a list of them; each in 64 bits."""
     if given is None:
         return None
-    value = _untensored(given)
+    value = untensored(given)
     seeds = integers(value)
     if seeds is None:
         raise Refusal(op, "seed", "an integer or a list of them, one a row", shown(given))

@@ -23,6 +23,7 @@ from specens.members.cache import is_filled
 from specens.members.facts import model_name, rope_switches, unwrapped
 from specens.members.probe import ignores
 from specens_kernels.refusal import Refusal, shown
+from specens_kernels.storage import holds_numbers
 
 # Of a forward: what the prompts are is checked apart, the rest is for the members to say.
 _OWN = frozenset(
@@ -147,7 +148,7 @@ def _is_dense(given: Any) -> bool:
     """Whether it is a tensor with a value at each place."""
     if not isinstance(given, Tensor) or given.is_nested:
         return False
-    return given.layout == torch.strided and not given.is_meta
+    return holds_numbers(given)
 
 
 def _described(given: Any) -> str:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..ensembles import Ensemble
-from ..law import LEAST_TEMPERATURE, MOST_TEMPERATURE, LawTensors
+from ..law import LawTensors
+from ..ranges import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from ..refusal import Refusal
 from ..storage import is_readable, unreadable
 

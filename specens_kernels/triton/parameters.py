@@ -10,7 +10,7 @@ float32 image.
 import triton
 import triton.language as tl
 
-from ..law import LEAST_TEMPERATURE, MOST_TEMPERATURE
+from ..ranges import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 SUB_TILE = tl.constexpr(1024)
 NAN_LOGITS = tl.constexpr(1)

@@ -74,7 +74,7 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     ),
     "weights that are none": (
         ("generate", "x", "--ensemble", "product", "--weights", "nan,1,inf"),
-        "generate: --weights: expected finite numbers",
+        "generate: --weights: expected M >= 1 finite numbers",
     ),
     "weights text": (("generate", "x", "--weights", "a,b"), "--weights: expected numbers"),
     "ensemble": (("generate", "x", "--ensemble", "sum"), "got 'sum'"),
@@ -192,6 +192,8 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
         "do_sample: expected True for schedule 'component', got False (here: --temperature above 0",
     ),
     "temperature": (("generate", "x", "--temperature", "-1"), "--temperature"),
+    "hot": (("generate", "x", "--temperature", "1e31"), "--temperature: expected 0 or numbers in"),
+    "cold": (("tune", "--temperature", "1e-40"), "tune: --temperature: expected 0 or numbers in ["),
     "top-p": (("generate", "x", "--top-p", "1.1"), "--top-p: expected a mass in [0, 1]"),
     "top-p of tune": (("tune", "--top-p", "7"), "tune: --top-p: expected a mass in [0, 1]"),
     "min-p": (("generate", "x", "--min-p", "1.1"), "--min-p: expected a ratio in [0, 1]"),

@@ -119,3 +119,29 @@ def test_a_hook_goes_whatever_ends_its_forward() -> None:
         assert len(draft.lm_head._forward_pre_hooks) == 2
     assert len(states) == 1
     assert list(draft.lm_head._forward_pre_hooks) == [before.id]
+
+
+def test_models_in_training_mode_stay_in_evaluation_until_the_last_thread_has_left() -> None:
+    model = toy(0, VOCAB_SIZE, kind="gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    short, long = (SpeculativeDecoder([model], schedule="plain") for _ in range(2))
+    settings = {**prompts((5,), VOCAB_SIZE), "do_sample": False, "pad_token_id": 0}
+    expected = long.generate(**settings, max_new_tokens=20)
+    model.train()
+    inside, joined = threading.Event(), threading.Event()
+
+    def begin(*_: Any) -> bool:
+        inside.set()
+        assert joined.wait(60)
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(short.generate, **settings, max_new_tokens=2, stopping_criteria=[begin])
+
+        def let_go(*_: Any) -> bool:
+            joined.set()
+            first.result(60)
+            return False
+
+        assert inside.wait(60)
+        same(long.generate(**settings, max_new_tokens=20, stopping_criteria=[let_go]), expected)
+    assert all(module.training for module in model.modules())

@@ -15,6 +15,7 @@ import torch
 from decoders import VOCAB_SIZE, decoder, same
 from toys import prompts, toy
 from transformers import AutoModelForCausalLM, BatchEncoding, GenerationConfig, TextStreamer
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from specens import SpeculativeDecoder
 from specens.loop.generation_config import FIELDS, check
@@ -44,6 +45,9 @@ def nested(depth: int) -> list[Any]:
         ({"weights": [[0.5, 0.5]]}, rf"{WEIGHTS}\[\["),
         ({"weights": torch.tensor(0.5)}, WEIGHTS),
         ({"weights": torch.ones(2, device="meta")}, WEIGHTS),
+        ({"weights": torch.ones(2).to_sparse()}, WEIGHTS),
+        ({"weights": torch._efficientzerotensor(2)}, WEIGHTS),
+        ({"weights": bytearray(b"\0\1")}, WEIGHTS),
         ({"weights": np.array([[0.5, 0.5]])}, WEIGHTS),
         ({"weights": [0.5, 1j]}, WEIGHTS),
         ({"weights": [1, 10**400]}, "weights: expected .*numbers"),
@@ -65,6 +69,7 @@ def nested(depth: int) -> list[Any]:
         ({"plausibility": None}, "plausibility: expected a number, got None"),
         ({"plausibility": "0.1"}, "plausibility: expected a number, got '0.1'"),
         ({"plausibility": [0.1]}, r"plausibility: expected a number, got \[0.1\]"),
+        ({"plausibility": torch._efficientzerotensor(())}, "plausibility: expected a number"),
         ({"plausibility": True}, "plausibility: expected a number, got True"),
         ({"plausibility": 10**400}, r"plausibility: expected a number in \[0, 1\], got "),
         ({"tokenizers": "gpt2"}, "tokenizers: expected a list, one per model, got 'gpt2'"),
@@ -76,6 +81,9 @@ def nested(depth: int) -> list[Any]:
         ({"seed": True}, f"{SEED}True"),
         ({"seed": {1: 2}}, f"{SEED}{{1: 2}}"),
         ({"seed": {1, 2}}, f"{SEED}{{1, 2}}"),
+        ({"seed": b"ab"}, f"{SEED}b'ab'"),
+        ({"seed": torch.tensor(1, device="meta")}, f"{SEED}tensor"),
+        ({"seed": torch.tensor([1, 2]).to_sparse()}, SEED),
         ({"seed": [[1, 2]]}, rf"{SEED}\[\[1, 2\]\]"),
         ({"seed": 2**63}, "seed: expected integers in .*, 64 bits, got 9223372036854775808"),
         ({"seed": [0, -(2**63) - 1]}, "seed: expected integers in .*, 64 bits, got -92233720"),
@@ -231,6 +239,21 @@ def test_a_model_that_was_changed_after_its_decoder_was_made_is_refused() -> Non
             "logits_processor: expected a list of functions, got builtin",
         ),
         ({"logits_processor": [3]}, "logits_processor: expected a list of functions, got list"),
+        *(
+            (
+                {"stopping_criteria": [MaxLengthCriteria(wrong)]},
+                "stopping_criteria: expected lengths that are counts, got MaxLengthCriteria",
+            )
+            for wrong in (float("inf"), float("nan"), 5.0, -1, "5")
+        ),
+        (
+            {"input_ids": torch._efficientzerotensor((1, 3), dtype=torch.int64)},
+            "input_ids: expected a tensor ",
+        ),
+        *(
+            ({name: torch.tensor([2]).to_sparse()}, f"{name}: expected")
+            for name in ("eos_token_id", "pad_token_id", "suppress_tokens", "num_beams")
+        ),
         ({"stopping_criteria": {}}, "stopping_criteria: expected a list of functions, got dict"),
         ({"generation_config": {"top_k": 3}}, "generation_config: expected a Gen.*, got dict"),
         ({"seed": "5"}, f"{SEED}'5'"),
@@ -369,6 +392,16 @@ def test_a_mask_may_be_of_any_type(dtype: torch.dtype, models: Any) -> None:
     expected = models[0].generate(**inputs, **settings)
     inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
     same(decoder(models, 1, "draft").generate(**inputs, **settings), expected)
+
+
+@pytest.mark.parametrize("schedule", ["plain", "draft", "alternating", "component"])
+def test_ids_may_be_of_32_bits(schedule: str, models: Any) -> None:
+    inputs = prompts((5, 2, 3), VOCAB_SIZE)
+    sampled = schedule == "component"
+    settings = {"max_new_tokens": 6, "do_sample": sampled, "top_k": 0, "seed": 3}
+    expected = decoder(models, 2, schedule).generate(**inputs, **settings)
+    inputs["input_ids"] = inputs["input_ids"].int()
+    same(decoder(models, 2, schedule).generate(**inputs, **settings), expected)
 
 
 def test_padding_may_be_any_token(models: Any) -> None:

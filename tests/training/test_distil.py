@@ -46,6 +46,18 @@ def test_every_divergence_teaches_the_draft(kind: str, tmp_path: Path) -> None:
     assert rows[-1]["acceptance"] > rows[0]["acceptance"] + 0.05
 
 
+def test_what_is_read_of_models_in_training_mode_is_what_they_say_in_evaluation() -> None:
+    dropout = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
+    draft, target = (toy(seed, kind="gpt2", **dropout) for seed in (3, 4))
+    windows = torch.randint(11, (4, 8))
+    targets = distil.Targets([target], DraftSettings(), 11)
+    expected = targets.logits(windows), distil.held_out_acceptance(draft, targets, windows)
+    draft.train()
+    target.train()
+    assert torch.equal(targets.logits(windows), expected[0])
+    assert distil.held_out_acceptance(draft, targets, windows) == expected[1]
+
+
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
 def test_an_ensemble_of_targets_teaches_its_own_law(ensemble: str, tmp_path: Path) -> None:
     draft, targets = trainable(), [toy(4), toy(5)]

@@ -5,7 +5,6 @@ The library checks all of this again, and more; here are the mistakes that show 
 find one more, add it where its argument is.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from specens.loop.schedule import Models, Schedule
 from specens.schedules import SCHEDULES
-from specens_kernels import Acceptance, Ensemble, Refusal
+from specens_kernels import Acceptance, Ensemble, Refusal, ranges
 
 if TYPE_CHECKING:
     from specens_kernels import Law
@@ -49,8 +48,7 @@ class AskedLaw:
             raise Refusal("law", "plausibility", "a number in [0, 1]", self.plausibility)
         if self.plausibility > 0 and ensemble.space != "logits":
             raise Refusal("law", "plausibility", f"0 for {ensemble.name!r}", self.plausibility)
-        if not 0 <= self.temperature < math.inf:
-            raise Refusal("law", "temperature", "finite numbers >= 0", self.temperature)
+        ranges.check_temperatures([self.temperature], self.temperature)
         if not 0 <= self.top_p <= 1:
             raise Refusal("law", "top_p", "a mass in [0, 1]", self.top_p)
         if not 0 <= self.min_p <= 1:
@@ -69,12 +67,7 @@ def check_weights(weights: Sequence[float], models: Sequence[str], ensemble: Ens
     if len(weights) != len(models):
         expected = f"{len(models)} numbers, one for each of {', '.join(models)}"
         raise Refusal("law", "weights", expected, len(weights))
-    if not all(map(math.isfinite, weights)):
-        raise Refusal("law", "weights", "finite numbers", list(weights))
-    means = ensemble.space == "probabilities"
-    if means and (min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
-        expected = f"numbers >= 0 that sum to 1 for {ensemble.name!r}"
-        raise Refusal("law", "weights", expected, list(weights))
+    ranges.check_weights(weights, ensemble, list(weights))
 
 
 def check_drafts(schedule: Schedule, drafts: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from specens.loop.named import integers, is_integer, is_number
+from specens.loop.named import integers, is_integer, is_number, untensored
 from specens_kernels.refusal import Refusal, Unsupported, shown
 
 OBEYED, IDLE, REFUSED = "obeyed", "idle", "refused"
@@ -35,15 +35,9 @@ class Kind:
     holds: Callable[[Any], bool]
 
 
-def _plain(value: Any) -> Any:
-    """A tensor or an array as numbers and lists, where it has any."""
-    has_numbers = hasattr(value, "tolist") and not getattr(value, "is_meta", False)
-    return value.tolist() if has_numbers else value
-
-
 def _scalar(value: Any) -> Any:
     """The number in a tensor or an array that has one; all else as it is."""
-    plain = _plain(value)
+    plain = untensored(value)
     while plain is not value and isinstance(plain, list) and len(plain) == 1:
         plain = plain[0]
     return plain
@@ -68,7 +62,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _are_ids(value: Any) -> bool:
-    value = _plain(value)
+    value = untensored(value)
     return isinstance(value, list | tuple | set | frozenset | range) and all(map(_is_id, value))
 
 
@@ -270,8 +264,9 @@ def check(value_of: Callable[[str, Any], Any]) -> None:
     for name, field in FIELDS.items():
         value = value_of(name, None)
         if field.verdict == REFUSED:
-            plain = _plain(value)
-            if not any(value is each or plain == each for each in field.allowed):
+            plain = untensored(value)
+            numberless = hasattr(plain, "tolist")  # nothing to compare
+            if numberless or not any(value is each or plain == each for each in field.allowed):
                 raise Unsupported("generate", name, field.expected, shown(value))
         elif value is not None and not field.kind.holds(value):
             raise Refusal("generate", name, field.kind.expected, shown(value))

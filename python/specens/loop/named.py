@@ -226,10 +226,24 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def untensored(given: Any) -> Any:
+    """Tensors and arrays as lists and numbers; all else, and what holds none to read, as it is."""
+    if not hasattr(given, "tolist"):
+        return given
+    if hasattr(given, "untyped_storage"):
+        from specens_kernels.storage import holds_numbers
+
+        if not holds_numbers(given):
+            return given
+    return given.tolist()
+
+
 def integers(values: Any) -> list[int] | None:
     """Of one integer or several in order; None if something else is among them."""
     if isinstance(values, Mapping | Set):
         return None
-    values = values.tolist() if hasattr(values, "tolist") else values
+    values = untensored(values)
+    if isinstance(values, str | bytes | bytearray) or hasattr(values, "tolist"):
+        return None
     listed = list(values) if isinstance(values, Iterable) else [values]
     return [int(value) for value in listed] if all(map(is_integer, listed)) else None

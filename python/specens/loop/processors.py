@@ -70,6 +70,7 @@ def split(processors: Iterable[Any], *, do_sample: bool) -> tuple[Warp, list[Any
 
     Warpers fuse only where nothing but warpers, in the order temperature, top-k, top-p, min-p,
     comes after them; otherwise all of them run per position, so that the order stays the user's.
+    Where no token is sampled those that fuse are ignored: transformers itself makes none there.
 
     Raises:
         ValueError: a processor is stateful.

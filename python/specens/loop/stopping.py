@@ -10,6 +10,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from specens.loop.functions import check_arguments, name_of
 from specens_kernels import Refusal
+from specens_kernels.arguments import count
 from specens_kernels.refusal import shown
 
 
@@ -29,7 +30,11 @@ class Stopper:
         ends = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
         self.eos = frozenset(token for tensor in ends for token in tensor.view(-1).tolist())
         lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        longest = int(min(lengths, default=generation_config.max_length))
+        for length in lengths:
+            if count(length) < 0:
+                got = f"MaxLengthCriteria({shown(length)})"
+                raise Refusal("generate", "stopping_criteria", "lengths that are counts", got)
+        longest = min(lengths, default=generation_config.max_length)
         self.max_length = max(longest, width + 1)
         self.others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
         for criterion in self.others:

@@ -25,7 +25,7 @@ class Text:
     def __init__(self, input_ids: Tensor) -> None:
         """Start with prompts."""
         self.device = input_ids.device
-        self.tokens = input_ids
+        self.tokens = input_ids.long()
         self.log_probs = torch.full(input_ids.shape, torch.nan, device=self.device)
         self._reserve(input_ids.shape[1] + 1)
 

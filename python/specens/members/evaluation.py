@@ -5,20 +5,32 @@ In training mode a model drops out, and with gradient checkpointing transformers
 away: what it says is then neither its law nor its text.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_lock = threading.Lock()
+# Modules that were in training mode, and by how many they are read now.
+_readers: dict[Any, int] = {}
+
 
 @contextmanager
 def evaluating(models: Iterable[Any]) -> Iterator[None]:
-    """Evaluation mode; flags that differ between modules come back module by module."""
-    training = [module for model in models for module in model.modules() if module.training]
-    try:
-        # The flag alone: a module's own `train` may do more, such as merging adapters.
-        for module in training:
+    """Evaluation mode; the last to leave puts back what was in training, module by module."""
+    modules = dict.fromkeys(module for model in models for module in model.modules())
+    with _lock:
+        held = [module for module in modules if module.training or module in _readers]
+        for module in held:
+            _readers[module] = _readers.get(module, 0) + 1
+            # The flag alone: a module's own `train` may do more, such as merging adapters.
             module.training = False
+    try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            for module in held:
+                _readers[module] -= 1
+                if _readers[module] == 0:
+                    del _readers[module]
+                    module.training = True

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from specens.decoder import SpeculativeDecoder
+from specens.members.evaluation import evaluating
 from specens.training.batches import in_turn, row_seeds
 from specens.training.loop import optimise
 from specens.training.settings import DraftSettings
@@ -45,7 +46,8 @@ class Targets:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, S, V) logits, or log-probabilities where there are several models."""
-        logits = [read(model, tokens) for model in self.models]
+        with evaluating(self.models):
+            logits = [read(model, tokens) for model in self.models]
         if len(logits) == 1 and self.law.weights == (1.0,):
             return logits[0][..., : self.vocab_size]
         return mix(logits, self.law)[0]
@@ -62,7 +64,8 @@ def held_out_acceptance(draft: Any, targets: Targets, windows: Tensor) -> dict[s
     """Mean of sum_x min(target, draft) over the positions of windows (W, S), and its error."""
     parts = []
     for window in windows.to(draft.device):
-        logits = read(draft, window[None])[..., : targets.vocab_size]
+        with evaluating((draft,)):
+            logits = read(draft, window[None])[..., : targets.vocab_size]
         parts.append(1 - divergence(targets.logits(window[None]), logits, "tv").mean())
     means = torch.stack(parts).double().cpu()
     error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
@@ -202,7 +205,7 @@ class _Steps:
             counts[:, -1] = False  # what comes after the text was not written
         reference_logits = None
         if self.reference is not None:
-            with torch.no_grad():
+            with evaluating((self.reference,)), torch.no_grad():
                 reference_logits = read(self.reference, tokens)[..., :width]
         losses, trained = token_losses(
             draft_logits, target_logits, settings, reference_logits, counts
