@@ -9,7 +9,7 @@ SANITIZE := build/sanitize
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-zoo test-native soak fuzz gpu-report on-card lint format docs bench lines
+.PHONY: help dev demo test test-fast test-zoo test-trees test-native soak fuzz gpu-report on-card lint format docs bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ test-fast: dev  ## Run the tests that take less than a second
 # Minutes to an hour, by the number of cores.
 test-zoo: dev  ## Write with every architecture of transformers, and print what became of each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --zoo -q -r fE tests/decoding/test_families.py
+
+test-trees: dev  ## Run the ops for trees on many random ones, and kernels with bugs: half an hour
+	$(BIN)/python tests/kernels/many_trees.py
 
 test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	@if [ "$(SPECENS_NATIVE)" != 1 ] && ! command -v $(CXX) >/dev/null; then \
@@ -87,6 +90,7 @@ docs: dev  ## Write the generated parts of the pages, and build them as a site i
 bench: dev  ## Run the benchmarks
 	$(BIN)/python benchmarks/bench_verify.py
 	$(BIN)/python benchmarks/bench_attention.py
+	$(BIN)/python benchmarks/bench_compact.py
 	$(BIN)/python benchmarks/bench_loop.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_traffic.py

@@ -4,10 +4,13 @@
 Contestants: `ours`, the op, which takes lengths and words; the others take a mask that is made
 beforehand: `hf`, scaled_dot_product_attention of keys and values repeated for every head, as
 transformers calls it whenever there is a mask; `gqa`, the same with enable_gqa; `packed`, the same
-with a key head's queries as rows of one; `bmm`, two products and a softmax over these rows.
+with a key head's queries as rows of one; `bmm`, two products and a softmax over these rows; `flex`,
+torch's compiled FlexAttention, in one case of each dtype, for it compiles for many seconds.
 Floors: `read`, a sum over the bytes of keys and values; `products`, the two products alone, of keys
 that are transposed already. One row, one layer. Wall time decides; with one thread, the thread's
-own CPU time stands beside it, which a busy machine does not lengthen.
+own CPU time stands beside it, which a busy machine does not lengthen. More threads than the first
+number are timed at the headline's shape alone. The bits of a result are compared, too: over batch,
+row, threads, capacity and pages.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import harness
 import torch
 from harness import WRONG, Spread
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from specens_kernels import attention, backend, native, tree
@@ -29,9 +33,10 @@ SHAPES = ((32, 8, 64), (32, 4, 128))  # heads, key heads, size
 SLOTS = (512, 4096, 16384)
 NODES = (1, 4, 16, 64, 128)
 DTYPES = ("float32", "bfloat16")
-PEERS = ("hf", "gqa", "packed", "bmm")
+PEERS = ("hf", "gqa", "packed", "bmm", "flex")
 FLOORS = ("read", "products")
 HEADLINE = SHAPES[0], 4096
+FLEX_NODES = 16
 # Least ratios of time at the headline's shape, by dtype and contestant; of bfloat16, where the
 # machine has AMX and where it has not.
 TARGETS: dict[str, dict[str, dict[int, float]]] = {
@@ -40,6 +45,7 @@ TARGETS: dict[str, dict[str, dict[int, float]]] = {
 }
 AMX_TARGETS = {"hf": {4: 10.0, 16: 10.0, 64: 8.0}, "packed": {16: 4.0, 64: 4.0}}
 AMX_READ = 1.2  # most times the read floor, of up to 16 rows
+IDS = {"float32": "A1", "bfloat16": "A2"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Inputs(NamedTuple):
     lengths: Tensor
     visible: Tensor
     mask: Tensor  # (1, 1, N+1, S) bool
+    above: Tensor  # (N+1, N+1) bool, `tree.ancestors`
 
     @classmethod
     def make(cls, case: Case) -> "Inputs":
@@ -90,10 +97,11 @@ class Inputs(NamedTuple):
         parents = parents.clamp(min=0).index_fill(0, torch.tensor([0]), -1)
         prefix = case.slots - case.nodes
         mask = torch.ones(1, 1, case.nodes, case.slots, dtype=torch.bool)
-        mask[0, 0, :, prefix:] = tree.ancestors(parents)[0]
+        above = tree.ancestors(parents)[0]
+        mask[0, 0, :, prefix:] = above
         keys, values = cache[:, :, :, : case.slots].unbind()
         words = tree.visible(parents)
-        return cls(query, keys, values, torch.tensor([prefix]), words, mask)
+        return cls(query, keys, values, torch.tensor([prefix]), words, mask, above)
 
 
 def repeated(cache: Tensor, group: int) -> Tensor:
@@ -105,7 +113,7 @@ def repeated(cache: Tensor, group: int) -> Tensor:
 
 def contestants(case: Case, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """Ours, the peers and the floors; all but the floors return (1, N+1, H, E)."""
-    query, keys, values, lengths, visible, mask = inputs
+    query, keys, values, lengths, visible, mask, _ = inputs
     group = case.heads // case.key_heads
     shape = (1, case.key_heads, group * case.nodes, case.size)
     rows_mask = mask.repeat(1, 1, group, 1)
@@ -143,6 +151,27 @@ def contestants(case: Case, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     }
 
 
+def flex(case: Case, inputs: Inputs) -> tuple[Callable[[], Any], dict[str, float]]:
+    """FlexAttention, whose mask is made beforehand, and what both took: seconds."""
+    query, keys, values, _, _, _, above = inputs
+    prefix, last = case.slots - case.nodes, case.nodes - 1
+
+    def sees(_batch: Tensor, _head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+        return (slot < prefix) | above[row, (slot - prefix).clamp(0, last)]
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    began = time.perf_counter()
+    mask = create_block_mask(sees, None, None, case.nodes, case.slots, device="cpu")
+    masked = time.perf_counter()
+
+    def run() -> Tensor:
+        out = compiled(query, keys, values, block_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2).contiguous()
+
+    run()
+    return run, {"mask": masked - began, "first call": time.perf_counter() - masked}
+
+
 def gate(case: Case, inputs: Inputs) -> Callable[[str, Any], bool]:
     """Whether an answer is the reference's, up to the rounding of its type and of masses."""
     with backend("reference"):
@@ -171,19 +200,24 @@ def timed(function: Callable[[], Any], cpu: list[float]) -> harness.Contestant:
     return measure
 
 
-def measure(case: Case, threads: int, rounds: int, budget_s: float) -> dict[str, Any]:
+def measure(
+    case: Case, threads: int, rounds: int, budget_s: float, with_flex: bool = False
+) -> dict[str, Any]:
     """One row of the result."""
     inputs = Inputs.make(case)
     agrees = gate(case, inputs)
     torch.set_num_threads(threads)
     found = contestants(case, inputs)
+    row: dict[str, Any] = {**asdict(case), "threads": threads}
+    row |= {"bytes": case.bytes_read, "flops": case.flops}
+    if with_flex:
+        found["flex"], row["flex_seconds"] = flex(case, inputs)
     right = {name: function for name, function in found.items() if agrees(name, function())}
     cpu: dict[str, list[float]] = {name: [] for name in right}
     clocks = {name: timed(function, cpu[name]) for name, function in right.items()}
     samples = harness.interleave(clocks, rounds, budget_s)
     times: dict[str, Any] = {name: Spread.of(values) for name, values in samples.items()}
     times |= dict.fromkeys(found.keys() - right.keys(), WRONG)
-    row = {**asdict(case), "threads": threads, "bytes": case.bytes_read, "flops": case.flops}
     row["seconds"] = times
     if threads == 1:
         row["cpu_seconds"] = {name: Spread.of(values) for name, values in cpu.items()}
@@ -193,13 +227,62 @@ def measure(case: Case, threads: int, rounds: int, budget_s: float) -> dict[str,
     return row
 
 
-def cases(options: argparse.Namespace) -> list[Case]:
-    """What is measured; --quick keeps the headline's shape and lengths up to it."""
+def bits(dtype: torch.dtype) -> dict[str, bool]:
+    """Whether a result keeps its bits, by what is changed beside it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    nodes, page, lengths = 9, 16, torch.tensor([1500, 40, 777])
+    query, keys, values = normal(3, 8, nodes, 64), normal(3, 2, 1600, 64), normal(3, 2, 1600, 64)
+    words = tree.visible(tree.chain(nodes - 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = attention(query, keys, values, lengths, words)
+
+    def same(*given: Tensor, rows: Sequence[int] = (0, 1, 2), **options: Any) -> bool:
+        found = attention(*given, words, **options)
+        return all(torch.equal(a, b[list(rows)]) for a, b in zip(found, whole, strict=True))
+
+    order = [2, 0, 1]
+    moved = (query[order], keys[order], values[order], lengths[order])
+    alone = [
+        same(*(x[b : b + 1] for x in (query, keys, values, lengths)), rows=[b]) for b in (0, 1)
+    ]
+    wide = [torch.cat((cache, cache), 2)[:, :, :2500] for cache in (keys, values)]
+    table = torch.randperm(300, generator=generator)
+    pools = [torch.empty(300, 2, page, 64, dtype=dtype) for _ in range(2)]
+    for pool, cache in zip(pools, (keys, values), strict=True):
+        pool[table] = cache.unflatten(2, (100, page)).transpose(1, 2).flatten(0, 1)
+    found = {
+        "batch": all(alone),
+        "row": same(*moved, rows=order),
+        "capacity": same(query, *wide, lengths),
+        "pages": same(query, *pools, lengths, block_table=table.view(3, 100).int()),
+    }
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        found[f"{threads} threads"] = same(query, keys, values, lengths)
+    torch.set_num_threads(before)
+    return found
+
+
+def cases(options: argparse.Namespace) -> list[tuple[Case, int]]:
+    """What is measured, and threads; --quick keeps the headline's shape and lengths up to it."""
     if options.quick:
         grid = itertools.product(SHAPES[:1], sorted(options.slots)[:2][::-1], (4, 16), DTYPES)
     else:
         grid = itertools.product(SHAPES, options.slots, NODES, DTYPES)
-    return [Case(*shape, slots, nodes, dtype) for shape, slots, nodes, dtype in grid]
+    every = [Case(*shape, slots, nodes, dtype) for shape, slots, nodes, dtype in grid]
+    first, *more = options.threads
+    known = [(case, first) for case in every]
+    return known + [(case, count) for count in more for case in every if is_headline(case)]
+
+
+def is_headline(case: Case) -> bool:
+    """Whether targets are of this shape and length."""
+    return ((case.heads, case.key_heads, case.size), case.slots) == HEADLINE
 
 
 COLUMNS = (
@@ -254,8 +337,42 @@ def verdicts(rows: Sequence[dict[str, Any]], threads: int, isa: str) -> list[dic
 def _verdict(
     row: dict[str, Any], name: str, target: str, ratio: Spread, passed: bool
 ) -> dict[str, Any]:
-    verdict = {"dtype": row["dtype"], "nodes": row["nodes"], "ratio": name, "target": target}
-    return {**verdict, "figure": round(ratio.median, 2), "verdict": "pass" if passed else "miss"}
+    verdict = {
+        "id": IDS[row["dtype"]],
+        "dtype": row["dtype"],
+        "nodes": row["nodes"],
+        "ratio": name,
+        "target": target,
+    }
+    verdict |= {"figure": round(ratio.median, 2), "verdict": "pass" if passed else "miss"}
+    if "cpu_seconds" in row:
+        times = {name: spread.minimum for name, spread in row["cpu_seconds"].items()}
+        over, under = name.split("_over_")
+        verdict["by_least_cpu_time"] = round(times[over] / times[under], 2)
+    return verdict
+
+
+def bits_verdict(dtype: str) -> dict[str, Any]:
+    """Target A4, whose figure counts the changes that do not show."""
+    kept = bits(getattr(torch, dtype))
+    passed = all(kept.values())
+    verdict = {"id": "A4", "dtype": dtype, "ratio": "bits of " + ", ".join(kept)}
+    verdict |= {"target": f"{len(kept)} of {len(kept)}", "figure": sum(kept.values())}
+    return {**verdict, "verdict": "pass" if passed else "miss"}
+
+
+def tables(rows: Sequence[dict[str, Any]], threads: int) -> dict[str, Any]:
+    """The page's: one thread count; ratios are medians."""
+    columns = ["heads", "slots", "nodes", "dtype", "ours µs"]
+    columns += [f"{name}/ours" for name in PEERS] + ["ours/read"]
+    cells = []
+    for row in rows:
+        if row["threads"] == threads and row["seconds"]["ours"] != WRONG:
+            ratios = [f"{name}_over_ours" for name in PEERS] + ["ours_over_read"]
+            text = [f"{row[name].median:.1f}" if name in row else "-" for name in ratios]
+            cells.append([*shown(row)[:4], time_of(row, "ours"), *text])
+    caption = f"attention of one layer, threads: {threads}; peers over `ours`, and over one read"
+    return {"attention": {"caption": caption, "columns": columns, "rows": cells}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -265,12 +382,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not native.AVAILABLE:
         print(f"{native.REASON}: `ours` is the reference")
-    rounds, budget_s = (9, 1.5) if options.quick else (21, 20.0)
+    effort = (9, 1.5) if options.quick else (9, 2.0)  # rounds, and seconds for them
     before = torch.get_num_threads()
     rows: list[dict[str, Any]] = []
-    grid = list(itertools.product(cases(options), sorted(options.threads)))
-    for case, threads in harness.in_time(options, grid):
-        rows.append(measure(case, threads, rounds, budget_s))
+    for case, threads in harness.in_time(options, cases(options)):
+        flexed = is_headline(case) and case.nodes == FLEX_NODES and threads == options.threads[0]
+        more = (21, 5.0) if is_headline(case) and not options.quick else effort
+        rows.append(measure(case, threads, *more, flexed and not options.quick))
         print(" ".join(shown(rows[-1])[:5]), "done", flush=True)
     torch.set_num_threads(before)
     print(harness.table(COLUMNS, [shown(row) for row in rows]))
@@ -280,11 +398,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for threads in sorted(options.threads)
         for verdict in verdicts(rows, threads, isa)
     ]
+    found += [bits_verdict(name) for name in DTYPES]
     for verdict in found:
         print(*verdict.values())
     wrong = sum(WRONG in row["seconds"].values() for row in rows)
     headline = {"isa": isa, "wrong_rows": wrong, "targets": found}
-    return harness.finish("bench_attention", options, rows, {}, headline)
+    return harness.finish(
+        "bench_attention", options, rows, tables(rows, options.threads[0]), headline
+    )
 
 
 if __name__ == "__main__":

@@ -182,6 +182,23 @@ def aims(results: Results) -> str:
     return f"{markdown(('aim', 'found', 'reached'), table, words=True)}\n"
 
 
+def tree_aims(results: Results) -> str:
+    """Each target of the ops for trees with its figure, a row for each kind of case."""
+    kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for name in ("attention", "compact"):
+        for target in results[f"bench_{name}.json"]["headline"]["targets"]:
+            keys = ("id", "dtype", "threads", "ratio", "target")
+            kinds.setdefault(tuple(str(target.get(key, "")) for key in keys), []).append(target)
+    rows = []
+    for kind, targets in kinds.items():
+        nodes = ", ".join(str(target["nodes"]) for target in targets if "nodes" in target)
+        figures = ", ".join(f"{target['figure']:g}" for target in targets)
+        reached = all(target["verdict"] == "pass" for target in targets)
+        rows.append((*kind[:3], nodes, *kind[3:], figures, "yes" if reached else "**no**"))
+    columns = ("target", "dtype", "threads", "nodes", "of", "aim", "found", "reached")
+    return f"{markdown(columns, rows, words=True)}\n"
+
+
 def fastest(results: Results) -> str:
     """Of every pair, the fastest schedule that samples its mixture, beside `lookahead`."""
     rows = []
@@ -215,6 +232,7 @@ STATEMENTS: Mapping[str, Callable[[Results], str]] = {
     "strongest": strongest,
     "headlines": headlines,
     "aims": aims,
+    "tree_aims": tree_aims,
     "fastest": fastest,
     "head": head,
 }

@@ -96,6 +96,12 @@ SPECENS_HOST_DEVICE float bounded_temperature(float given) {
   return given < kLeast ? kLeast : given > kMost ? kMost : given;
 }
 
+// A weight as it counts: 0 if it is not finite, or below 0 in a mixture.
+SPECENS_HOST_DEVICE float counted_weight(float given, Space space) {
+  const bool counts = given - given == 0.0f && (space == Space::kLogits || given > 0.0f);
+  return counts ? given : 0.0f;
+}
+
 struct UniformsParams {
   Values<int64_t> seeds;
   Values<int64_t> positions;

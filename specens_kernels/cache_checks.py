@@ -123,19 +123,19 @@ def check_compact_slots(
     """What only a look at lengths, paths and pages tells, on a CPU."""
     if lengths.device.type != "cpu":
         return
-    rows = list(zip(lengths.tolist(), path.tolist(), strict=True))
     pages = 1 if block_table is None else block_table.shape[1]
-    capacity = min(slab.shape[3] for slab in slabs) * pages
+    capacity = min([slab.shape[3] for slab in slabs]) * pages
     ends = []
-    for length, nodes in rows:
-        end, before = length, 0
+    for length, nodes in zip(lengths.tolist(), path.tolist(), strict=True):
+        before = 0
         for place, node in enumerate(nodes):
             if node < 0:
                 break
             if node <= before:
                 ascending = "nodes that ascend from 1, then -1"
                 raise Refusal("compact", "path", ascending, f"{node} at {place}, after {before}")
-            end, before = length + node + 1, node
+            before = node
+        end = length + before + 1 if before > 0 else length
         if length < 0 or end > capacity:
             expected = f"slots of 0 to S = {capacity} for the nodes of a path"
             raise Refusal("compact", "lengths", expected, f"{length} and node {before}")
@@ -178,7 +178,7 @@ def check_compact(
             expected = f"(L, B={batch}, K, S, E) on {device}" if block_table is None else paged
             raise wrong("compact", f"slabs[{i}]", expected, slab)
         strides = slab.stride()
-        if any(strides[k] == 0 and slab.shape[k] > 1 for k in range(5)):
+        if 0 in strides and any(strides[k] == 0 and slab.shape[k] > 1 for k in range(5)):
             raise wrong("compact", f"slabs[{i}]", "memory of its own for each element", slab)
         if strides[4] != 1 and slab.shape[4] > 1:
             raise wrong("compact", f"slabs[{i}]", "contiguous rows", slab)

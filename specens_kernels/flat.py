@@ -141,9 +141,10 @@ def flattened_compact(
     flat: list[Any] = [len(slabs)]
     for slab in slabs:
         layers, _, heads, _, size = slab.shape
-        item = slab.element_size()
+        item = slab.itemsize
+        layer, batch, head, row, _ = slab.stride()
         flat += slab.data_ptr(), layers, heads, size * item
-        flat += [stride * item for stride in slab.stride()[:4]]
+        flat += layer * item, batch * item, head * item, row * item
     flat += _pages(block_table, slabs[0].shape[3])
     flat += path.shape
     flat += lengths.data_ptr(), lengths.stride(0), 0, 0

@@ -96,7 +96,8 @@ class Law:
     Numbers become tensors at the first call on a device, which copies them there; a CUDA graph is
     captured after it. Tensors lie on the device of the logits and are read at every call. Their
     values are not checked, for that would need the host; a temperature beyond the range counts as
-    the end of it, and one that is NaN or negative as 0.
+    the end of it, and one that is NaN or negative as 0. A weight that is not finite, or negative in
+    a mixture, counts as 0: a mixture of such weights alone has an empty law.
 
     weights: M numbers, or (M,), (B, M) or (B, T, M) float tensor. Mixture: >= 0, summing to 1.
     ensemble: "mixture" or "product", an entry of `ENSEMBLES`; or an `Ensemble` with a fold of one's

@@ -366,6 +366,7 @@ def compact(
         raise Refusal("compact", "slabs", "a list of tensors", f"a {type(slabs).__name__}")
     written = list(slabs)
     given = [lengths, path, *written] + [block_table] * (block_table is not None)
-    names = ["lengths", "path", *(f"slabs[{i}]" for i in range(len(written))), "block_table"]
-    checks.tensors("compact", names[: len(given)], given)
+    if not all(map(is_tensor, given)):
+        names = ["lengths", "path", *(f"slabs[{i}]" for i in range(len(written))), "block_table"]
+        checks.tensors("compact", names[: len(given)], given)
     dispatch.call_compact(written, lengths, path, block_table)

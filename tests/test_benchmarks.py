@@ -54,6 +54,19 @@ def test_attention_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -
     assert headline["targets"] == []  # which are of a longer cache
 
 
+def test_attention_keeps_its_bits() -> None:
+    assert all(bench("bench_attention").bits(torch.bfloat16).values())
+
+
+def test_compact_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("bench_compact").main(["--quick", "--threads", "1"]) == 0
+    headline = last_line(capsys)
+    assert headline["wrong_rows"] == 0
+    (target,) = headline["targets"]
+    assert target["id"] == "C1"
+    assert target["verdict"] in ("pass", "miss")
+
+
 def test_attention_says_which_targets_are_met() -> None:
     attention, harness = bench("bench_attention"), bench("harness")
     row = {"heads": 32, "key_heads": 8, "size": 64, "slots": 4096, "nodes": 4, "threads": 1}

@@ -14,6 +14,13 @@ struct Move {
   int64_t to;
 };
 
+// Asks for the lines of a row of each head.
+inline void ask(const char* row, const Slab& slab) {
+  for (int64_t head = 0; head < slab.heads; ++head, row += slab.head_stride) {
+    for (int64_t i = 0; i < slab.row_bytes; i += 64) __builtin_prefetch(row + i);
+  }
+}
+
 }  // namespace
 
 void compact(const CompactParams& params, int threads) {
@@ -34,15 +41,22 @@ void compact(const CompactParams& params, int threads) {
   bytes *= static_cast<int64_t>(moves.size());
   Team::run(threads, bytes / kBytesPerElement, [&](const Team& team) {
     for (const Slab& slab : params.slabs) {
+      const auto row_at = [&](int64_t layer, int64_t batch, int64_t slot) {
+        const Place place = place_of(params.pages, batch, slot);
+        return slab.data + layer * slab.layer_stride + place.page * slab.batch_stride +
+               place.row * slab.row_stride;
+      };
       team.for_each(slab.layers, 1, [&](int, int64_t layer) {
         size_t move = 0;
         for (int64_t b = 0; b < params.batch; ++b) {
           for (; move < static_cast<size_t>(ends[static_cast<size_t>(b)]); ++move) {
-            const Place from = place_of(params.pages, b, moves[move].from);
-            const Place to = place_of(params.pages, b, moves[move].to);
-            char* base = slab.data + layer * slab.layer_stride;
-            const char* source = base + from.page * slab.batch_stride + from.row * slab.row_stride;
-            char* target = base + to.page * slab.batch_stride + to.row * slab.row_stride;
+            char* source = row_at(layer, b, moves[move].from);
+            char* target = row_at(layer, b, moves[move].to);
+            // Layers lie far apart: nothing else would know which rows come next.
+            if (layer + 1 < slab.layers) {
+              ask(source + slab.layer_stride, slab);
+              ask(target + slab.layer_stride, slab);
+            }
             for (int64_t head = 0; head < slab.heads; ++head) {
               std::memcpy(target + head * slab.head_stride, source + head * slab.head_stride,
                           static_cast<size_t>(slab.row_bytes));

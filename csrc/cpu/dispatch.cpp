@@ -146,8 +146,10 @@ namespace {
 
 struct Build {
   const Kernels* kernels;
-  bool supported;
+  bool (*supported)();
 };
+
+bool always() { return true; }
 
 #if defined(__x86_64__)
 // As `__builtin_cpu_supports("f16c")`, which GCC knows since 11 and Clang since 18.
@@ -155,14 +157,22 @@ bool supports_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
+
+bool supports_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
+}
+
+bool supports_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
 
 #if defined(SPECENS_HAS_BFLOAT16)
 bool supports_avx512bf16() {
   unsigned eax, ebx, ecx, edx;
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 5) != 0;
+  return supports_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 &&
+         (eax & 1u << 5) != 0;
 }
 
 // The processor's word, and the system's: a process asks for the tiles' memory, once.
@@ -176,15 +186,18 @@ bool supports_amx() {
 }
 #endif
 
+// One that is not asked for is not tried either: tiles once granted stay with the process.
 const Kernels& choose(const Build* begin, const Build* end) {
   const char* name = std::getenv("SPECENS_CPU_ISA");
+  const bool any = name == nullptr || *name == 0;
+  for (const Build* build = begin; build != end; ++build) {
+    const bool asked = any || build->kernels->name == std::string(name);
+    if (asked && build->supported()) return *build->kernels;
+  }
   std::string known;
   for (const Build* build = begin; build != end; ++build) {
-    if (!build->supported) continue;
-    if (name == nullptr || *name == 0 || build->kernels->name == std::string(name)) {
-      return *build->kernels;
-    }
-    known += (known.empty() ? "" : ", ") + std::string(build->kernels->name);
+    if (build->supported())
+      known += (known.empty() ? "" : ", ") + std::string(build->kernels->name);
   }
   throw std::runtime_error("SPECENS_CPU_ISA: expected one of " + known + " on this machine, got '" +
                            name + "'");
@@ -196,20 +209,17 @@ const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const Build builds[] = {
 #if defined(SPECENS_STAND_INS)
-        {&amx::kKernels, true},
-        {&avx512bf16::kKernels, true},
+        {&amx::kKernels, always},
+        {&avx512bf16::kKernels, always},
 #elif defined(SPECENS_HAS_BFLOAT16)
-        {&amx::kKernels, supports_amx()},
-        {&avx512bf16::kKernels, supports_avx512bf16()},
+        {&amx::kKernels, supports_amx},
+        {&avx512bf16::kKernels, supports_avx512bf16},
 #endif
 #if defined(__x86_64__)
-        {&avx512::kKernels,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {&avx2::kKernels,
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c()},
+        {&avx512::kKernels, supports_avx512},
+        {&avx2::kKernels, supports_avx2},
 #endif
-        {&baseline::kKernels, true},
+        {&baseline::kKernels, always},
     };
     return choose(std::begin(builds), std::end(builds));
   }();

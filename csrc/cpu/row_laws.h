@@ -63,7 +63,9 @@ class RowLaws {
   };
 
   void move_to(int64_t batch, int64_t row);
-  double weight(int member) const { return ensemble_.weights.at(batch_, row_, member); }
+  double weight(int member) const {
+    return counted_weight(ensemble_.weights.at(batch_, row_, member), ensemble_.space);
+  }
   double temperature(int member) const;
   double member_temperature(int member) const;
   bool is_identity(double temperature) const;

@@ -49,7 +49,8 @@ __device__ inline void read_member(const Problem& problem, int64_t b, int64_t t,
   Field& field = position.members[k];
   field.data = row_data(ensemble.members[k], b, t);
   field.dtype = ensemble.members[k].dtype;
-  field.weight = problem.alone ? 1.0f : ensemble.weights.at(b, t, k);
+  field.weight =
+      problem.alone ? 1.0f : counted_weight(ensemble.weights.at(b, t, k), ensemble.space);
   field.share = 0.0;
   clear_law(field);
   field.cutoff = cutoffs == nullptr ? kNoMass : load_fresh(cutoffs + k);

@@ -21,7 +21,7 @@ struct Gate : Rule {
 };
 
 // Of a divergence: over all tokens, or over the target's best and one token for the rest.
-template <typename Divergence>
+template <typename Term>
 struct DivergenceGate : Gate {
   static constexpr bool kSweeps = true;
   static constexpr bool kNeedsDraft = true;
@@ -29,16 +29,16 @@ struct DivergenceGate : Gate {
   template <typename At>
   static SPECENS_JUDGE Judgement judge(const At& at) {
     const double top = at.parameters[1];
-    double found;
+    double distance;
     if (top > 0.0 && top < static_cast<double>(at.vocab_size)) {
       const double bound = at.least_of_top(Side::kTarget, static_cast<int64_t>(top));
-      const Sums inside = at.sums(Inside<Divergence>{least(bound)});
-      const double rest = Divergence::term(inside.value[1], inside.value[2], StandardLog{});
-      found = inside.value[0] + rest;
+      const Sums inside = at.sums(Inside<Term>{least(bound)});
+      const double rest = Term::term(inside.value[1], inside.value[2], StandardLog{});
+      distance = inside.value[0] + rest;
     } else {
-      found = at.sums(Whole<Divergence>{}).value[0];
+      distance = at.sums(Whole<Term>{}).value[0];
     }
-    return gate(at.q, found <= at.parameters[0]);
+    return gate(at.q, minimum(distance, Term::kMost) <= at.parameters[0]);
   }
 };
 

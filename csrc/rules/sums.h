@@ -26,8 +26,13 @@ SPECENS_HOST_DEVICE T kl_term(T p, T q, const Log& log) {
   return p > T(0) ? (q > T(0) ? term : static_cast<T>(HUGE_VAL)) : T(0);
 }
 
-// Divergences: terms of p and q in nats, which are 0 where both are.
-struct JsFsdTerm {
+// Divergences: terms of p and q in nats, which are 0 where both are. kMost: what the sum may not
+// exceed, however its terms are rounded, if a threshold in single precision can be that number.
+struct Divergence {
+  static constexpr double kMost = HUGE_VAL;
+};
+
+struct JsFsdTerm : Divergence {
   template <typename T, typename Log>
   static SPECENS_HOST_DEVICE T term(T p, T q, const Log& log) {
     const T middle = (p + q) / T(2);
@@ -35,7 +40,7 @@ struct JsFsdTerm {
   }
 };
 
-struct JsTerm {
+struct JsTerm : Divergence {
   template <typename T, typename Log>
   static SPECENS_HOST_DEVICE T term(T p, T q, const Log& log) {
     const T middle = (p + q) / T(2);
@@ -43,14 +48,14 @@ struct JsTerm {
   }
 };
 
-struct KlTerm {
+struct KlTerm : Divergence {
   template <typename T, typename Log>
   static SPECENS_HOST_DEVICE T term(T p, T q, const Log& log) {
     return kl_term(p, q, log);
   }
 };
 
-struct ReverseKlTerm {
+struct ReverseKlTerm : Divergence {
   template <typename T, typename Log>
   static SPECENS_HOST_DEVICE T term(T p, T q, const Log& log) {
     return kl_term(q, p, log);
@@ -58,6 +63,8 @@ struct ReverseKlTerm {
 };
 
 struct TvTerm {
+  static constexpr double kMost = 1.0;
+
   template <typename T, typename Log>
   static SPECENS_HOST_DEVICE T term(T p, T q, const Log& /*log*/) {
     return (p > q ? p - q : q - p) / T(2);

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from specens.decoder import SpeculativeDecoder
     from specens.members.weight_head import WeightHead
 
+# The share of a draft that joins the ensemble, where none is asked for.
+_DRAFT_WEIGHT = 0.3
+
 
 @dataclass(frozen=True)
 class Method:
@@ -420,7 +423,7 @@ def build(
     drafts: Sequence[Any] | None = (),
     tokenizers: Sequence[Any] | None = None,
     *,
-    draft_weight: float = 0.3,
+    draft_weight: float | None = None,
     head: "WeightHead | str | None" = None,
     **overrides: Any,
 ) -> "SpeculativeDecoder":
@@ -431,7 +434,7 @@ def build(
         models: the ensemble's, or the one target.
         drafts: the smallest first. None is none.
         tokenizers: of the models, then of the drafts.
-        draft_weight: "static", "lookahead": the draft's share of the mixture, [0, 1].
+        draft_weight: "static", "lookahead": the draft's share of the mixture, [0, 1]. None is 0.3.
         head: "diversed": the trained head, or its folder; None is the family's own.
         overrides: arguments of `SpeculativeDecoder` in place of the method's.
     Raises:
@@ -453,10 +456,11 @@ def build(
     if tokenizers is not None and len(tokenizers) != len(models) + len(drafts):
         expected = f"{len(models) + len(drafts)}, one per model"
         raise Refusal("method", "tokenizers", expected, len(tokenizers))
-    if not 0.0 <= number(draft_weight) <= 1.0:
+    if draft_weight is not None and not 0.0 <= number(draft_weight) <= 1.0:
         raise Refusal("method", "draft_weight", "a number in [0, 1]", shown(draft_weight))
     if not isinstance(head, WeightHead | str | PathLike | None):
         raise Refusal("method", "head", "a WeightHead, its folder or None", shown(head))
+    _check_unused(method, {"draft_weight": draft_weight, "head": head, **overrides})
     if method.prepare is not None:
         drafts = method.prepare(models, drafts)
         if tokenizers is not None:  # those made of the target come last
@@ -503,8 +507,18 @@ def _check_models(argument: str, given: Any) -> None:
         check_causal_lm(model, "method", f"{argument}[{i}]")
 
 
+def _check_unused(method: Method, given: dict[str, Any]) -> None:
+    """Refuse what would be ignored."""
+    if given.get("draft") is not None:
+        raise Refusal("method", "draft", f"drafts= for {method.name!r}", shown(given["draft"]))
+    learned = method.name == "diversed"
+    for name, used in (("head", learned), ("draft_weight", method.joins and not learned)):
+        if given[name] is not None and not used:
+            raise Refusal("method", name, f"None for {method.name!r}", shown(given[name]))
+
+
 def _weights(
-    method: Method, draft_weight: float, head: "WeightHead | str | None"
+    method: Method, draft_weight: float | None, head: "WeightHead | str | None"
 ) -> "WeightHead | tuple[float, float]":
     from specens.members.weight_head import WeightHead
 
@@ -512,4 +526,5 @@ def _weights(
         if isinstance(head, WeightHead):
             return head
         return WeightHead.load(family.head_path() if head is None else head)
-    return (draft_weight, 1 - draft_weight)
+    share = _DRAFT_WEIGHT if draft_weight is None else draft_weight
+    return (share, 1 - share)

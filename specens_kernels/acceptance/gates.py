@@ -45,6 +45,10 @@ DIVERGENCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType
     }
 )
 
+# What a divergence's sum may not exceed, however its terms are rounded; the others have no bound,
+# or none that a threshold in single precision meets.
+_MOST: Mapping[str, float] = MappingProxyType({"tv": 1.0})
+
 
 def by_divergence(name: str, at: Situation, threshold: float, top_k: float) -> Judgement:
     """The gates of `DIVERGENCES`; top_k > 0 lumps all but the target's top k into one token."""
@@ -56,6 +60,7 @@ def by_divergence(name: str, at: Situation, threshold: float, top_k: float) -> J
         distance = total(torch.where(inside, terms(p, q), 0.0)) + terms(rest[0], rest[1])
     else:
         distance = total(terms(p, q))
+    distance = distance.clamp(max=_MOST.get(name, torch.inf))
     return _gate(at, distance <= threshold)
 
 

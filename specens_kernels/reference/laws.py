@@ -146,11 +146,18 @@ def warp(
     return (values / _or_one(temperature)).masked_fill(values < lowest, -torch.inf)
 
 
-def expand_weights(weights: Tensor, batch: int, rows: int) -> Tensor:
-    """(M,), (B, M) or (B, T, M) -> (B, T, M) float64."""
+def counted_weights(law: LawTensors, batch: int, rows: int) -> Tensor:
+    """(B, T, M) float64: the weights, 0 where a number is no weight; a fold takes what is given."""
+    weights = law.weights.double()
     if weights.dim() == 2:
         weights = weights[:, None]
-    return weights.double().expand(batch, rows, weights.shape[-1])
+    weights = weights.expand(batch, rows, weights.shape[-1])
+    if law.fold:
+        return weights
+    counts = torch.isfinite(weights)
+    if law.space == "probabilities":
+        counts &= weights > 0
+    return weights.masked_fill(~counts, 0.0)
 
 
 def bounded(temperature: Tensor) -> Tensor:
@@ -256,7 +263,7 @@ def target_law(logits: Sequence[Tensor], law: LawTensors, lse: Tensor | None = N
         lse: (B, T, M) float. The members' log-sum-exps, where they are known; see `ops.verify`.
     """
     batch, rows = logits[0].shape[:2]
-    weights = expand_weights(law.weights, batch, rows)
+    weights = counted_weights(law, batch, rows)
     greedy = greedy_rows(law, batch)
     filters = _filters(law, greedy)
     temperatures = bounded(law.temperature).expand(batch, len(logits))
@@ -334,5 +341,5 @@ def first_argmax(values: Tensor) -> Tensor:
     """
     ids = torch.arange(values.shape[-1], device=values.device)
     tied = values >= values.amax(-1, keepdim=True) - TIE
-    # NaN, which weights that are no weights make, ties with nothing: then it is the last.
+    # NaN, which a given log-sum-exp that is none can make, ties with nothing: then it is the last.
     return torch.where(tied, ids, values.shape[-1] - 1).amin(-1)

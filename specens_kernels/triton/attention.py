@@ -373,17 +373,21 @@ def _shape(call: AttentionCall) -> tuple[Shape, int]:
     packed = group * call.query.shape[2]
     e, f = (max(16, triton.next_power_of_2(each)) for each in (size, value_size))
     exact = call.query.dtype == torch.float32
-    slots, stages = 64, 3
-    if exact or max(e, f) > 128:  # bytes of a tile that shared memory has to hold
-        slots, stages = 32, 2
-    rows, warps = (16, 4) if exact or packed <= 16 else (32, 4)
+    rows = 16 if exact or packed <= 16 else 32
     if packed > 32 and not exact and max(e, f) <= 128:
-        rows, warps = 128, 8
+        rows = 128
     split = 256 if packed <= 32 else 512 if packed <= 128 else 1024
-    # What registers hold without a spill; see benchmarks/gpu_budget.json.
-    masked_slots = 16 if exact or rows == 128 else 32
-    if call.window > 0 and not exact and rows < 128 and max(e, f) < 128:
+    # What shared memory holds, and registers without a spill; see benchmarks/gpu_budget.json.
+    crowded = exact or (call.window > 0 and rows == 32)  # registers of four warps
+    slots, stages = 64, 3
+    if exact or max(e, f) > 128:
+        slots, stages = 32, 2
+    elif crowded:
+        slots = 32
+    masked_slots = 16 if crowded or rows == 128 or (rows == 32 and max(e, f) >= 128) else 32
+    if call.window > 0 and rows == 16 and not exact and max(e, f) < 128:
         masked_slots = 64
+    warps = 8 if crowded or rows == 128 else 4
     constants = (group, size, value_size, e, f, rows, slots, masked_slots, split, stages)
     return Shape(*map(tl.constexpr, (*constants, call.softcap > 0, exact))), warps
 

@@ -89,7 +89,11 @@ def weight_of(law, b, t, k):
         return tl.full((), 1.0, tl.float64)
     else:
         at = law.weights + b * law.weights_batch + t * law.weights_row + k * law.weights_member
-        return tl.load(at).to(tl.float64)
+        weight = tl.load(at).to(tl.float64)
+        counts = weight - weight == 0  # neither NaN nor infinite
+        if law.kind != "product":
+            counts = counts & (weight > 0)
+        return tl.where(counts, weight, 0.0)
 
 
 @triton.jit

@@ -216,6 +216,12 @@ def divergence_gate(p, q, best, draft_best, bound, statistic, memory, parameters
 
 
 @triton.jit
+def tv_gate(p, q, best, draft_best, bound, statistic, memory, parameters):
+    # Rounding may lift the sum above what it can be.
+    return _gate(q, bound, tl.minimum(statistic, 1.0) <= number(parameters[0]))
+
+
+@triton.jit
 def typical(p, q, best, draft_best, bound, statistic, memory, parameters):
     most = tl.minimum(tl.exp(-statistic) * number(parameters[1]), number(parameters[0]))
     return _gate(q, bound, p > most)
@@ -296,7 +302,6 @@ _DIVERGENCES = {
     "js": term_js,
     "kl": term_kl,
     "reverse_kl": term_reverse_kl,
-    "tv": term_tv,
 }
 RULES = {
     "rejection": Rule(rejection),
@@ -316,6 +321,7 @@ RULES = {
         name: _gate_of(divergence_gate, term=term, reads_draft=True, narrows=True)
         for name, term in _DIVERGENCES.items()
     },
+    "tv": _gate_of(tv_gate, term=term_tv, reads_draft=True, narrows=True),
     "typical": _gate_of(typical, term=term_entropy),
     "top_k": _gate_of(top_k, term=term_above, bound=bound_token),
     "entropy_veto": Rule(judge=plain, left=left_unless_vetoed, at_zero=True, vetoes=True),

@@ -169,6 +169,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"law": {"weights": [0.5]}}, "weights: expected numbers >= 0 that sum to 1"),
     ({"law": {"plausibility": "low"}}, "law.plausibility: expected a finite number"),
     ({"law": {"plausibility": -1}}, "law.plausibility: expected a number >= 0"),
+    ({"law": {"plausibility": 2}}, "plausibility: expected a number in [0, 1]"),
+    ({"law": {"plausibility": 0.5}}, "plausibility: expected 0 for 'mixture'"),
     ({"law": {"ensemble": ["mixture"]}}, "law.ensemble: expected one of mixture, product"),
     ({"law": {"scope": "all"}}, "law.scope: expected one of member, ensemble"),
     ({"best": None}, "best: expected an object"),

@@ -223,11 +223,24 @@ def test_wrong_types_are_refused_before_anything_is_built() -> None:
                 {"draft_weight": wrong},
                 r"draft_weight: expected a number in \[0, 1\], got ",
             )
-            for wrong in ("x", None, True, [0.5], float("nan"), 1.5)
+            for wrong in ("x", True, [0.5], float("nan"), 1.5)
         ),
         *(
             (("diversed", [target], [draft]), {"head": wrong}, "head: expected a WeightHead, its ")
             for wrong in (3, ["a"])
+        ),
+        *(
+            (("speculative", [target], [draft]), ignored, f"{message} for 'speculative', got ")
+            for ignored, message in (
+                ({"draft": [draft]}, "draft: expected drafts="),
+                ({"head": "a"}, "head: expected None"),
+                ({"draft_weight": 0.5}, "draft_weight: expected None"),
+            )
+        ),
+        (
+            ("diversed", [target], [draft]),
+            {"draft_weight": 0.5},
+            "draft_weight: expected None for 'diversed', got 0.5",
         ),
     ]
     for arguments, options, message in faults:

@@ -233,15 +233,16 @@ def test_hidden_states_of_another_model_are_refused() -> None:
         head().draft_weight(draft, target[:, :3])
 
 
-@pytest.mark.parametrize("draft_weight", [-0.1, 1.1, float("nan")])
-def test_a_constant_is_a_share(draft_weight: float) -> None:
+@pytest.mark.parametrize("draft_weight", [-0.1, 1.1, float("nan"), "0.5", None, True])
+def test_a_constant_is_a_share(draft_weight: Any) -> None:
     with pytest.raises(ValueError, match="draft_weight: expected a number in"):
         WeightHead.constant(DRAFT, TARGET, draft_weight)
 
 
-def test_hidden_sizes_are_counts() -> None:
-    with pytest.raises(ValueError, match="hidden sizes: expected counts"):
-        WeightHead.constant(0, TARGET)
+@pytest.mark.parametrize("size", [0, "3", 2.0, None])
+def test_hidden_sizes_are_counts(size: Any) -> None:
+    with pytest.raises(ValueError, match="head: target_size: expected a count >= 1, got"):
+        WeightHead.constant(DRAFT, size)
 
 
 def test_to_keeps_everything() -> None:

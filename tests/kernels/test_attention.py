@@ -23,10 +23,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "nothing before the root": {"nodes": 16, "lengths": (0,)},
     "seven heads a group": {"nodes": 3, "heads": (14, 2), "sizes": (80, 80)},
     "one key head": {"nodes": 16, "heads": (8, 1), "sizes": (32, 32)},
-    "a word of nodes less one": {"nodes": 63, "heads": (3, 1), "sizes": (96, 96)},
-    "a word of nodes": {"nodes": 64, "heads": (4, 1), "lengths": (64,)},
-    "a word of nodes and one": {"nodes": 65, "heads": (4, 1), "lengths": (63,)},
-    "three words": {"nodes": 130, "heads": (2, 1), "sizes": (32, 32), "lengths": (200,)},
+    "a word of nodes less one": {"nodes": 63, "heads": (1, 1), "sizes": (96, 96)},
+    "a word of nodes": {"nodes": 64, "heads": (1, 1), "lengths": (64,)},
+    "a word of nodes and one, in two tiles": {"nodes": 65, "heads": (2, 1), "lengths": (63,)},
+    "three words": {"nodes": 130, "heads": (1, 1), "sizes": (32, 32), "lengths": (70,)},
     "two splits": {"nodes": 2, "lengths": (600,), "sizes": (32, 32)},
     "a tail in two splits": {"nodes": 9, "lengths": (509,), "sizes": (32, 32)},
     "three splits and one slot": {"nodes": 1, "lengths": (1536,), "sizes": (32, 32)},
@@ -67,24 +67,25 @@ def test_every_option_does_what_it_says(backend: str, options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("nodes", [1, 5, 33])
-@pytest.mark.parametrize("sizes", [(64, 64), (37, 19), (32, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("nodes", "sizes"), [(1, (64, 64)), (5, (37, 19)), (9, (64, 64)), (33, (32, 128))], ids=str
+)
 def test_half_precision(
     backend: str, dtype: torch.dtype, nodes: int, sizes: tuple[int, int]
 ) -> None:
-    lengths = (100, 259)
-    check(problem(batch=2, nodes=nodes, lengths=lengths, sizes=sizes, room=5, dtype=dtype))
-    check(problem(nodes=nodes, sizes=sizes, dtype=dtype, window=20, sinks=torch.ones(4)))
+    shape: dict[str, Any] = {"heads": (2, 1), "nodes": nodes, "sizes": sizes, "dtype": dtype}
+    check(problem(batch=2, lengths=(100, 259), room=5, **shape))
+    check(problem(window=20, sinks=torch.ones(2), **shape))
 
 
 @pytest.mark.parametrize("first", range(0, 64, 16))
 def test_a_tree_may_begin_anywhere_in_a_tile(backend: str, first: int) -> None:
-    step = 5 if backend in ("triton", "cuda") else 1  # whose emulators take their time
+    step = 9 if backend in ("triton", "cuda") else 1  # whose emulators take their time
     for length in range(64 + first, 64 + first + 16, step):
         check(problem(nodes=17, heads=(2, 1), sizes=(16, 16), lengths=(length,), room=64))
 
 
-@pytest.mark.parametrize("page", [1, 16, 48, 64, 100])
+@pytest.mark.parametrize("page", [1, 16, 100])
 def test_pages_change_nothing(backend: str, page: int) -> None:
     one = problem(batch=2, lengths=(300, 77), nodes=6, sizes=(32, 24), window=250)
     check(one, paged(one, page))

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`compact` against a gather: random and adversarial paths, pages, dtypes, strides, neighbours."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from slabs import DTYPES, moved, random_compaction, same, slab, table
 from torch import Tensor
 
 from specens_kernels import Refusal, compact
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8)
 PATHS = {
     "nothing": [[-1, -1, -1]],
     "all in place": [[1, 2, 3]],
@@ -22,32 +21,6 @@ PATHS = {
     "no columns": [[], []],
     "no rows": [],
 }
-
-
-def table(rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32).reshape(len(rows), len(rows[0]) if rows else 3)
-
-
-def slab(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of different bits everywhere, whatever the dtype."""
-    whole = torch.randint(0, 2**7, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8)
-    return whole.view(dtype)
-
-
-def moved(before: Tensor, lengths: Tensor, path: Tensor) -> Tensor:
-    """A copy, row by row, from what was there before."""
-    after = before.clone()
-    for b, nodes in enumerate(path.tolist()):
-        for i, node in enumerate(nodes):
-            if node < 0:
-                break
-            length = int(lengths[b])
-            after[:, b, :, length + 1 + i] = before[:, b, :, length + node]
-    return after
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -70,16 +43,10 @@ def test_every_type_and_size(backend: str, dtype: torch.dtype, size: int) -> Non
 
 
 def test_random_paths(backend: str) -> None:
-    for _ in range(20):
-        batch, nodes, depth = 3, int(torch.randint(1, 70, ())), int(torch.randint(1, 12, ()))
-        path = torch.full((batch, depth), -1, dtype=torch.int32)
-        for row in path:
-            length = min(depth, nodes, int(torch.randint(0, depth + 1, ())))
-            row[:length] = torch.randperm(nodes)[:length].sort().values + 1
-        one, lengths = slab(2, batch, 2, 100, 4), torch.randint(0, 100 - nodes, (batch,))
-        before = one.clone()
-        compact([one], lengths, path)
-        assert same(one, moved(before, lengths, path))
+    for seed in range(20):
+        one = random_compaction(seed)
+        compact(*one[:3], block_table=one.block_table)
+        assert all(map(same, one.slabs, one.expected)), seed
 
 
 def test_many_layers_and_rows(backend: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specens_kernels import Ensemble, Law, Refusal, mix, sample, verify
+from specens_kernels import Ensemble, Law, Refusal, Status, mix, sample, verify
 
 CPU = torch.device("cpu")
 HEAT = r"0 or numbers in \[1e-30, 1e\+30\]"
@@ -201,6 +201,45 @@ def test_a_temperature_beyond_the_range_counts_as_its_end(
         for one, other in zip(*answers, strict=True):
             torch.testing.assert_close(one, other, atol=0, rtol=0, equal_nan=True)
         assert not answers[0][0].isnan().any()
+
+
+NO_WEIGHTS = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "scope"), [("mixture", "member"), ("mixture", "ensemble"), ("product", "member")]
+)
+def test_a_number_that_is_no_weight_counts_as_0(backend: str, ensemble: str, scope: str) -> None:
+    numbers = (*NO_WEIGHTS, -0.5) if ensemble == "mixture" else NO_WEIGHTS
+    given = torch.tensor([[0.5, number, 0.5] for number in numbers])
+    batch = len(given)
+    laws = [
+        Law(weights, ensemble, torch.full((batch,), 0.7), scope=scope)
+        for weights in (given, given.new_tensor([0.5, 0.0, 0.5]).repeat(batch, 1))
+    ]
+    members = list(torch.randn(3, batch, 3, 19))
+    tokens, uniforms = torch.randint(19, (batch, 2)), torch.rand(batch, 3, 4)
+    proposers = torch.zeros(batch, 2, dtype=torch.int64)
+    answers = [
+        (
+            *mix(members, law),
+            *sample(members, uniforms, law),
+            *verify(members, tokens, uniforms, law, proposers=proposers),
+        )
+        for law in laws
+    ]
+    for answer, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(answer, expected, atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_mixture_whose_numbers_are_no_weights_is_empty(backend: str) -> None:
+    numbers = torch.tensor([*NO_WEIGHTS, -0.5, 0.0])
+    law = Law(numbers[:, None].repeat(1, 2))
+    members, uniforms = list(torch.randn(2, len(numbers), 1, 19)), torch.rand(len(numbers), 1, 4)
+    drawn = sample(members, uniforms, law)
+    assert drawn.tokens.flatten().tolist() == [0] * len(numbers)
+    assert drawn.status.flatten().tolist() == [Status.EMPTY_LAW] * len(numbers)
+    assert torch.isneginf(mix(members, law)[0]).all()
 
 
 @pytest.mark.parametrize("scope", ["member", "ensemble"])

@@ -981,3 +981,21 @@ def test_log_sum_exps_that_do_not_fit_are_refused(
     logits = [torch.zeros(2, 3, 5)] * 2
     with pytest.raises(ValueError, match=f"verify: .*{message}"):
         verify(logits, torch.zeros(2, 2, dtype=torch.int32), coins(2, 2, 0.0), law, **given)
+
+
+def test_tv_at_its_threshold_1_keeps_every_draft_token(backend: str) -> None:
+    # No token is common to target and draft: the distance is 1, and rounding lifts its sum.
+    batch, width = 24, 41
+    rows = 3 * torch.randn(2, batch, 2, width)
+    rows[0, ..., ::2] = rows[1, ..., 1::2] = -torch.inf
+    drafts = sample([rows[1][:, :1]], torch.rand(batch, 1, 4), Law()).tokens
+    for top_k in (0, 3):
+        verdict = verify(
+            [rows[0]],
+            drafts,
+            torch.rand(batch, 2, 4),
+            Law(),
+            draft_logits=rows[1][:, :1],
+            acceptance=Acceptance("tv", threshold=1.0, top_k=top_k),
+        )
+        assert verdict.num_accepted.tolist() == [1] * batch

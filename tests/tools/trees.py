@@ -94,6 +94,10 @@ def random_problem(seed: int) -> Problem:
         dtype=dice.choice([torch.float32, torch.bfloat16, torch.float16]),
         **options,
     )
+    if "window" in options:  # what it has left behind
+        before = torch.arange(one.keys.shape[2]) <= one.lengths[:, None] - options["window"]
+        for cache in (one.keys, one.values):
+            cache.masked_fill_(before[:, None, :, None], math.nan)
     return paged(one, dice.choice([1, 16, 23, 64])) if dice.random() < 0.3 else one
 
 
@@ -145,6 +149,16 @@ def paged(one: Problem, page: int) -> Problem:
     return one._replace(keys=caches[0], values=caches[1], options=options)
 
 
+def straight(one: Problem) -> Problem:
+    """The same cache without pages."""
+    if "block_table" not in one.options:
+        return one
+    table = one.options["block_table"].long()
+    caches = [pool[table].transpose(1, 2).flatten(2, 3) for pool in (one.keys, one.values)]
+    options = {name: each for name, each in one.options.items() if name != "block_table"}
+    return one._replace(keys=caches[0], values=caches[1], options=options)
+
+
 # What is allowed beside torch's own error, for values of about 1: a float32's last bit, or, where
 # masses are rounded to halves and torch's happen not to be, a fraction of a half's.
 SCALE = {torch.float32: 1e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -166,7 +180,11 @@ def dense(one: Problem) -> Tensor:
 
 def check(one: Problem, run: Problem | None = None) -> None:
     """The 2x rule; where torch has no such attention, its error is that without cap and sinks."""
-    out, lse = (run or one).run()
+    judge(one, *(run or one).run())
+
+
+def judge(one: Problem, out: Tensor, lse: Tensor) -> None:
+    """What `check` asks of a result."""
     right, right_lse = expected(one)
     assert (out.dtype, lse.dtype) == (one.query.dtype, torch.float32)
     assert out.is_contiguous()

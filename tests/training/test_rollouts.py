@@ -15,18 +15,20 @@ from trainings import ENSEMBLES
 from specens.members.weight_head import WeightHead
 from specens.training import batches
 from specens.training.diversed import advantages, head_loss
-from specens.training.rollouts import Rollout, roll_out
+from specens.training.rollouts import Rollout, read_text, roll_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
 
 
-def pair_of_toys(vocab_size: int = 11, kind: str = "llama") -> tuple[Any, Any, WeightHead]:
+def pair_of_toys(
+    vocab_size: int = 11, kind: str = "llama", **config: Any
+) -> tuple[Any, Any, WeightHead]:
     """Two models of different sizes and a head that is nowhere near a constant."""
     width = {"llama": "hidden_size", "gpt2": "n_embd"}[kind]
-    draft = toy(1, vocab_size, kind=kind)
-    target = toy(2, vocab_size, kind=kind, **{width: 32})
+    draft = toy(1, vocab_size, kind=kind, **config)
+    target = toy(2, vocab_size, kind=kind, **{width: 32}, **config)
     head = WeightHead(torch.randn(48) / 3, torch.tensor(0.2))
     return draft, target, head
 
@@ -82,6 +84,23 @@ def test_rollouts_say_what_the_models_say_without_cache_and_padding(
                 temperature=0.7,
             )
             assert alone.tokens[0].tolist() == got.tokens[row].tolist()
+
+
+def test_models_in_training_mode_write_as_in_evaluation_and_stay_in_it() -> None:
+    draft, target, head = pair_of_toys(attention_dropout=0.5)
+    settings = {"new_tokens": 6, "seeds": torch.tensor([5, 6, 7]), "vocab_size": 11}
+    text = torch.tensor(PROMPTS[2])
+    evaluated = roll_out(draft, target, head, PROMPTS, **settings)  # type: ignore[arg-type]
+    logits, hidden = read_text(target, text, 1, 11)
+    draft.train()
+    target.train()
+    trained = roll_out(draft, target, head, PROMPTS, **settings)  # type: ignore[arg-type]
+    assert torch.equal(trained.tokens, evaluated.tokens)
+    assert torch.equal(trained.log_prob, evaluated.log_prob)
+    for given, expected in zip(read_text(target, text, 1, 11), (logits, hidden), strict=True):
+        assert torch.equal(given, expected)
+    assert draft.training
+    assert target.training
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)

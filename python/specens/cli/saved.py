@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from specens.cli.checks import SCOPES, check_weights
+from specens.cli.checks import SCOPES, AskedLaw
 from specens.cli.options import MAX_THREADS
 from specens.loop.profile import Candidate
 from specens.schedules import read_schedule
@@ -77,8 +77,7 @@ def _law(law: Mapping[str, Any], models: list[str]) -> dict[str, Any]:
     for name in law:
         _one_of("law", name, checks)
     read = {name: checks[name](f"law.{name}", value) for name, value in law.items()}
-    if read.get("weights") is not None:
-        check_weights(read["weights"], models, ENSEMBLES[read.get("ensemble", "mixture")])
+    AskedLaw(models, **read)
     return read
 
 

@@ -178,7 +178,9 @@ FIELDS: dict[str, Field] = {
     "force_words_ids": _refused(None),
     "penalty_alpha": _refused(None, "None", 0),
     "dola_layers": _refused(None),
-    "token_healing": _refused(False, "False"),
+    "token_healing": _refused(
+        False, "False, since model.heal_tokens(input_ids, tokenizer) makes the healed prompt"
+    ),
     # What drafts: the decoder's schedule and draft say it, once for all calls.
     "is_assistant": _refused(False, "False"),
     "prompt_lookup_num_tokens": _refused(None, "None, since schedule='lookup' drafts so"),

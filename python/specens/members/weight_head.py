@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specens_kernels import ENSEMBLES, Ensemble, Refusal
+from specens_kernels.arguments import count, number
+from specens_kernels.refusal import shown
 
 _WEIGHTS, _FACTS = "weight_head.safetensors", "weight_head.json"
 _UPSTREAM_WEIGHTS, _UPSTREAM_FACTS = "ensemble_head.bin", "ensemble_config.json"
@@ -106,10 +108,11 @@ class WeightHead:
         ensemble: str = "mixture",
     ) -> "WeightHead":
         """A head that says `draft_weight` everywhere: [0, 1]; where training starts."""
-        if not 0.0 <= draft_weight <= 1.0:
-            raise Refusal("head", "draft_weight", "a number in [0, 1]", draft_weight)
-        if min(draft_size, target_size) < 1:
-            raise Refusal("head", "hidden sizes", "counts >= 1", f"{draft_size} and {target_size}")
+        if not 0.0 <= number(draft_weight) <= 1.0:
+            raise Refusal("head", "draft_weight", "a number in [0, 1]", shown(draft_weight))
+        for name, size in (("draft_size", draft_size), ("target_size", target_size)):
+            if count(size) < 1:
+                raise Refusal("head", name, "a count >= 1", shown(size))
         return cls(
             torch.zeros(draft_size + target_size),
             torch.logit(torch.tensor(draft_weight, dtype=torch.float64)).float(),

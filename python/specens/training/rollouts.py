@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specens.members.evaluation import evaluating
 from specens.members.facts import forward_arguments
 from specens.members.weight_head import WeightHead, last_hidden
 from specens_kernels import Law, Stream, sample, uniforms
@@ -161,7 +162,7 @@ class _Reader:
         places = (mask.cumsum(-1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
         options = {"position_ids": places, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in self.arguments}
-        with torch.no_grad(), last_hidden(self.model) as states:
+        with evaluating((self.model,)), torch.no_grad(), last_hidden(self.model) as states:
             output = self.model(
                 tokens,
                 attention_mask=mask,
@@ -241,6 +242,6 @@ def read_text(model: Any, tokens: Tensor, first: int, vocab_size: int) -> tuple[
     Returns:
         logits: (S - first, V). hidden: (S - first, H).
     """
-    with torch.no_grad(), last_hidden(model) as states:
+    with evaluating((model,)), torch.no_grad(), last_hidden(model) as states:
         logits = model(tokens[None], use_cache=False, return_dict=True).logits
     return logits[0, first - 1 : -1, :vocab_size], states[-1][0, first - 1 : -1]
