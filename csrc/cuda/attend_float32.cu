@@ -37,7 +37,7 @@ __device__ __forceinline__ Quad quad_at(const float* from) {
 template <int kSize, int kRows, int kPerLane, int kSlotLanes>
 __device__ __forceinline__ void multiply_keys(const float* query, const float* keys, int row,
                                               int slot, float (&scores)[kRows][kPerLane]) {
-#pragma unroll 2
+#pragma unroll 1
   for (int chunk = 0; chunk < kSize / 4; ++chunk) {
     Quad key[kPerLane];
 #pragma unroll
@@ -130,24 +130,22 @@ __global__ void __launch_bounds__(kFloatThreads, 3) attend_floats(AttentionProbl
   for (int tile = 0; tile < share.count; ++tile) {
     const int stage = tiles.next(problem, share, tile);
     const bool masked = hides<Own::kSlots>(share, tile);
-    if (masked) tiles.mend_values(stage, 0x7F800000);
+    if (masked) tiles.look(problem, share, kTileRows, tile, stage, 0x7F800000);
     if (idle) continue;
     float scores[kRows][Own::kPerLane] = {};
     multiply_keys<kSize, kRows, Own::kPerLane, kSlotLanes>(
         tiles.query, tiles.keys(stage), warp_row + lane_row, warp_slot + lane_slot, scores);
-    const uint64_t broken = masked ? tiles.broken_slots(warp_slot) & first_bits(kOwn) : 0;
+    score(problem, scores);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       bool spoiled = false;
-#pragma unroll
-      for (int s = 0; s < Own::kPerLane; ++s) scores[r][s] = score_of(problem, scores[r][s]);
       if (masked) {
-        const uint64_t seen = seen_slots(problem, share, share.tile_row + warp_row + lane_row + r,
-                                         share.begin + tile * Own::kSlots + warp_slot);
-        spoiled = (seen & broken) != 0;
+        uint64_t seen = tiles.seen[warp_row + lane_row + r];
+        spoiled = (seen & tiles.broken_slots()) != 0;
+        seen >>= warp_slot + lane_slot;
 #pragma unroll
         for (int s = 0; s < Own::kPerLane; ++s) {
-          if ((seen >> (lane_slot + s * kSlotLanes) & 1) == 0) scores[r][s] = kNoMass;
+          if ((seen >> (s * kSlotLanes) & 1) == 0) scores[r][s] = kNoMass;
         }
       }
       float peak = top[r];
@@ -159,12 +157,12 @@ __global__ void __launch_bounds__(kFloatThreads, 3) attend_floats(AttentionProbl
       }
       // Of a row that has seen nothing yet.
       const float base = peak == kNoMass ? 0.0f : peak;
-      const float decay = exp2f(top[r] - base);
+      const float decay = exp2_flushed(top[r] - base);
       top[r] = peak;
       total[r] *= decay;
 #pragma unroll
       for (int s = 0; s < Own::kPerLane; ++s) {
-        const float mass = exp2f(scores[r][s] - base);
+        const float mass = exp2_flushed(scores[r][s] - base);
         total[r] += mass;
         masses.mass[lane_row + r][lane_slot + s * kSlotLanes] = mass;
       }

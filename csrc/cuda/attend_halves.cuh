@@ -96,14 +96,14 @@ __device__ __forceinline__ void weigh(RowStates<kSize>& state, float (&scores)[k
     peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
     // Of a row that has seen nothing yet.
     const float base = peak == kNoMass ? 0.0f : peak;
-    const float decay = exp2f(state.top[h] - base);
+    const float decay = exp2_flushed(state.top[h] - base);
     state.top[h] = peak;
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < kOwn / 8; ++n) {
 #pragma unroll
       for (int c = 2 * h; c < 2 * h + 2; ++c) {
-        scores[n][c] = exp2f(scores[n][c] - base);
+        scores[n][c] = exp2_flushed(scores[n][c] - base);
         sum += scores[n][c];
       }
     }
@@ -116,22 +116,22 @@ __device__ __forceinline__ void weigh(RowStates<kSize>& state, float (&scores)[k
   }
 }
 
-// Hides what a row does not see, and spoils a row that sees a value which is no finite number.
+// Hides what a row does not see, and spoils a row that sees a value which is no finite number. A
+// warp's slots begin at `slot`.
 template <int kSize, int kOwn>
-__device__ __forceinline__ void hide(const AttentionProblem& problem, const Share& share, int row,
-                                     int slot, uint64_t broken, RowStates<kSize>& state,
-                                     float (&scores)[kOwn / 8][4]) {
+__device__ __forceinline__ void hide(const uint64_t* rows, int slot, uint64_t broken,
+                                     RowStates<kSize>& state, float (&scores)[kOwn / 8][4]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    uint64_t seen = seen_slots(problem, share, row + 8 * h, slot);
-    if (kOwn < 64) seen &= first_bits(kOwn);
+    uint64_t seen = rows[lane_id() / 4 + 8 * h];
+    // All warps of a row come to the same.
     if ((seen & broken) != 0) {
 #pragma unroll
       for (int n = 0; n < kSize / 8; ++n) {
         state.out[n][2 * h] = state.out[n][2 * h + 1] = -(kNoMass + -kNoMass);
       }
     }
-    seen >>= lane_id() % 4 * 2;
+    seen >>= slot + lane_id() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kOwn / 8; ++n) {
 #pragma unroll
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kRowWarps * kSlotWarps * kLanes,
                                   kRowWarps <= 4 && kSize <= 128 ? 3 : 1)
     attend_halves(AttentionProblem problem) {
   constexpr int kSlots = kHalfSlots<kSize>, kOwn = kSlots / kSlotWarps;
-  // Larger heads leave no registers for the query.
-  constexpr int kSteps = kSize <= 64 || (kSize == 128 && kSlotWarps == 4) ? kSize / 16 : 1;
+  // Many scores, or large heads, leave no registers for the query.
+  constexpr int kSteps = kSize / kSlotWarps <= 32 ? kSize / 16 : 1;
   SPECENS_SHARED(unsigned char, shared);
   constexpr int kRows = kRowWarps * kWarpRows;
   const Share share = share_of(problem, kRows, kSlots);
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kRowWarps * kSlotWarps * kLanes,
   for (int tile = 0; tile < share.count; ++tile) {
     const int stage = tiles.next(problem, share, tile);
     const bool masked = hides<kSlots>(share, tile);
-    if (masked) tiles.mend_values(stage, Half::kExponent);
+    if (masked) tiles.look(problem, share, kRows, tile, stage, Half::kExponent);
     if (idle) continue;
     if (kSteps > 1 && tile == 0) {
 #pragma unroll
@@ -199,15 +199,9 @@ __global__ void __launch_bounds__(kRowWarps * kSlotWarps * kLanes,
     }
     float scores[kOwn / 8][4] = {};
     multiply_keys<Half, kSize, kOwn, kSteps>(query, kept, tiles.keys(stage), own_slot, scores);
-#pragma unroll
-    for (int n = 0; n < kOwn / 8; ++n) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) scores[n][c] = score_of(problem, scores[n][c]);
-    }
+    score(problem, scores);
     if (masked) {
-      hide<kSize, kOwn>(problem, share, share.tile_row + own_row + lane_id() / 4,
-                        share.begin + tile * kSlots + own_slot, tiles.broken_slots(own_slot), state,
-                        scores);
+      hide<kSize, kOwn>(tiles.seen + own_row, own_slot, tiles.broken_slots(), state, scores);
     }
     weigh<kSize, kOwn>(state, scores);
     add_values<Half, kSize, kOwn>(scores, tiles.values(stage), own_slot, state.out);

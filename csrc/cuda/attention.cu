@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_splits(AttentionProblem pro
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, bits));
   }
   const float shift = top == kNoMass ? 0.0f : top;
-  const float sink_mass = exp2f(sink - shift);
+  const float sink_mass = exp2_flushed(sink - shift);
   const int64_t target = ((b * params.nodes + node) * params.heads + head) * params.value_size;
   for (int quad = lane_id(); quad < problem.columns / 4; quad += kLanes) {
     float mass = sink_mass;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_splits(AttentionProblem pro
 #pragma unroll 4
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = first + i * problem.rows;
-      const float weight = exp2f(load_fresh(problem.tops + place) - shift);
+      const float weight = exp2_flushed(load_fresh(problem.tops + place) - shift);
       mass += weight * load_fresh(problem.totals + place);
       const Quad part =
           load_fresh(reinterpret_cast<const Quad*>(problem.outs + place * problem.columns) + quad);
@@ -100,6 +100,10 @@ AttentionProblem problem_of(const AttentionParams& params, int64_t capacity) {
     splits = least < splits ? least : splits;
   }
   problem.splits = static_cast<int>(splits);
+  problem.page_shift = -1;
+  for (int shift = 0; shift < 31; ++shift) {
+    if (params.pages.size == int64_t{1} << shift) problem.page_shift = shift;
+  }
   problem.aligned = is_aligned(params.query, params.size) && is_aligned(params.keys, params.size) &&
                     is_aligned(params.values, params.value_size);
   const double scale = params.scale;

@@ -18,17 +18,18 @@ constexpr int kLargestHead = 256;
 // The op's arguments, how they are divided, and where the workspace's parts lie.
 struct AttentionProblem {
   AttentionParams params;
-  int capacity;  // slots of a row of the batch
-  int group;     // query heads of a key head
-  int rows;      // packed: a group's heads times nodes
-  int split;     // slots of one
-  int splits;    // that may be needed
-  int stages;    // tiles in shared memory
-  bool aligned;  // rows are whole numbers of 16 bytes, at multiples of 16
-  float scale;   // of a product
-  float cap;     // of its tanh, then; 0: there is none
-  int columns;   // of a partial result, a multiple of 4
-  float* tops;   // (B * K, splits, rows)
+  int capacity;    // slots of a row of the batch
+  int group;       // query heads of a key head
+  int rows;        // packed: a group's heads times nodes
+  int split;       // slots of one
+  int splits;      // that may be needed
+  int stages;      // tiles in shared memory
+  int page_shift;  // log 2 of a page's slots, or -1 if they are no power of two
+  bool aligned;    // rows are whole numbers of 16 bytes, at multiples of 16
+  float scale;     // of a product
+  float cap;       // of its tanh, then; 0: there is none
+  int columns;     // of a partial result, a multiple of 4
+  float* tops;     // (B * K, splits, rows)
   float* totals;
   float* outs;  // (B * K, splits, rows, columns)
 };
@@ -60,14 +61,13 @@ __device__ __forceinline__ Reach reach_of(const AttentionProblem& problem, int64
 
 // The part of the work that a block has.
 struct Share {
-  int64_t batch;
+  int batch;
   int key_head;
   int tile_row;  // the first of its packed rows
   Reach reach;
-  int begin;      // its first slot
-  int count;      // of tiles; 0: nothing is left to do
-  int full;       // slot from which on every node of its rows sees the prefix
-  int64_t split;  // place of its partial result
+  int begin;  // its first slot
+  int count;  // of tiles; 0: nothing is left to do
+  int full;   // slot from which on every node of its rows sees the prefix
 };
 
 __device__ __forceinline__ int node_of(const AttentionProblem& problem, int row) {
@@ -84,11 +84,10 @@ __device__ inline Share share_of(const AttentionProblem& problem, int tile_rows,
   const AttentionParams& params = problem.params;
   const auto key_heads = static_cast<unsigned>(params.key_heads);
   Share share;
-  share.batch = blockIdx.z / key_heads;
+  share.batch = static_cast<int>(blockIdx.z / key_heads);
   share.key_head = static_cast<int>(blockIdx.z % key_heads);
   share.tile_row = static_cast<int>(blockIdx.x) * tile_rows;
   share.reach = reach_of(problem, share.batch);
-  share.split = static_cast<int64_t>(blockIdx.z) * problem.splits + blockIdx.y;
   const int start = (share.reach.first_split + static_cast<int>(blockIdx.y)) * problem.split;
   const int until = static_cast<int>(at_most(start + problem.split, share.reach.end));
   share.begin = start;
@@ -157,31 +156,19 @@ __device__ __forceinline__ int place_in_tile(int row, int chunk) {
   return row * kSize + (chunk ^ (row & 7)) * kPerChunk;
 }
 
-// Begins to copy rows whose addresses are asked for, a null pointer for zeros, to a tile. What lies
-// beyond a row's size is not written.
-template <typename Element, int kSize, typename Address>
-__device__ __forceinline__ void copy_rows(Element* tile, int rows, int size, bool aligned,
-                                          const void* anywhere, const Address& address) {
-  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element)), kChunks = kSize / kPerChunk;
-  const auto threads = static_cast<int>(blockDim.x);
-  if (aligned) {
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < rows * kChunks; i += threads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      if (chunk * kPerChunk >= size) continue;
-      const Element* from = address(row);
-      copy_async(tile + place_in_tile<Element, kSize>(row, chunk),
-                 from == nullptr ? anywhere : from + chunk * kPerChunk, from != nullptr);
-    }
-    return;
-  }
+// Begins to copy 16 bytes of a row to a tile, or puts zeros there; elements, where rows are not
+// aligned. What lies beyond a row's size is not written.
+template <typename Element, int kSize>
+__device__ __forceinline__ void copy_chunk(Element* tile, int row, int chunk, const Element* from,
+                                           int64_t size, bool real, bool aligned) {
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  const int first = chunk * kPerChunk;
+  if (first >= size) return;
+  Element* to = tile + place_in_tile<Element, kSize>(row, chunk);
+  if (aligned) return copy_async(to, from + first, real);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < rows * kSize; i += threads) {
-    const int row = i / kSize, e = i % kSize;
-    if (e >= size) continue;
-    const Element* from = address(row);
-    tile[place_in_tile<Element, kSize>(row, e / kPerChunk) + e % kPerChunk] =
-        from == nullptr ? Element{} : load(from + e);
+  for (int e = 0; e < kPerChunk && first + e < size; ++e) {
+    to[e] = real ? load(from + first + e) : Element{};
   }
 }
 
@@ -189,40 +176,57 @@ __device__ __forceinline__ void copy_rows(Element* tile, int rows, int size, boo
 template <typename Element, int kSize>
 __device__ __forceinline__ void copy_query(const AttentionProblem& problem, const Share& share,
                                            Element* tile, int rows) {
-  const AttentionParams& params = problem.params;
-  const auto* data = static_cast<const Element*>(params.query.data);
-  const auto nodes = static_cast<int>(params.nodes);
-  copy_rows<Element, kSize>(tile, rows, static_cast<int>(params.size), problem.aligned, data,
-                            [&](int i) -> const Element* {
-                              const int row = share.tile_row + i;
-                              if (row >= problem.rows) return nullptr;
-                              const int head = share.key_head * problem.group + row / nodes;
-                              return data + share.batch * params.query.batch_stride +
-                                     head * params.query.head_stride +
-                                     row % nodes * params.query.row_stride;
-                            });
+  constexpr int kChunks = kSize * static_cast<int>(sizeof(Element)) / 16;
+  const Heads& query = problem.params.query;
+  const auto* data = static_cast<const Element*>(query.data) + share.batch * query.batch_stride;
+  const auto nodes = static_cast<int>(problem.params.nodes);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < rows * kChunks;
+       i += static_cast<int>(blockDim.x)) {
+    const int row = share.tile_row + i / kChunks;
+    const bool real = row < problem.rows;
+    const int head = share.key_head * problem.group + (real ? row / nodes : 0);
+    const Element* from = data + head * query.head_stride + row % nodes * query.row_stride;
+    copy_chunk<Element, kSize>(tile, i / kChunks, i % kChunks, from, problem.params.size, real,
+                               problem.aligned);
+  }
 }
 
-// Keys or values in the slots from `begin` on; zeros where no node sees one.
-template <typename Element, int kSize, int kSlots>
+// Keys and values in the slots from `begin` on; zeros where no node sees one.
+template <typename Element, int kSize, int kSlots, bool kAligned>
 __device__ __forceinline__ void copy_slots(const AttentionProblem& problem, const Share& share,
-                                           const Heads& heads, int64_t size, int begin,
-                                           Element* tile) {
-  const Pages& pages = problem.params.pages;
-  const auto* data = static_cast<const Element*>(heads.data);
-  const Element* head = data + share.key_head * heads.head_stride;
-  const auto page_size = static_cast<int>(pages.size);
-  copy_rows<Element, kSize>(
-      tile, kSlots, static_cast<int>(size), problem.aligned, data, [&](int i) -> const Element* {
-        const int slot = begin + i;
-        if (slot < share.reach.first || slot >= share.reach.end) return nullptr;
-        if (pages.table.data == nullptr) {
-          return head + share.batch * heads.batch_stride + slot * heads.row_stride;
-        }
-        const int64_t page = load(pages.table.data + share.batch * pages.table.batch_stride +
-                                  slot / page_size * pages.table.row_stride);
-        return head + page * heads.batch_stride + slot % page_size * heads.row_stride;
-      });
+                                           int begin, Element* keys, Element* values) {
+  constexpr int kChunks = kSize * static_cast<int>(sizeof(Element)) / 16;
+  const AttentionParams& params = problem.params;
+  const auto* key_data =
+      static_cast<const Element*>(params.keys.data) + share.key_head * params.keys.head_stride;
+  const auto* value_data =
+      static_cast<const Element*>(params.values.data) + share.key_head * params.values.head_stride;
+  const Values<int32_t>& table = params.pages.table;
+#pragma unroll(kAligned ? 2 : 1)
+  for (int i = static_cast<int>(threadIdx.x); i < kSlots * kChunks;
+       i += static_cast<int>(blockDim.x)) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    int slot = begin + row;
+    const bool real = slot >= share.reach.first && slot < share.reach.end;
+    int64_t page = share.batch;
+    if (!real) {
+      slot = 0;
+    } else if (table.data != nullptr) {
+      const int place = problem.page_shift < 0 ? slot / static_cast<int>(params.pages.size)
+                                               : slot >> problem.page_shift;
+      page = load(table.data + share.batch * table.batch_stride + place * table.row_stride);
+      slot -= place * static_cast<int>(params.pages.size);
+    }
+    copy_chunk<Element, kSize>(
+        keys, row, chunk,
+        key_data + page * params.keys.batch_stride + slot * params.keys.row_stride, params.size,
+        real, kAligned);
+    copy_chunk<Element, kSize>(
+        values, row, chunk,
+        value_data + page * params.values.batch_stride + slot * params.values.row_stride,
+        params.value_size, real, kAligned);
+  }
 }
 
 // Rows in shared memory, and what of them is under way. A stage is a tile of keys and one of
@@ -233,24 +237,26 @@ struct Tiles {
 
   Element* query;
   Element* stages;
-  uint32_t* broken;  // slots of a tile whose values are not all finite
+  uint64_t* seen;    // of each packed row, the slots of a tile that hides some
+  uint32_t* broken;  // and those whose values are not all finite
 
   __device__ Tiles(unsigned char* shared, int query_rows, int num_stages)
       : query(reinterpret_cast<Element*>(shared)),
         stages(query + query_rows * kSize),
-        broken(reinterpret_cast<uint32_t*>(stages + num_stages * 2 * kTile)) {}
+        seen(reinterpret_cast<uint64_t*>(stages + num_stages * 2 * kTile)),
+        broken(reinterpret_cast<uint32_t*>(seen + query_rows)) {}
 
   __device__ Element* keys(int stage) const { return stages + stage * 2 * kTile; }
   __device__ Element* values(int stage) const { return keys(stage) + kTile; }
 
   __device__ void copy(const AttentionProblem& problem, const Share& share, int tile,
                        int stage) const {
-    const AttentionParams& params = problem.params;
     const int begin = share.begin + tile * kSlots;
-    copy_slots<Element, kSize, kSlots>(problem, share, params.keys, params.size, begin,
-                                       keys(stage));
-    copy_slots<Element, kSize, kSlots>(problem, share, params.values, params.value_size, begin,
-                                       values(stage));
+    if (problem.aligned) {
+      copy_slots<Element, kSize, kSlots, true>(problem, share, begin, keys(stage), values(stage));
+    } else {
+      copy_slots<Element, kSize, kSlots, false>(problem, share, begin, keys(stage), values(stage));
+    }
   }
 
   // Begins with the query and all stages but one.
@@ -258,7 +264,7 @@ struct Tiles {
     if (problem.params.size < kSize || problem.params.value_size < kSize) {
       // What no row fills.
       const int chunks =
-          static_cast<int>(reinterpret_cast<Bits*>(broken) - reinterpret_cast<Bits*>(query));
+          static_cast<int>(reinterpret_cast<Bits*>(seen) - reinterpret_cast<Bits*>(query));
       for (int i = static_cast<int>(threadIdx.x); i < chunks; i += static_cast<int>(blockDim.x)) {
         reinterpret_cast<Bits*>(query)[i] = Bits{};
       }
@@ -286,8 +292,14 @@ struct Tiles {
     return tile % problem.stages;
   }
 
-  // Puts 0 in place of what is no finite value, for a mass of 0 must not meet it, and notes where.
-  __device__ void mend_values(int stage, uint32_t exponent) const {
+  // Before a tile that hides slots: notes what each row sees, puts 0 in place of what is no finite
+  // value, for a mass of 0 must not meet it, and notes where that was.
+  __device__ void look(const AttentionProblem& problem, const Share& share, int rows, int tile,
+                       int stage, uint32_t exponent) const {
+    for (int i = static_cast<int>(threadIdx.x); i < rows; i += static_cast<int>(blockDim.x)) {
+      const int slot = share.begin + tile * kSlots;
+      seen[i] = seen_slots(problem, share, share.tile_row + i, slot) & first_bits(kSlots);
+    }
     static_assert(kSlots % kLanes == 0 || kSlots == 16, "whole warps look at the slots");
     constexpr int kChunks = kSize * static_cast<int>(sizeof(Element)) / 16;
     const auto row = static_cast<int>(threadIdx.x);
@@ -311,10 +323,9 @@ struct Tiles {
     __syncthreads();
   }
 
-  // Of the slots of a tile from one on.
-  __device__ uint64_t broken_slots(int slot) const {
+  __device__ uint64_t broken_slots() const {
     const uint64_t upper = kSlots > kLanes ? broken[kSlots > kLanes ? 1 : 0] : 0;
-    return (upper << 32 | broken[0]) >> slot;
+    return upper << 32 | broken[0];
   }
 };
 
@@ -356,14 +367,15 @@ __device__ void write_part(const AttentionProblem& problem, const Share& share,
     Quad sum = {};
     for (int w = 0; w < kSlotWarps; ++w) {
       const int place = w * rows + row;
-      const float weight = kSlotWarps == 1 ? 1.0f : exp2f(scratch.tops[place] - base);
+      const float weight = kSlotWarps == 1 ? 1.0f : exp2_flushed(scratch.tops[place] - base);
       const auto& out =
           *reinterpret_cast<const Quad*>(scratch.outs + place * Scratch<kSize>::kStride + quad * 4);
       total += weight * scratch.totals[place];
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum.value[c] += weight * out.value[c];
     }
-    const int64_t place = share.split * problem.rows + share.tile_row + row;
+    const int64_t split = static_cast<int64_t>(blockIdx.z) * problem.splits + blockIdx.y;
+    const int64_t place = split * problem.rows + share.tile_row + row;
     store(reinterpret_cast<Quad*>(problem.outs + place * problem.columns) + quad, sum);
     if (quad == 0) {
       store(problem.tops + place, top);
@@ -372,10 +384,19 @@ __device__ void write_part(const AttentionProblem& problem, const Share& share,
   }
 }
 
-// A score from a product, in units of log 2.
-__device__ __forceinline__ float score_of(const AttentionProblem& problem, float product) {
-  return problem.cap == 0.0f ? product * problem.scale
-                             : problem.cap * tanhf(product * problem.scale);
+// Scores from products, in units of log 2.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void score(const AttentionProblem& problem,
+                                      float (&products)[kRows][kColumns]) {
+  const float cap = problem.cap;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      products[r][c] *= problem.scale;
+      if (cap != 0.0f) products[r][c] = cap * tanhf(products[r][c]);
+    }
+  }
 }
 
 // Whether a tile has slots that some row does not see.
@@ -403,7 +424,7 @@ size_t shared_bytes(AttentionProblem& problem, int rows, int slot_warps, size_t 
   const size_t query = static_cast<size_t>(rows) * kSize * element;
   const size_t stage = 2 * element * kSlots * kSize,
                scratch = Scratch<kSize>::bytes(rows, slot_warps);
-  more += 4 * sizeof(uint32_t);  // for slots that are broken
+  more += static_cast<size_t>(rows) * sizeof(uint64_t) + 4 * sizeof(uint32_t);  // what is looked at
   problem.stages = query + 3 * stage + more <= most_shared() ? 3 : 2;
   const size_t tiles = query + static_cast<size_t>(problem.stages) * stage + more;
   return tiles > scratch ? tiles : scratch;

@@ -199,6 +199,18 @@ __device__ __forceinline__ float from_float16(uint32_t bits) {
 #endif
 }
 
+// 2 to the power of a number, and 0 where that is no normal one.
+__device__ __forceinline__ float exp2_flushed(float exponent) {
+#if defined(__CUDACC__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+#else
+  const float power = std::exp2(exponent);
+  return power < 0x1p-126f ? 0.0f : power;
+#endif
+}
+
 constexpr float kNoMass = -__builtin_huge_valf();
 
 // True in the last block to arrive, which then sees what the others wrote before they came. The

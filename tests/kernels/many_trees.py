@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,8 @@ from tree_mutants import MUTANTS, Builder, Mutant, package  # noqa: E402
 
 # Seeds of each op, by backend.
 CALLS = {
-    "attention": {"reference": 200, "native": 1000, "triton": 60, "cuda": 60},
-    "compact": {"reference": 200, "native": 1000, "triton": 200, "cuda": 200},
+    "attention": {"reference": 200, "native": 1000, "triton": 60, "cuda": 1000},
+    "compact": {"reference": 200, "native": 1000, "triton": 200, "cuda": 1000},
 }
 STAND_INS = ("amx", "avx512bf16")
 MUTANT_SEEDS = 60
@@ -93,7 +94,7 @@ def child(part: str, backend: str, count: int, module: str, stop: bool) -> int:
     """Judge the seeds of one run; the last line is what was found."""
     import torch  # noqa: F401  # which loads the OpenMP that kernels run on
 
-    if module:
+    if module and backend != "cuda":
         sys.path.append(str(ROOT / "tests" / "native"))
         from fuzz import load
 
@@ -112,6 +113,8 @@ def child(part: str, backend: str, count: int, module: str, stop: bool) -> int:
         triton_guard.install()
     if backend == "cuda":
         reason = simt.what_is_missing()
+        if module:
+            simt.build = partial(simt.load, Path(module))
         if not reason:
             simt.emulated().__enter__()
     try:
@@ -151,6 +154,8 @@ def mutants(builder: Builder, place: Path, parts: Sequence[str]) -> Iterator[Run
             built: dict[str, Path] = {}
             if mutant.backend == "native":
                 built["module"] = builder.module(mutant)
+            elif mutant.backend == "cuda":
+                built["module"] = builder.emulator(mutant)
             else:
                 built["package"] = package(mutant, place)
             yield Run(mutant.part, mutant.backend, count=MUTANT_SEEDS, mutant=mutant, **built)

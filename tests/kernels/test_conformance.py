@@ -60,7 +60,7 @@ def test_random_calls(backend: str, sizes: tuple[int, ...], seeds: list[int]) ->
         check(backend, call(seed, sizes))
 
 
-TREE_COUNTS = {"native": 300, "triton": 12}
+TREE_COUNTS = {"native": 300, "triton": 12, "cuda": 48}
 
 
 def random_trees() -> Iterator[Any]:

@@ -29,14 +29,14 @@ constexpr int64_t kVocabularies[] = {3, 1025, 8200};
 constexpr uint64_t kFirst = 48, kSituations = 12;
 constexpr uint64_t kKnown = 20;  // a situation with rows that are known and swept late
 constexpr int kMostNodes = 1, kMostBatch = 1;
-constexpr uint64_t kTrees = 60;
-constexpr int64_t kMostBlocks = 8;  // of an attention that is tried
+constexpr uint64_t kTrees = 40;
+constexpr int64_t kMostBlocks = 6;  // of an attention that is tried
 #else
 constexpr int64_t kVocabularies[] = {2, 17, 100, 1000, 1024, 1025, 8191, 8193, 20000};
 constexpr uint64_t kFirst = 0, kSituations = 250;
 constexpr uint64_t kKnown = 250;
 constexpr int kMostNodes = 4, kMostBatch = 3;
-constexpr uint64_t kTrees = 100;
+constexpr uint64_t kTrees = 60;
 constexpr int64_t kMostBlocks = 1000;
 #endif
 
@@ -422,7 +422,7 @@ int main(int argc, char** argv) {
   test(kKnown);
   for (uint64_t seed = 1; seed <= kTrees; ++seed) {
     test_attention(seed);
-    if (seed % 8 != 0 || kMostBlocks > 8) test_compact(seed);
+    if (seed % 8 != 0 || kMostBlocks > 6) test_compact(seed);
   }
   std::printf("%llu situations, %d with known rows, %d trees\n",
               static_cast<unsigned long long>(kSituations), known_rows, attended);

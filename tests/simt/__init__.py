@@ -59,8 +59,12 @@ def _build() -> Any:
     for command in (configure, [tool, "--build", BUILD, "--target", "specens_simt"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    path = str(BUILD / "tests" / f"specens_simt{sysconfig.get_config_var('EXT_SUFFIX')}")
-    loader = ExtensionFileLoader("specens_simt", path)
+    return load(BUILD / "tests" / f"specens_simt{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+def load(path: Path) -> Any:
+    """The module `specens_simt` in this file."""
+    loader = ExtensionFileLoader("specens_simt", str(path))
     spec = spec_from_file_location("specens_simt", path, loader=loader)
     assert spec is not None
     module = module_from_spec(spec)

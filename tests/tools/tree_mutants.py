@@ -2,7 +2,7 @@
 """Kernels with one bug of choice, which random trees have to show.
 
 A mutant is a copy of `specens_kernels` in which one text stands for another: in a Triton kernel, or
-in C++, which is then built anew. To add one: a line in `MUTANTS`.
+in C++ or CUDA, which are then built anew. To add one: a line in `MUTANTS`.
 """
 
 import shutil
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("bindings.cpp", *(f"cpu/{name.name}" for name in (ROOT / "csrc" / "cpu").glob("*.cpp")))
 # As CMakeLists.txt has them, but for the level: these are built to be wrong.
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-DSPECENS_STAND_INS")
+EMULATED = ("-DSPECENS_SIMT", "-fno-strict-aliasing", "-x", "c++")
 FLAGS += ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=off", "-fopenmp-simd")
 
 
@@ -31,6 +32,8 @@ class Mutant(NamedTuple):
 
     @property
     def backend(self) -> str:
+        if self.file.startswith(CUDA):
+            return "cuda"
         return "native" if self.file.endswith(".cpp") else "triton"
 
     def mutated(self) -> str:
@@ -52,7 +55,7 @@ MASK, WINDOW, ORDER, DESCENDING = (
     "a merge in an order of its own",
     "a compaction that descends",
 )
-CPU, TRITON = "csrc/cpu", "specens_kernels/triton"
+CPU, CUDA, TRITON = "csrc/cpu", "csrc/cuda", "specens_kernels/triton"
 MUTANTS = (
     Mutant(
         "attention",
@@ -62,6 +65,13 @@ MUTANTS = (
         "const int64_t at = slot - reach.length + 1;",
     ),
     Mutant("attention", MASK, f"{TRITON}/attention.py", "half >> (t & 31)", "half >> (t + 1 & 31)"),
+    Mutant(
+        "attention",
+        MASK,
+        f"{CUDA}/attention.cuh",
+        "bits = word(0) << -at;",
+        "bits = word(0) << -at << 1;",
+    ),
     Mutant(
         "attention",
         WINDOW,
@@ -75,6 +85,13 @@ MUTANTS = (
         f"{TRITON}/attention.py",
         "(length + depth - tree.window)",
         "(length + node - tree.window)",
+    ),
+    Mutant(
+        "attention",
+        WINDOW,
+        f"{CUDA}/attention.cuh",
+        "first_bits(reach.length + depth - params.window + 1 - slot)",
+        "first_bits(reach.length + node - params.window + 1 - slot)",
     ),
     Mutant(
         "attention",
@@ -96,6 +113,13 @@ MUTANTS = (
         "    c = tl.where(c < 0, together, c)\n    stride",
     ),
     Mutant(
+        "attention",
+        ORDER,
+        f"{CUDA}/attention.cu",
+        "place = first + i * problem.rows;",
+        "place = first + (b % 2 == 1 ? count - 1 - i : i) * problem.rows;",
+    ),
+    Mutant(
         "compact",
         DESCENDING,
         f"{CPU}/compact.cpp",
@@ -110,6 +134,15 @@ MUTANTS = (
         f"{TRITON}/compact.py",
         "    for i in range(0, depth):\n",
         "    for k in range(0, depth):\n        i = depth - 1 - k\n",
+    ),
+    Mutant(
+        "compact",
+        DESCENDING,
+        f"{CUDA}/compact.cu",
+        "if (i < count) values[i] = load_fresh(from[i] + word);\n      }\n",
+        "const int last = count - 1 - i;\n"
+        "        if (i < count) store(to[last] + word, load_fresh(from[last] + word));\n"
+        "      }\n      continue;\n",
     ),
 )
 
@@ -128,6 +161,29 @@ class Builder:
         command = ["g++", *FLAGS, *(f"-I{path}" for path in paths), "-c", str(source)]
         subprocess.run([*command, "-o", str(target)], check=True)
         return target
+
+    def emulator(self, mutant: Mutant) -> Path:
+        """The module `specens_simt` with this bug: files that do not read it are compiled once."""
+        folder = self.place / f"mutant_{MUTANTS.index(mutant)}"
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        (folder / mutant.file).write_text(mutant.mutated(), encoding="utf-8")
+        paths = (ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include"))
+        command = ["g++", *FLAGS, *EMULATED, *(f"-I{path}" for path in paths)]
+        names = ["tests/simt/module.cpp", "csrc/cuda/bindings.cpp"]
+        names += [f"{CUDA}/{path.name}" for path in sorted((ROOT / CUDA).glob("*.cu"))]
+        objects = []
+        for name in names:
+            source = folder / name if name.startswith(CUDA) else ROOT / name
+            these = [*command, f"-I{folder / 'csrc'}", str(source)]
+            read = subprocess.run([*these, "-MM"], capture_output=True, text=True, check=True)
+            known = str(folder / mutant.file) not in read.stdout
+            target = (self.place if known else folder) / f"{name.replace('/', '_')}.o"
+            if not (known and target.exists()):
+                subprocess.run([*these, "-c", "-o", str(target)], check=True)
+            objects.append(str(target))
+        module = folder / "specens_simt.so"
+        subprocess.run(["g++", "-shared", *objects, "-o", str(module)], check=True)
+        return module
 
     def module(self, mutant: Mutant | None = None) -> Path:
         """`_C` with this bug, or with none; without the CUDA kernels."""
