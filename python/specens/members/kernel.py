@@ -10,8 +10,6 @@ that can be stood in for, is one more entry in `MASKS`.
 
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -174,37 +172,62 @@ for _implementation, _name in _NAMES.items():
     _functions.register(_name, partial(_attend, _implementation))
     _masks.register(_name, MASKS[_implementation])
 
+_ENTRY = "_attn_implementation_internal"  # where a configuration keeps the name
 _lock = threading.Lock()
 # Of each configuration that has our name now: its own, and forwards that need ours.
 _uses: dict[int, tuple[str, int]] = {}
 
 
-@contextmanager
-def attending(config: Any) -> Iterator[None]:
-    """Layers with this configuration ask us, in all threads, until the last forward is out."""
-    with _lock:
-        own, uses = _uses.get(id(config), (config._attn_implementation, 0))
-        if uses == 0:
-            _set(config, _NAMES[own])
-        _uses[id(config)] = own, uses + 1
-    try:
-        yield
-    finally:
+class Attending:
+    """As a context: layers with this configuration ask us, in all threads, until the last is out.
+
+    A class, for a generator would take longer.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __enter__(self) -> None:
+        config = self._config
+        with _lock:
+            own, uses = _uses.get(id(config), (_name_in(config), 0))
+            if uses == 0:
+                _set(config, _NAMES[own])
+            _uses[id(config)] = own, uses + 1
+
+    def __exit__(self, *_: Any) -> None:
+        config = self._config
         with _lock:
             own, uses = _uses.pop(id(config))
             if uses > 1:
                 _uses[id(config)] = own, uses - 1
-            elif config._attn_implementation == _NAMES[own]:
+            elif _name_in(config) == _NAMES[own]:
                 _set(config, own)
 
 
 def implementation_of(config: Any) -> str:
     """The user's choice of an attention implementation, whatever forwards are running."""
     with _lock:
-        own, _ = _uses.get(id(config), (config._attn_implementation, 0))
+        own, _ = _uses.get(id(config), (_name_in(config), 0))
         return str(own)
 
 
+def _name_in(config: Any) -> str:
+    entries = _entries(config)
+    name = entries[_ENTRY] if _ENTRY in entries else config._attn_implementation  # noqa: SIM401
+    return str(name)
+
+
 def _set(config: Any, name: str) -> None:
-    # As a dict, or configurations inside would get the name, too.
-    config._attn_implementation = {"": name}
+    entries = _entries(config)
+    if _ENTRY in entries:
+        entries[_ENTRY] = name
+    else:
+        # As a dict, or configurations inside would get the name, too.
+        config._attn_implementation = {"": name}
+
+
+def _entries(config: Any) -> dict[str, Any]:
+    """Twice a forward the name is read and set: a configuration's own way takes 24 us for that."""
+    entries: dict[str, Any] = object.__getattribute__(config, "__dict__")
+    return entries

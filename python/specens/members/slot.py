@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specens.members.cache import Masks, Signature, SlotCache, to_device
 from specens.members.facts import text_config
-from specens.members.kernel import MASKS, Slots, attending, implementation_of
+from specens.members.kernel import MASKS, Attending, Slots, implementation_of
 from specens.members.member import Member
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class SlotMember(Member):
             raise NotImplementedError("kernel: its layers attend to chunks, which it is not told")
 
     def _new_masks(self) -> Masks:
-        config = text_config(self.model)
+        config = self._config = text_config(self.model)
         implementation = implementation_of(config)
         # Eager attention adds its mask to the scores: a bool mask would be silently wrong there.
         if implementation not in MASKS:
@@ -187,8 +187,7 @@ class SlotMember(Member):
             arguments |= {"specens": view, "attention_mask": no_mask}
         else:
             arguments["attention_mask"] = view
-        config = text_config(self.model)
-        with attending(config) if through_kernel else nullcontext():
+        with Attending(self._config) if through_kernel else nullcontext():
             logits = self._call(
                 tokens,
                 position_ids=positions,
