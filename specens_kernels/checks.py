@@ -128,8 +128,6 @@ def check_verify(call: VerifyCall) -> None:
         _check_nodes("parents", call.parents, batch, count + 1, device)
     if call.proposers is not None:
         _check_nodes("proposers", call.proposers, batch, count, device)
-        if call.draft_logits is not None:
-            raise Refusal("verify", "proposers", "None beside draft_logits", "a tensor")
     if call.draft_logits is not None:
         _check_draft_logits(call.draft_logits, batch, count, law.vocab_size, device)
     if call.draft_temperature is not None:
