@@ -144,7 +144,7 @@ struct VerifyParams {
   int64_t batch;
   int64_t nodes;
   Integers draft_tokens;   // (B, N)
-  Integers proposers;      // (B, N); null data: a point mass everywhere
+  Integers proposers;      // (B, N); null data: the draft logits everywhere, or point masses
   Values<float> uniforms;  // (B, N + 1, 4)
   Logits draft_logits;     // (B, N or N + 1, V); null data: none
   Values<float> draft_temperature;

@@ -115,10 +115,11 @@ def check_verify(call: VerifyCall) -> None:
         raise wrong("verify", "logits[0]", f"(B={batch}, {rows}, V) on {device}", logits[0])
     _check_numbers("verify", call.uniforms, batch, count + 1, device)
     rule = _check_rule(call.acceptance, call.parameters)
-    arguments.name("verify", "draws", call.draws, DRAWS)
-    if rule.independent and call.draws == "without":
-        expected = f"'with' for acceptance {rule.name!r}"
-        raise Refusal("verify", "draws", expected, shown(call.draws))
+    if call.draws != "with":
+        arguments.name("verify", "draws", call.draws, DRAWS)
+        if rule.independent:
+            expected = f"'with' for acceptance {rule.name!r}"
+            raise Refusal("verify", "draws", expected, shown(call.draws))
     if rule.block and call.parents is not None:
         raise Refusal("verify", "parents", "None for acceptance 'block'", "a tensor")
     if call.memory is not None:
@@ -127,8 +128,6 @@ def check_verify(call: VerifyCall) -> None:
         _check_nodes("parents", call.parents, batch, count + 1, device)
     if call.proposers is not None:
         _check_nodes("proposers", call.proposers, batch, count, device)
-        if call.draft_logits is not None:
-            raise Refusal("verify", "proposers", "None beside draft_logits", "a tensor")
     if call.draft_logits is not None:
         _check_draft_logits(call.draft_logits, batch, count, law.vocab_size, device)
     if call.draft_temperature is not None:

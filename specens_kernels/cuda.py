@@ -75,6 +75,8 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
     if call.parents is not None:
         raise Unsupported("cuda", "parents", "None", "a tree")
+    if call.proposers is not None and call.draft_logits is not None:
+        raise Unsupported("cuda", "proposers", "None beside draft_logits", "a tensor")
     flat.refuse("cuda", call)
     _check(call.logits, call.law)
     arguments, results = flat.flattened_verify(call)

@@ -34,6 +34,8 @@ else:
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_VALUES = (0, 0, 0, 0)
+# No parents, and no siblings that could be independent or drawn without replacement.
+_CHAIN = (*_NO_VALUES, False, False)
 _MAX_PARAMETERS = 4  # of a rule, in csrc/
 
 
@@ -111,8 +113,11 @@ def flattened_verify(
     flat += _NO_VALUES if draft_lse is None else (draft_lse.data_ptr(), *draft_lse.stride(), 0)
     flat += tokens.data_ptr(), log_probs.data_ptr(), num_accepted.data_ptr(), path.data_ptr()
     flat.append(status.data_ptr())
-    flat += _NO_VALUES if call.parents is None else _integers(call.parents)
-    flat += call.acceptance == "k_seq", call.draws == "without"
+    if call.parents is None:
+        flat += _CHAIN
+    else:
+        flat += _integers(call.parents)
+        flat += call.acceptance == "k_seq", call.draws == "without"
     return flat, (tokens, log_probs, num_accepted, path, status)
 
 

@@ -237,7 +237,8 @@ def verify(
             node; -1 for the root, node 0. None is a chain. A draft with another parent is lost: it
             is not tried, and the row's status says INVALID_DRAFT.
         proposers: (N,), (1, N) or (B, N) int32 or int64. The member whose law each node was drawn
-            from; -1 for a point mass. None is a point mass everywhere, unless `draft_logits`.
+            from; -1 for a point mass; M for `draft_logits`. None is those everywhere, or without
+            them a point mass.
         draft_logits: (B, N, V_d) or (B, N+1, V_d). Bare logits of a separate draft; row i is the
             law that the children of node i were drawn from.
         draft_temperature: () or (B,) float. The draft's; None is the law's for the first member.

@@ -49,6 +49,8 @@ struct Logit {
   double weight;
 };
 constexpr int kMaxTerms = kMaxMembers + 1;
+// Parts of a signed mixture: a product, every member alone and a separate draft.
+constexpr int kMaxSigned = kMaxMembers + 2;
 
 // Part of a mixture on one sub-tile: share * law(value), where weight = share * exp(-log_sum).
 struct Term {

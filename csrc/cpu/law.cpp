@@ -147,8 +147,8 @@ void WarpedLaw::log_probabilities(int sub_tile, double* out) const {
 }
 
 double positive_mass(const Part* parts, int count, int sub_tile) {
-  float scratch[kMaxTerms][kSubTile];
-  Term terms[kMaxTerms];
+  float scratch[kMaxSigned][kSubTile];
+  Term terms[kMaxSigned];
   bool one_dtype = true;
   for (int k = 0; k < count; ++k) {
     terms[k] = parts[k].law->term(sub_tile, parts[k].share, scratch[k]);

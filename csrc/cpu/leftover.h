@@ -74,7 +74,7 @@ class Leftover {
     double chance = 1.0;   // that all was rejected
     // The signed mixture: the target's parts, and what is subtracted; not the target if it has
     // none.
-    Part parts[kMaxTerms] = {};
+    Part parts[kMaxSigned] = {};
     int num_parts = 0;
     bool on_target = true;  // the target itself is added to the parts
   };

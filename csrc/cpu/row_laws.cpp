@@ -27,7 +27,7 @@ const void* row_of(const Logits& logits, int64_t batch, int64_t row) {
 }
 
 RowLaws::RowLaws(const Ensemble& ensemble, const Team& team) : ensemble_(ensemble), team_(team) {
-  const int count = 2 * ensemble.num_members + 2;
+  const int count = ensemble.num_members + 2;
   const int64_t vocab_size = ensemble.vocab_size;
   const auto sub_tiles = static_cast<size_t>((vocab_size + kSubTile - 1) / kSubTile);
   const auto width = static_cast<size_t>(padded(static_cast<int>(sub_tiles)));
@@ -47,6 +47,7 @@ void RowLaws::move_to(int64_t batch, int64_t row) {
   std::fill(std::begin(drafts_), std::end(drafts_), nullptr);
   late_.count = late_drafts_.count = 0;
   refined_ = false;
+  drafts_made_ = 0;
   greedy_ = greedy_row(ensemble_, batch);
   filter_ = Filter{};
   if (greedy_) return;
@@ -138,6 +139,19 @@ void RowLaws::take_draft_status(const Proposal& proposal) {
   draft_status_ = drafts_[proposal.slot()]->status();
 }
 
+LogitsLaw& RowLaws::next_draft() {
+  if (drafts_made_++ == 0) return laws_[ensemble_.num_members + 1];
+  if (others_.size() < drafts_made_ - 1) {
+    const int sub_tiles = mixture_.sub_tiles();
+    others_.emplace_back(new Another);
+    Another& another = *others_.back();
+    another.peaks.reset(new Peak[sub_tiles]);
+    another.masses.reset(new double[padded(sub_tiles)]);
+    another.law.attach(ensemble_.vocab_size, another.peaks.get(), another.masses.get());
+  }
+  return others_[drafts_made_ - 2]->law;
+}
+
 void RowLaws::set_draft(const Proposal& proposal, Sweep& sweep) {
   const int member = proposal.member;
   const bool separate = member == kPadding;
@@ -148,7 +162,7 @@ void RowLaws::set_draft(const Proposal& proposal, Sweep& sweep) {
     drafts_[member] = &laws_[member];
     return;
   }
-  LogitsLaw& draft = laws_[ensemble_.num_members + 1 + (separate ? 0 : 1 + member)];
+  LogitsLaw& draft = next_draft();
   drafts_[proposal.slot()] = &draft;
   if (separate) {
     draft.set(own, filter_);
@@ -183,12 +197,14 @@ void RowLaws::refine() {
   if (refined_) return;
   refined_ = true;
   // The values of a warped mixture, and so its cutoff, come from its parts as they are.
-  for (int k = 0; k < 2 * ensemble_.num_members + 2; ++k) {
+  for (int k = 0; k < ensemble_.num_members + 1; ++k) {
     LogitsLaw& law = laws_[k];
-    const bool part = target_ == &mixture_ && mixture_.has_part(law);
-    const bool drafts =
-        std::find(std::begin(drafts_), std::end(drafts_), &law) != std::end(drafts_);
-    if (&law == target_ || drafts || part) law.refine(team_);
+    if (&law == target_ || (target_ == &mixture_ && mixture_.has_part(law))) law.refine(team_);
+  }
+  for (LogitsLaw* draft : drafts_) {
+    if (draft == nullptr || draft == target_) continue;
+    if (target_ == &mixture_ && mixture_.has_part(*draft)) continue;
+    draft->refine(team_);
   }
   if (target_ == &warped_) warped_.refine(team_);
 }

@@ -79,6 +79,7 @@ class RowLaws {
   void set_draft(const Proposal& proposal, Sweep& sweep);
   double own_temperature(const Proposal& proposal) const;
   double own_lse(const Proposal& proposal) const;
+  LogitsLaw& next_draft();
   void take_draft_status(const Proposal& proposal);
   void measure_mixture(Sweep& sweep);
   void finish_mixture();
@@ -89,8 +90,15 @@ class RowLaws {
 
   const Ensemble& ensemble_;
   const Team& team_;
-  // Of each member, of the product, of a separate draft, of each member that proposes by itself.
-  std::unique_ptr<LogitsLaw[]> laws_;
+  std::unique_ptr<LogitsLaw[]> laws_;  // of each member, of the product, of a draft
+  // Of more drafts of one row that are no members of the mixture, made when they are needed.
+  struct Another {
+    LogitsLaw law;
+    std::unique_ptr<Peak[]> peaks;
+    std::unique_ptr<double[]> masses;
+  };
+  std::vector<std::unique_ptr<Another>> others_;
+  size_t drafts_made_ = 0;  // at this row
   MixtureLaw mixture_;
   WarpedMixture warped_;
   std::unique_ptr<Peak[]> peaks_;

@@ -124,16 +124,22 @@ bool Walk::is_valid(int64_t node) const {
   if (token < 0 || token >= params_.ensemble.vocab_size) return false;
   if (params_.proposers.data == nullptr) return true;
   const int64_t member = params_.proposers.at(batch_, node - 1);
-  return member >= kPadding && member < params_.ensemble.num_members;
+  const int64_t known =
+      params_.ensemble.num_members + (params_.draft_logits.data != nullptr ? 1 : 0);
+  return member >= kPadding && member < known;
 }
 
 // Of a valid draft below this row.
 Proposal Walk::proposal(int64_t row, int64_t node) const {
   Proposal proposal;
   if (!dense_) return proposal;
-  if (params_.proposers.data != nullptr) {
-    proposal.member = static_cast<int>(params_.proposers.at(batch_, node - 1));
-  } else if (params_.draft_logits.data != nullptr) {
+  const int64_t separate = params_.ensemble.num_members;
+  const int64_t by = params_.proposers.data != nullptr      ? params_.proposers.at(batch_, node - 1)
+                     : params_.draft_logits.data != nullptr ? separate
+                                                            : kPadding;
+  if (by != separate) {
+    proposal.member = static_cast<int>(by);
+  } else {
     proposal.row = row_of(params_.draft_logits, batch_, row);
     proposal.dtype = params_.draft_logits.dtype;
     proposal.temperature = bounded_temperature(params_.draft_temperature.at(batch_));

@@ -52,7 +52,8 @@ class _Sequence(NamedTuple):
     logits: list[Tensor]
     tokens: list[int]  # token of node i at i - 1
     parents: list[int]
-    proposers: list[int]  # of node i at i - 1; a member, or PADDING for a point mass
+    # Of node i at i - 1: a member, M for the draft logits, or PADDING for a point mass.
+    proposers: list[int]
     at_zero: bool  # the row's temperatures are all 0
     coins: Tensor  # (N + 1,) float64
     draft_logits: Tensor | None
@@ -138,18 +139,21 @@ class _Sequence(NamedTuple):
 
     def is_valid(self, child: int) -> bool:
         token, proposer = self.tokens[child - 1], self.proposers[child - 1]
-        return 0 <= token < self.law.vocab_size and PADDING <= proposer < len(self.logits)
+        known = len(self.logits) + (self.draft_logits is not None)
+        return 0 <= token < self.law.vocab_size and PADDING <= proposer < known
 
     def proposal(self, child: int, row: int, target: _Target) -> tuple[Tensor, int]:
         """The (V,) law that `child` was drawn from, and the status bits."""
         token, proposer = self.tokens[child - 1], self.proposers[child - 1]
-        is_point = proposer == PADDING and self.draft_logits is None
-        if is_point or (target.greedy and not (target.at_zero and self.rule.needs_draft)):
+        if proposer == PADDING or (
+            target.greedy and not (target.at_zero and self.rule.needs_draft)
+        ):
             point = torch.zeros(self.law.vocab_size, dtype=torch.float64, device=self.coins.device)
             point[token] = 1.0
             return point, 0
         lse = None
-        if self.draft_logits is not None:
+        if proposer == len(self.logits):
+            assert self.draft_logits is not None
             logits, temperature = self.draft_logits, self.draft_temperature
             lse = self.draft_lse
         else:
@@ -296,7 +300,8 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if parents is None:  # a chain is a tree in which node i hangs off node i - 1
         parents = chain(nodes, host)
     if proposers is None:
-        proposers = torch.full((1, nodes), PADDING, device=host)
+        everywhere = PADDING if call.draft_logits is None else len(call.logits)
+        proposers = torch.full((1, nodes), everywhere, device=host)
     if temperature is None:
         temperature = law.temperature[:, 0]
     # Once for the call: on a GPU each question waits for the device.

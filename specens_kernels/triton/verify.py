@@ -333,6 +333,8 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
     if call.parents is not None:
         raise Unsupported("triton", "parents", "None", "a tree")
+    if call.proposers is not None and call.draft_logits is not None:
+        raise Unsupported("triton", "proposers", "None beside draft_logits", "a tensor")
     if call.acceptance not in rules.RULES:
         raise Unsupported.unknown("triton", "acceptance", call.acceptance, rules.RULES)
     rule = rules.RULES[call.acceptance]

@@ -393,10 +393,6 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         "verify: proposers: expected (B=2 or 1, 2) int32 or int64 on cpu, got (2, 1) int64 on cpu",
     ),
     (
-        lambda: verify(two(), DRAFT, NUMBERS, HALVES, proposers=DRAFT, draft_logits=two()[0]),
-        "verify: proposers: expected None beside draft_logits, got a tensor",
-    ),
-    (
         lambda: verify(two(), DRAFT, NUMBERS, HALVES, draft_logits=torch.zeros(2, 3, 7)),
         "verify: draft_logits: expected (B=2, N=2 or N+1, V >= 8) float on cpu, "
         "got (2, 3, 7) float32 on cpu",

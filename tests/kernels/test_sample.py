@@ -8,6 +8,7 @@ from typing import Any
 import laws
 import pytest
 import torch
+from calls import SMALL, TILES, Dice, call, check
 from folds import law_of
 from torch import Tensor
 
@@ -393,6 +394,19 @@ def test_of_several_tokens_the_first_is_the_one_and_none_comes_twice(
             right = sample(logits, numbers, law, member=member, count=4)
         assert torch.equal(many.tokens, right.tokens)
         torch.testing.assert_close(many.log_probs, right.log_probs, atol=1e-5, rtol=3e-6)
+
+
+def test_random_draws_of_several_tokens(backend: str) -> None:
+    """Of laws as hard as those of test_conformance.py."""
+    for seed in range(300):
+        one = call(seed, SMALL if seed % 4 else TILES)
+        if one.op == "sample":
+            logits, numbers, law = one.arguments
+            several = Dice(seed).numbers(*numbers.shape[:2], 4, 4)
+            check(
+                backend,
+                one._replace(arguments=(logits, several, law), options={**one.options, "count": 4}),
+            )
 
 
 def test_several_tokens_at_temperature_0_are_the_most_probable(backend: str) -> None:

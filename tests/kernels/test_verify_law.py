@@ -147,6 +147,17 @@ CASES = [
         draws="without",
     ),
     Case(
+        "siblings of a member, a separate draft and a point",
+        4,
+        (-1, 0, 0, 0, 2),
+        (1, SEPARATE, POINT, SEPARATE),
+        HALVES,
+        points={3: 2},
+        law={"temperature": 0.8},
+        draft_temperature=1.2,
+        draws="without",
+    ),
+    Case(
         "more siblings than the draft has tokens",
         3,
         (-1, 0, 0, 0),

@@ -304,6 +304,47 @@ class ChainCheck {
   int32_t status_ = 0;
 };
 
+// Tokens of a row that differ, and then none.
+inline void check_several(const Situation& s, const Sampled& sampled) {
+  const int64_t count = s.nodes + 1;
+  for (int64_t place = 0; place < s.batch * s.rows; ++place) {
+    const int64_t* tokens = &sampled.tokens[place * count];
+    for (int64_t i = 0; i < count; ++i) {
+      expect(specens::kPadding <= tokens[i] && tokens[i] < s.vocab_size, "token",
+             double(tokens[i]));
+      if (s.hostile || tokens[i] == specens::kPadding) continue;
+      for (int64_t j = 0; j < i; ++j) expect(tokens[i] != tokens[j], "twice", double(tokens[i]));
+    }
+  }
+}
+
+// What holds for a tree under every rule: the path goes down, and its tokens are emitted.
+inline void check_tree(const Situation& s, const Verdict& verdict, int64_t b) {
+  const int64_t accepted = verdict.num_accepted[b];
+  const int64_t* tokens = &verdict.tokens[b * (s.nodes + 1)];
+  expect(0 <= accepted && accepted <= s.nodes, "num_accepted", double(accepted));
+  int64_t node = 0;
+  for (int64_t i = 0; i < s.nodes; ++i) {
+    const int32_t next = verdict.path[b * s.nodes + i];
+    expect((next == specens::kPadding) == (i >= accepted), "padding of the path", next);
+    if (i >= accepted) continue;
+    expect(next > node && s.parents.at(b, next) == node, "a path that does not go down", next);
+    expect(tokens[i] == s.draft_tokens.at(b, next - 1), "not the token accepted",
+           double(tokens[i]));
+    node = next;
+  }
+  bool leaf = true;
+  for (int64_t other = node + 1; other <= s.nodes; ++other) {
+    const bool exists = s.draft_tokens.at(b, other - 1) != specens::kPadding;
+    leaf &= !(exists && s.parents.at(b, other) == node);
+  }
+  const int64_t emitted = accepted + (leaf && !s.bonus ? 0 : 1);
+  for (int64_t i = 0; i <= s.nodes; ++i) {
+    expect((tokens[i] == specens::kPadding) == (i >= emitted), "padding of tokens",
+           double(tokens[i]));
+  }
+}
+
 inline void check_floor_sweep(const Situation& s, double total) {
   double expected = 0.0;
   for (const Member& member : s.members) {

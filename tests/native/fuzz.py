@@ -139,7 +139,19 @@ VALUES: dict[type, tuple[Any, ...]] = {
     bool: (False, True),
     int: (-(2**63), -2, -1, 0, 1, 2, 3, 7, 8, 9, 1024, 2**31, 2**40, 2**63 - 1),
     float: (float("nan"), float("inf"), -1.0, -0.0, 0.5, 1.0, 1e-320, 1e39, 2.0),
-    str: ("", "member", "ensemble", "logits", "probabilities", "block", "js", "typical", "x@y"),
+    str: (
+        "",
+        "with",
+        "without",
+        "member",
+        "ensemble",
+        "logits",
+        "probabilities",
+        "block",
+        "js",
+        "typical",
+        "x@y",
+    ),
 }
 
 
@@ -164,8 +176,9 @@ def spoilt(argument: Any, dice: random.Random) -> tuple[str, Any]:
 def raw(seed: int) -> tuple[Any, list[Any], dict[str, str]]:
     """An op, its arguments as they cross the dispatcher, and how which were spoilt."""
     import calls
+    import draft_trees
 
-    from specens_kernels import Acceptance, checks, dispatch
+    from specens_kernels import ACCEPTANCE_RULES, Acceptance, checks, dispatch
     from specens_kernels.call import VerifyCall
 
     dice = random.Random(seed)
@@ -173,22 +186,29 @@ def raw(seed: int) -> tuple[Any, list[Any], dict[str, str]]:
         seeds, positions = torch.arange(dice.randrange(4)), torch.arange(dice.randrange(5))[None]
         name, arguments = "uniforms", [seeds, positions, dice.randrange(3), dice.randrange(3)]
     else:
-        one = calls.call(seed, calls.SMALL if seed % 4 else calls.TILES)
+        sizes = calls.SMALL if seed % 4 else calls.TILES
+        if seed % 3 == 0:
+            one = draft_trees.tree_call(seed, sizes, sorted(ACCEPTANCE_RULES))
+        else:
+            one = calls.call(seed, sizes)
         name = one.op
         logits, parameters = checks.members(name, one.arguments[0], one.arguments[-1])
         if name == "mix":
             given: tuple[Any, ...] = (logits, parameters)
         elif name == "sample":
             member = one.options["member"]
-            given = (logits, one.arguments[1], parameters, -1 if member is None else member)
+            numbers = one.arguments[1]
+            if seed % 5 == 0:  # several draws of a row
+                numbers = numbers[:, :, None] / torch.arange(1, 4)[:, None]
+            given = (logits, numbers, parameters, -1 if member is None else member)
         else:
             rule = Acceptance.of(one.options.pop("acceptance"))
             options = {
                 key: value if value is None else checks.nodes(key, value)
                 for key, value in one.options.items()
-                if key == "proposers"
+                if key in ("parents", "proposers")
             }
-            rest = {key: value for key, value in one.options.items() if key != "proposers"}
+            rest = {key: value for key, value in one.options.items() if key not in options}
             if rest.get("draft_temperature") is not None:
                 rest["draft_temperature"] = checks.draft_temperature(rest["draft_temperature"])
             given = (

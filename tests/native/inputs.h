@@ -35,6 +35,7 @@ class Inputs {
     uniforms_ = values(s.uniforms);
     draft_tokens_ = integers(s.draft_tokens, s.wide_tokens);
     proposers_ = integers(s.proposers, s.wide_proposers);
+    parents_ = integers(s.parents, s.wide_parents);
     draft_ = s.draft.empty() ? Logits{} : logits(s.draft[0]);
     draft_temperature_ = values(s.draft_temperature);
     memory_ = values(s.memory);
@@ -45,6 +46,7 @@ class Inputs {
   const Values<float>& uniforms() const { return uniforms_; }
   const Integers& draft_tokens() const { return draft_tokens_; }
   const Integers& proposers() const { return proposers_; }
+  const Integers& parents() const { return parents_; }
   const Logits& draft() const { return draft_; }
   const Values<float>& draft_temperature() const { return draft_temperature_; }
   const Values<double>& memory() const { return memory_; }
@@ -119,6 +121,7 @@ class Inputs {
   Values<float> uniforms_;
   Integers draft_tokens_;
   Integers proposers_;
+  Integers parents_;
   Logits draft_;
   Values<float> draft_temperature_;
   Values<double> memory_;

@@ -129,10 +129,28 @@ inline Sampled run_sample(const Situation& s, const Inputs& inputs, int member, 
   return {tokens.take(), settled(log_probs.take()), settled(lse.take()), status.take()};
 }
 
+// Each row draws with the blocks of all rows of its sequence.
+inline Sampled run_sample_several(const Situation& s, const Inputs& inputs, int threads,
+                                  bool margins) {
+  const int64_t count = s.nodes + 1, rows = s.batch * s.rows;
+  Output<int64_t> tokens(rows * count, kUnwritten, margins);
+  Output<float> log_probs(rows * count, unwritten(), margins), lse(rows, unwritten(), margins);
+  Output<int32_t> status(rows, kUnwritten, margins);
+  Values<float> numbers = inputs.uniforms();
+  const int64_t block_stride = numbers.row_stride;
+  numbers.row_stride = 0;
+  specens::sample({inputs.ensemble(), -1, s.batch, s.rows, numbers, tokens.data(), log_probs.data(),
+                   lse.data(), status.data(), count, block_stride},
+                  threads);
+  return {tokens.take(), settled(log_probs.take()), settled(lse.take()), status.take()};
+}
+
 // A rule and its parameters.
 struct Asked {
   RuleId rule;
   double parameters[specens::kMaxParameters];
+  bool tree = false;         // the situation's, else a chain
+  bool independent = false;  // its siblings are
 };
 
 // Parameters of the rules that are not `Situation::rule`'s, which neither always nor never keep a
@@ -171,6 +189,9 @@ inline Verdict run_verify(const Situation& s, const Asked& asked, const Inputs& 
   params.draft_tokens = inputs.draft_tokens();
   params.proposers = inputs.proposers();
   params.uniforms = inputs.uniforms();
+  if (asked.tree) params.parents = inputs.parents();
+  params.independent = asked.independent;
+  params.without = s.without && !asked.independent;
   params.draft_logits = inputs.draft();
   params.draft_temperature = inputs.draft_temperature();
   params.tokens = tokens.data();

@@ -59,7 +59,9 @@ struct Situation {
   Table<int32_t> top_k;
   Table<float> uniforms;  // (B, N + 1, 4)
   Table<int64_t> draft_tokens, proposers;
-  bool wide_tokens, wide_proposers;
+  Table<int64_t> parents;  // (B, N + 1)
+  bool wide_tokens, wide_proposers, wide_parents;
+  bool without;               // siblings of one proposer are drawn without replacement
   std::vector<Member> draft;  // one, or none
   Table<float> draft_temperature;
 
@@ -216,6 +218,22 @@ inline void set_drafts(Random& random, Situation& s) {
       random, s.batch, 1, 1, [&] { return random.pick({1.0f, 0.7f, 1.0f, 2.0f, 0.0f, kNan}); });
 }
 
+// From chains to stars, in which a node may hang nowhere.
+inline void set_parents(Random& random, Situation& s) {
+  s.wide_parents = random.one_in(2);
+  s.without = random.one_in(2);
+  s.parents = {s.batch, s.nodes + 1, 1};
+  const int64_t span = random.pick({int64_t{1}, int64_t{2}, s.nodes + 1});
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t node = 0; node <= s.nodes; ++node) {
+      int64_t parent = node - 1 - random.below(std::min(span, node + 1));
+      if (node == 0 || parent < 0) parent = node == 0 ? -1 : 0;
+      if (random.one_in(40)) parent = invalid_id(random, s.nodes + 1, s.wide_parents);
+      s.parents.values[b * (s.nodes + 1) + node] = parent;
+    }
+  }
+}
+
 // Values that no caller should give: what comes out is only required to be a token.
 inline void make_hostile(Random& random, Situation& s) {
   const float odd[] = {kNan, kInf, -kInf, -1.0f, 1.0f, 2.0f, 3e38f, -3e38f, 1e-45f};
@@ -286,6 +304,7 @@ inline Situation situation(uint64_t seed) {
     for (size_t i = 0; i < s.uniforms.values.size(); i += 4) s.uniforms.values[i] *= 0.01f;
   }
   set_drafts(random, s);
+  set_parents(random, s);
   s.memory = Table<double>(s.batch, 1, 1);
   for (double& memory : s.memory.values) memory = 3.0 * random.uniform();
   if (s.hostile) make_hostile(random, s);

@@ -113,6 +113,39 @@ uint64_t run_situation(uint64_t seed) {
     digest.add(found.status);
   }
 
+  // And on a tree, where it may be one.
+  for (uint64_t turn = 0; turn < 2; ++turn) {
+    const auto& rule =
+        specens::kRules[(seed / 20 + 5 * seed + 9 * turn) % std::size(specens::kRules)];
+    if (rule.id == RuleId::kBlock) continue;
+    Asked chosen = asked(rule.id, seed);
+    chosen.tree = true;
+    chosen.independent = std::string(rule.name) == "k_seq";
+    const auto verify_tree = [&](const Inputs& inputs, int threads, bool margins) {
+      return run_verify(s, chosen, inputs, threads, margins);
+    };
+    const std::string name = std::string("tree, ") + rule.name;
+    const Verdict found =
+        repeat(name.c_str(), s, one, other, verify_tree, [&](const Verdict& result) {
+          check_tokens(s, result.tokens, true);
+          for (int64_t b = 0; b < s.batch; ++b) check_tree(s, result, b);
+        });
+    digest.add(found.tokens);
+    digest.add(found.log_probs);
+    digest.add(found.num_accepted);
+    digest.add(found.path);
+    digest.add(found.status);
+  }
+
+  // Several draws of a row.
+  const auto sample_several = [&](const Inputs& inputs, int threads, bool margins) {
+    return run_sample_several(s, inputs, threads, margins);
+  };
+  const Sampled several = repeat("sample several", s, one, other, sample_several,
+                                 [&](const Sampled& result) { check_several(s, result); });
+  digest.add(several.tokens);
+  digest.add(several.log_probs);
+
   const auto sweep = [&](const Inputs& inputs, int threads, bool) {
     return run_floor_sweep(s, inputs, threads);
   };

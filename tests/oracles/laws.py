@@ -408,6 +408,8 @@ def call(case: Case, questions: Sequence[Question], resolution: float) -> Call:
     rows = nodes + case.bonus
     count = len(questions)
     separate = SEPARATE in case.proposers
+    alone = separate and {*case.proposers} == {SEPARATE}
+    proposers = [case.members if each == SEPARATE else each for each in case.proposers]
     # What a question is not about must not matter, so it is filled with something arbitrary.
     dice = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, case.vocab_size, (count, nodes), generator=dice)
@@ -433,7 +435,7 @@ def call(case: Case, questions: Sequence[Question], resolution: float) -> Call:
         draft_tokens=tokens,
         uniforms=uniforms,
         parents=None if chain else torch.tensor([case.parents], dtype=torch.int32),
-        proposers=None if separate else torch.tensor([case.proposers], dtype=torch.int32),
+        proposers=None if alone else torch.tensor([proposers], dtype=torch.int32),
         draft_logits=logits[-1] if separate else None,
     )
 

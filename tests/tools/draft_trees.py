@@ -88,19 +88,22 @@ def tree_call(seed: int, sizes: tuple[int, ...], rules: Sequence[str]) -> Call:
     if chosen.rule.remembers and dice.happens(0.5):
         options["memory"] = dice.uniform_tensor(batch) * 3
     shape = (dice.choice([1, batch]), nodes)
-    kind = dice.choice(["member", "members", "members", "logits", "points"])
+    kind = dice.choice(["member", "members", "members", "logits", "all", "points"])
     proposers = torch.full(shape, dice.randrange(members) if kind == "member" else -1)
     sources = [each[..., :vocab_size] for each in logits]
     if kind == "members":
         proposers = torch.randint(-1, members, shape, generator=dice.generator)
         if dice.happens(0.1):
             proposers = torch.randint(-2, members + 1, shape, generator=dice.generator)
-    if kind == "logits":
+    if kind in ("logits", "all"):
         options["draft_logits"] = dice.logits(batch, nodes + 1, vocab_size)
         temperatures = [None, torch.tensor(0.8), dice.uniform_tensor(batch)]
         options["draft_temperature"] = dice.choice(temperatures)
-        sources = [options["draft_logits"][..., :vocab_size]]
-    elif kind != "points":
+        drafts = options["draft_logits"][..., :vocab_size]
+        sources = [*sources, drafts] if kind == "all" else [drafts]
+    if kind == "all":
+        proposers = torch.randint(-1, members + 1, shape, generator=dice.generator)
+    if kind in ("member", "members", "all"):
         options["proposers"] = proposers.to(dice.choice([torch.int32, torch.int64]))
     if dice.happens(0.3) and not is_filtered(law):
         tell(dice, options, logits, law, vocab_size)
