@@ -78,7 +78,7 @@ def _path(package: Path | None) -> str:
 def results_of(run: Run) -> dict[str, Any]:
     """What the process found: seeds looked at, and those that are wrong."""
     environment = os.environ | {"SPECENS_CPU_ISA": run.isa, "PYTHONPATH": _path(run.package)}
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "2"}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--judge", run.part, "--backend", run.backend]
     command += ["--count", str(run.count)]
     command += ["--module", str(run.module)] if run.module else []
