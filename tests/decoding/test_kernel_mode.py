@@ -62,8 +62,8 @@ def test_probe_says_what_layers_attend_through(name, caplog):
 def test_cache_after_random_rejections_equals_fresh_prefill(name):
     model = build(name)
     rows = Rows(member(model), batch_size=4, capacity=160)
-    rows.play(turns=8)
-    assert rows.compared > 40
+    rows.play(turns=6)
+    assert rows.compared > 30
     assert rows.worst < EXACT
 
 
@@ -150,7 +150,11 @@ def masked(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> 
     return made
 
 
-@pytest.mark.parametrize("kind", THROUGH_KERNEL)
+# Windows, a softcap, sinks, values of another size, positions that are learned.
+KINDS = ("llama", "qwen2_sliding", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "deepseek_v3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_is_that_with_masks(kind, monkeypatch):
     model = toy(0, 64, kind=kind, spread=3, amplify=20)
     models = [model, noisy(model, 0.2)]
