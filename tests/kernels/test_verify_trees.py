@@ -116,6 +116,12 @@ def test_the_random_trees_reject_every_mistake(
 
 
 @pytest.mark.parametrize("backend", COUNTS, indirect=["backend"])
+def test_trees_that_were_once_got_wrong(backend: str) -> None:
+    """Siblings without replacement under a target without mass."""
+    check(backend, random_tree(1_007_833))
+
+
+@pytest.mark.parametrize("backend", COUNTS, indirect=["backend"])
 def test_a_tree_of_width_1_is_the_chain(backend: str) -> None:
     """Of all random trees the nodes as a chain, said as a tree and left unsaid: the same bits."""
     for seed in range(300):
