@@ -60,20 +60,6 @@ class Best {
   std::atomic<double> threshold_{0.0};  // no fewer than n are as large, or it is 0
 };
 
-// The largest of what fill(sub_tile, buffer) says.
-template <typename Fill>
-double largest(const RowLaws& laws, const Fill& fill) {
-  const RowLaw& target = laws.target();
-  std::unique_ptr<double[]> best(new double[target.sub_tiles()]);
-  laws.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
-    const int sub_tile = static_cast<int>(index);
-    double here[kSubTile];
-    fill(sub_tile, here);
-    best[index] = *std::max_element(here, here + target.count(sub_tile));
-  });
-  return *std::max_element(best.get(), best.get() + target.sub_tiles());
-}
-
 // The `At` of rules/judgement.h.
 class At {
  public:
@@ -98,8 +84,8 @@ class At {
     if (side == Side::kTarget) return target_.highest();
     if (!drafted_.dense()) return 1.0;
     if (drafted_.gone.empty()) return laws_.draft(drafted_.slot).highest();
-    return largest(laws_,
-                   [&](int sub_tile, double* out) { fill_draft(laws_, drafted_, sub_tile, out); });
+    return largest_mass(
+        laws_, [&](int sub_tile, double* out) { fill_draft(laws_, drafted_, sub_tile, out); });
   }
 
   double least_of_top(Side side, int64_t n) const {

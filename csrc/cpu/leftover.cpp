@@ -210,14 +210,7 @@ double Leftover::bound(int sub_tile) const {
 double Leftover::highest() const {
   const RowLaw& target = laws_->target();
   if (whole()) return target.highest();
-  std::unique_ptr<double[]> best(new double[target.sub_tiles()]);
-  laws_->team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
-    const int sub_tile = static_cast<int>(index);
-    double here[kSubTile];
-    fill(sub_tile, here);
-    best[index] = *std::max_element(here, here + target.count(sub_tile));
-  });
-  return *std::max_element(best.get(), best.get() + target.sub_tiles());
+  return largest_mass(*laws_, [&](int sub_tile, double* out) { fill(sub_tile, out); });
 }
 
 int64_t Leftover::draw_from(const double (&numbers)[3]) const {

@@ -5,6 +5,7 @@
 // some tokens of a rejection, are kept one by one.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -31,6 +32,20 @@ double draft_probability(const RowLaws& laws, const Drafted& drafted, int64_t to
 // The mass of its law without the tokens that are gone.
 double rest_of(RowLaws& laws, const Drafted& drafted);
 void fill_draft(const RowLaws& laws, const Drafted& drafted, int sub_tile, double* out);
+
+// The largest of what fill(sub_tile, buffer) says.
+template <typename Fill>
+double largest_mass(const RowLaws& laws, const Fill& fill) {
+  const RowLaw& target = laws.target();
+  std::unique_ptr<double[]> best(new double[target.sub_tiles()]);
+  laws.team().for_each(target.sub_tiles(), kSubTilesPerPiece, [&](int, int64_t index) {
+    const int sub_tile = static_cast<int>(index);
+    double here[kSubTile];
+    fill(sub_tile, here);
+    best[index] = *std::max_element(here, here + target.count(sub_tile));
+  });
+  return *std::max_element(best.get(), best.get() + target.sub_tiles());
+}
 
 class Leftover {
  public:

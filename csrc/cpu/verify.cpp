@@ -244,7 +244,7 @@ void Walk::refine() {
   laws_.refine();
   exact_ = true;
   ratio_slot_ = kPadding;
-  if (greedy_) return;  // nothing that was computed is kept
+  if (greedy_ || laws_.target().empty()) return;  // nothing that was computed is kept
   left_ = Leftover(laws_);
   for (Drafted& drafted : rejected_) {
     if (!drafted.gone.empty()) {
@@ -256,24 +256,21 @@ void Walk::refine() {
 }
 
 void Walk::reject(int64_t node, const Drafted& drafted, const Judgement& judgement) {
-  const bool last = tree_.next_sibling(node) == 0;
   if (greedy_) {
     if (judgement.vetoed) {
       left_.exclude(drafted.token);
       best_ = left_.argmax();
     }
-    if (!last) rejected_.push_back(drafted);
-    return;
+  } else if (!laws_.target().empty() && (!params_.independent || is_last_valid(node))) {
+    bool left = left_.reject(drafted, judgement, exact_);
+    if (!left && !exact_) {
+      // Two laws that are nearly equal differ by less than what their normalisers are good to.
+      refine();
+      left = left_.reject(drafted, judge_node(node, drafted), /*exactly=*/true);
+    }
+    if (!left) status_ |= kEmptyResidual;
   }
-  if (laws_.target().empty() || (params_.independent && !is_last_valid(node))) return;
-  bool left = left_.reject(drafted, judgement, exact_);
-  if (!left && !exact_) {
-    // Two laws that are nearly equal differ by less than what their normalisers are good to.
-    refine();
-    left = left_.reject(drafted, judge_node(node, drafted), /*exactly=*/true);
-  }
-  if (!left) status_ |= kEmptyResidual;
-  if (!params_.independent && !last) rejected_.push_back(drafted);
+  if (!params_.independent && tree_.next_sibling(node) != 0) rejected_.push_back(drafted);
 }
 
 int64_t Walk::drawn(int64_t row) const {

@@ -19,7 +19,7 @@ from draft_trees import CHAINS_ONLY, tree_call
 from mutants import with_bug
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, Law, dispatch, verify
+from specens_kernels import ACCEPTANCE_RULES, Law, dispatch, sample, verify
 
 # Backends that take trees, and how many run with the tests, by what a kernel costs.
 COUNTS = {"native": 400}
@@ -113,6 +113,12 @@ def test_the_random_trees_reject_every_mistake(
                 rejected.append(name)
     sys.stdout.write(f"\n{backend}: {len(rejected)} of {len(MISTAKES)} mutants rejected\n")
     assert rejected == list(MISTAKES)
+
+
+@pytest.mark.parametrize("backend", COUNTS, indirect=["backend"])
+def test_trees_that_were_once_got_wrong(backend: str) -> None:
+    """Siblings without replacement under a target without mass."""
+    check(backend, random_tree(1_007_833))
 
 
 @pytest.mark.parametrize("backend", COUNTS, indirect=["backend"])
@@ -220,13 +226,31 @@ def test_a_proposer_without_anything_left_is_rejected(backend: str) -> None:
     check(backend, Call("verify", arguments, options, "nothing left"))
 
 
-def test_who_does_not_take_trees_says_so() -> None:
+REFUSED = {
+    "parents: expected None, got a tree": lambda logits, numbers: verify(
+        logits, torch.zeros(1, 1).long(), numbers, Law(), parents=torch.tensor([-1, 0])
+    ),
+    "proposers: expected None beside draft_logits, got a tensor": lambda logits, numbers: verify(
+        logits,
+        torch.zeros(1, 1).long(),
+        numbers,
+        Law(),
+        proposers=torch.ones(1).long(),
+        draft_logits=logits[0],
+    ),
+    "count: expected None, got 2": lambda logits, numbers: sample(
+        logits, numbers[:, :, None].expand(1, 2, 2, 4), Law(), count=2
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_who_does_not_take_trees_says_so(why: str) -> None:
     """By name, before anything is computed."""
-    arguments = [torch.zeros(1, 2, 5)], torch.zeros(1, 1).long(), torch.zeros(1, 2, 4), Law()
-    parents, refused = torch.tensor([-1, 0]), pytest.raises(specens_kernels.Unsupported)
     for backend in set(dispatch.MODULES) - set(COUNTS):
         if not dispatch.MODULES[backend].AVAILABLE:
             continue
+        refused = pytest.raises(specens_kernels.Unsupported)
         with specens_kernels.backend(backend), refused as reason:
-            verify(*arguments, parents=parents)
-        assert "parents: expected None, got a tree" in str(reason.value)
+            REFUSED[why]([torch.zeros(1, 2, 5)], torch.zeros(1, 2, 4))
+        assert str(reason.value) == f"{backend}: {why}"
