@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,12 +111,12 @@ def child(part: str, backend: str, count: int, module: str, stop: bool) -> int:
         import triton_guard
 
         triton_guard.install()
+    emulated: AbstractContextManager[None] = nullcontext()
     if backend == "cuda":
         reason = simt.what_is_missing()
-        if not reason:
-            simt.emulated().__enter__()
+        emulated = nullcontext() if reason else simt.emulated()
     try:
-        with specens_kernels.backend(backend):
+        with emulated, specens_kernels.backend("reference" if reason else backend):
             for seed in range(0 if reason else count):
                 problem = JUDGES[part](seed)
                 judged += 1
