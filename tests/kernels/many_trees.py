@@ -34,7 +34,7 @@ CALLS = {
     "compact": {"reference": 200, "native": 1000, "triton": 200, "cuda": 200},
 }
 STAND_INS = ("amx", "avx512bf16")
-MUTANT_SEEDS = 60
+MUTANT_SEEDS = 400  # of which as many are judged as it takes
 
 
 class Run(NamedTuple):
