@@ -115,8 +115,9 @@ def child(part: str, backend: str, count: int, module: str, stop: bool) -> int:
         reason = simt.what_is_missing()
         if module:
             simt.build = partial(simt.load, Path(module))
+        emulator = simt.emulated()  # held, for it ends when nobody does
         if not reason:
-            simt.emulated().__enter__()
+            emulator.__enter__()
     try:
         with specens_kernels.backend(backend):
             for seed in range(0 if reason else count):
