@@ -113,13 +113,6 @@ MUTANTS = (
         "    c = tl.where(c < 0, together, c)\n    stride",
     ),
     Mutant(
-        "attention",
-        ORDER,
-        f"{CUDA}/attention.cu",
-        "place = first + i * problem.rows;",
-        "place = first + (b % 2 == 1 ? count - 1 - i : i) * problem.rows;",
-    ),
-    Mutant(
         "compact",
         DESCENDING,
         f"{CPU}/compact.cpp",
