@@ -264,13 +264,17 @@ def f(x):
     except B as b:
         raise E(x) from b
 def g(x):
-    raise B([x])
+    b = B([x])
+    if hasattr(b, 'add_note'):
+        b.add_note('n')
+    raise b
 ---
 try:
     g(3)
 except A as e:
     assert type(e).__name__ == 'B' and e.code == [3] and e.level == 1
     assert str(e) == 'code [3]' and e.args == ('no',)
+    assert getattr(e, '__notes__', ['n']) == ['n']
     assert issubclass(B, A) and isinstance(e, B)
 for kind in (ValueError, KeyError, E):
     try:

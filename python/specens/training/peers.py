@@ -30,12 +30,6 @@ _ARITHMETIC = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
     *("lshift", "rshift", "and", "or", "xor"),
 )
-
-
-def _reflected(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda asked, other: operation(other, asked)
-
-
 # What an object is asked, after the methods of Python that ask it.
 _QUESTIONS: Mapping[str, Callable[..., Any]] = {
     "call": lambda asked, *arguments, **named: asked(*arguments, **named),
@@ -67,7 +61,10 @@ _QUESTIONS: Mapping[str, Callable[..., Any]] = {
     "round": round,
     "bool": bool,
     **{name: getattr(operator, f"__{name}__") for name in (*_COMPARISONS, *_ARITHMETIC)},
-    **{f"r{name}": _reflected(getattr(operator, f"__{name}__")) for name in _ARITHMETIC},
+    **{
+        f"r{name}": lambda asked, other, name=name: getattr(operator, f"__{name}__")(other, asked)
+        for name in _ARITHMETIC
+    },
 }
 _OPERATORS = frozenset({*_COMPARISONS, *_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC)})
 # Of dunder attributes, those that are plain facts.

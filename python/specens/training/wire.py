@@ -267,7 +267,7 @@ class Wire:
             _builtin_base(kind).__init__(error, *arguments)
         for name, value in attributes.items():
             # What can be called would be a method that the other end has given it.
-            if not name.startswith("__") and not callable(value):
+            if (name[:2] != "__" or name == "__notes__") and not callable(value):
                 with suppress(AttributeError):
                     setattr(error, name, value)
         if cause is not None:
