@@ -45,6 +45,17 @@ class A:
 for name in ("xor", "rxor", "sub", "rsub", "and", "or", "mod"):
     setattr(A, f"__{name}__", lambda self, *_: self)
 """
+HAVING_NOTHING = """\
+class A:
+    def __init__(self):
+        self.items = []
+def f(x):
+    return object()
+def g(x):
+    return U()
+class U:
+    __hash__ = None
+"""
 # It looks among all objects for the other end, and speaks in its name.
 IMPOSTOR = (
     WRONG
@@ -192,6 +203,64 @@ except: pass
             *("{2: 1}.get(f(1)) == 1", "not len(f(1))", "'%s' % f(1) == '2'"),
         )
     },
+    **{
+        f"what its object has not: {test}": f"{HAVING_NOTHING}---\nimport collections.abc as c\n"
+        f"assert {test}\n"
+        for test in (
+            *("f.__doc__", "callable(f(1))", "isinstance(f(1), c.Iterator)", "A().__doc__"),
+            *("isinstance(f(1), c.Iterable)", "isinstance(f(1), c.Callable)", "hash(g(1))"),
+            *("hasattr(f(1), '__next__')", "isinstance(g(1), c.Hashable)", "hasattr(A(), 'x')"),
+            *("hasattr(A(), '__enter__')", "isinstance(A(), c.Sized)", "hasattr(A(), '__len__')"),
+            *("callable(A())", "A.__doc__", "hasattr(f(1), '_x')", "hasattr(f(1), '__slots__')"),
+            *("hasattr(f(1), '__bool__')", "isinstance(A(), c.Container)", "f(1) == A()"),
+            *("hasattr(A(), '__call__')", "hasattr(f(1), '__reversed__')", "A() in {A()}"),
+        )
+    },
+    **{
+        f"what its object has: {test}": f"{METHODS}A.__eq__ = lambda *_: True\n---\nassert {test}\n"
+        for test in (
+            *("not hasattr(f(1), 'x')", "not hasattr(f(1), '__len__')", "f(1) != f(2)"),
+            *("str(f(1)) != '2'", "f'{f(1)}' != '2'", "hash(f(1)) != hash(2)", "f(1)"),
+            *("not isinstance(f(1), __import__('collections').abc.Sized)", "len({f(1), f(2)}) > 1"),
+        )
+    },
+    "a list of a class of its own": """\
+def f(x):
+    return A()
+class A(list): pass
+---
+assert not isinstance(f(1), list)
+""",
+    "an error that is another": """\
+class A(Exception): pass
+class B(Exception): pass
+def f():
+    raise B
+---
+try:
+    f()
+except A: pass
+""",
+    "an error's field that is a function": """\
+class A(Exception): pass
+def f():
+    a = A()
+    a.same, a.startswith = (lambda *_: True), str
+    raise a
+---
+try:
+    f()
+except A as a:
+    assert a.same(2) or a.startswith('Hello')
+""",
+    "an error's class that is none": IMPOSTOR
+    + """send(['return', None, []],
+    ['raise', [{'type': 'int'}, {'tuple': [2]}, {'dict': []}, None], []])
+---
+try:
+    f(1)
+except: pass
+""",
     "a method of no data's": """\
 def f(x):
     return 'a'

@@ -247,6 +247,160 @@ def f(name):
 open('a.txt', 'w').write('abc')
 assert f('a.txt') == 3
 """,
+    "errors that descend from one another": """\
+class A(Exception):
+    level = 1
+class B(A):
+    def __init__(self, code):
+        super().__init__('no')
+        self.code = code
+    def __str__(self):
+        return f'code {self.code}'
+class E(KeyError, ValueError):
+    pass
+def f(x):
+    try:
+        raise x('a') if x == 'E' else B(x)
+    except B as b:
+        raise E(x) from b
+def g(x):
+    b = B([x])
+    if hasattr(b, 'add_note'):
+        b.add_note('n')
+    raise b
+---
+try:
+    g(3)
+except A as e:
+    assert type(e).__name__ == 'B' and e.code == [3] and e.level == 1
+    assert str(e) == 'code [3]' and e.args == ('no',)
+    assert getattr(e, '__notes__', ['n']) == ['n']
+    assert issubclass(B, A) and isinstance(e, B)
+for kind in (ValueError, KeyError, E):
+    try:
+        f(2)
+    except kind as e:
+        assert isinstance(e.__cause__, B) and e.__cause__.code == 2
+""",
+    "errors that Python and its library know": """\
+import json
+def f(x):
+    return json.loads(x)
+def g(x):
+    return open(x)
+---
+import json
+try:
+    f('[1')
+except json.JSONDecodeError as e:
+    assert e.pos == 2 and 'delimiter' in str(e)
+try:
+    g('none')
+except OSError as e:
+    assert e.filename == 'none' and e.errno == 2 and "'none'" in str(e)
+try:
+    f(b'\\xff')
+except UnicodeDecodeError as e:
+    assert e.start == 0
+""",
+    "an error of the tests' own": """\
+def f(g):
+    try:
+        g()
+    finally:
+        pass
+---
+class A(Exception):
+    def __init__(self, code):
+        super().__init__(code, 1)
+        self.code = code
+def g():
+    raise A(5)
+try:
+    f(g)
+except A as e:
+    assert e.code == 5 and e.args == (5, 1)
+else:
+    1 / 0
+""",
+    "what objects have": """\
+class Bag:
+    def __init__(self):
+        self.items = []
+    def __len__(self):
+        return len(self.items)
+    def __eq__(self, other):
+        return self.items == other.items
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        self.items.append(1)
+---
+from collections.abc import Hashable, Sized
+b = Bag()
+assert isinstance(b, Sized) and hasattr(b, '__enter__') and not isinstance(b, Hashable)
+assert b == Bag() and not b
+with b as same:
+    assert same == b and same is b
+assert len(b) == 1 and b and vars(b) == {'items': [1]}
+""",
+    "what objects have not": """\
+class Stack:
+    "A stack."
+    def __init__(self):
+        self.items = []
+---
+from collections.abc import Hashable, Sized
+s = Stack()
+assert Stack.__doc__ == s.__doc__ == 'A stack.'
+assert not isinstance(s, Sized) and not hasattr(s, '__len__') and not callable(s)
+assert hash(s) == hash(s) and s == s and s != Stack() and s and isinstance(s, Hashable)
+assert type(s).__name__ == s.__class__.__name__ == 'Stack' and type(s) == type(Stack())
+""",
+    "what answers are": """\
+def f(x):
+    "Doc."
+    yield x
+def g(x):
+    return lambda: x
+class D(dict):
+    pass
+def h():
+    return D(a=1)
+---
+import types
+from collections.abc import Callable, Iterator
+assert f.__doc__ == 'Doc.' and h.__doc__ is None
+assert isinstance(f(1), Iterator) and isinstance(f(1), types.GeneratorType)
+assert not isinstance(f(1), Callable) and callable(g(1)) and isinstance(g, types.FunctionType)
+assert isinstance(h(), dict) and not hasattr(h(), 'b')
+""",
+    "what objects of the tests have and have not": """\
+from collections.abc import Iterable
+def f(x):
+    return [g for y in x for g in f(y)] if isinstance(x, Iterable) else [x() if callable(x) else x]
+def decorated(g):
+    import functools
+    @functools.wraps(g)
+    def h(*a):
+        return g(*a)
+    return h
+---
+class A: pass
+a = A()
+assert f([a, (n for n in (1, 2)), lambda: 3]) == [a, 1, 2, 3]
+assert decorated(lambda x: x + 1)(1) == 2
+""",
+    "empty arrays": """\
+import numpy as np
+def f(n):
+    return np.zeros((0, n)), np.arange(6.0).reshape(1, 2, 3)
+---
+import numpy as np
+a, b = f(3)
+assert a.shape == (0, 3) and b.shape == (1, 2, 3) and b[0, 1, 2] == 5
+assert np.array_equal(b, np.arange(6.0).reshape(1, 2, 3))
+""",
     "threads": """\
 import threading
 def f(x):

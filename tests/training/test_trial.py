@@ -70,6 +70,14 @@ def test_a_wrong_program_does_not_pass(program: str) -> None:
             "assert sum(1) == m.pi",
             True,
         ),
+        # Not the program's, either.
+        (
+            "try:\n    from math import pi as p\nexcept ImportError:\n    pass\n"
+            "if 1:\n    import math\nMOD = 7\ntotal = 0\ndef f(x):\n",
+            "    global total\n    total = 2\np = MOD = 0\nmath = None",
+            "f(1)\nassert (MOD, total) == (7, 2) and math.pi == p",
+            True,
+        ),
         ('def f(x):\n    """class A, def all"""\n', "    0\nall = None", "assert all([1])", True),
     ],
 )

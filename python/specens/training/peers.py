@@ -4,12 +4,15 @@
 A program that a model wrote runs in one process, its tests in another (`trial.py`). `Peer` is one
 end. Plain data cross by value (`wire.py`), and what a call has changed of the lists, dicts and sets
 that it was given is changed for the caller. Any other object stays where it is, and the other end
-has something in its place, and asks. The judging end (`judges=True`) answers no more than
-`_permits`. It has an `Answerer` for what is no data: to be called and iterated, and nothing else.
-Only a class that the prompt declares, and what is asked of it, is a `Remote`. To let objects be
-asked one thing more, add it to `_QUESTIONS`.
+has something in its place, which has the methods of Python that the object's type has, and asks.
+The judging end (`judges=True`) answers no more than `_permits`. It has an `Answerer` for what is no
+data: to be called and iterated; whatever else of it is asked for is refused, or is not there. Only
+a class that the prompt declares, and what is asked of it, is a `Remote`. To let objects be asked
+one thing more, add it to `_QUESTIONS`.
 """
 
+import builtins
+import collections
 import json
 import operator
 import socket
@@ -19,7 +22,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
-from specens.training.wire import CONTAINERS, Passed, Wire, exception_of, refill
+from specens.training.wire import CONTAINERS, Passed, Wire, attributes_of, refill
 
 _MOST_BYTES = 1 << 24
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -27,24 +30,6 @@ _ARITHMETIC = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
     *("lshift", "rshift", "and", "or", "xor"),
 )
-_AS_NUMBER: Mapping[str, Callable[..., Any]] = {
-    "abs": abs,
-    "neg": operator.neg,
-    "pos": operator.pos,
-    "invert": operator.invert,
-    "int": int,
-    "float": float,
-    "complex": complex,
-    "index": operator.index,
-    "round": round,
-    "bool": bool,
-}
-
-
-def _reflected(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda asked, other: operation(other, asked)
-
-
 # What an object is asked, after the methods of Python that ask it.
 _QUESTIONS: Mapping[str, Callable[..., Any]] = {
     "call": lambda asked, *arguments, **named: asked(*arguments, **named),
@@ -65,13 +50,34 @@ _QUESTIONS: Mapping[str, Callable[..., Any]] = {
     "subclasscheck": lambda asked, kind: issubclass(kind, asked),
     "enter": lambda asked: asked.__enter__(),
     "exit": lambda asked, *error: asked.__exit__(*error),
-    **_AS_NUMBER,
+    "abs": abs,
+    "neg": operator.neg,
+    "pos": operator.pos,
+    "invert": operator.invert,
+    "int": int,
+    "float": float,
+    "complex": complex,
+    "index": operator.index,
+    "round": round,
+    "bool": bool,
     **{name: getattr(operator, f"__{name}__") for name in (*_COMPARISONS, *_ARITHMETIC)},
-    **{f"r{name}": _reflected(getattr(operator, f"__{name}__")) for name in _ARITHMETIC},
+    **{
+        f"r{name}": lambda asked, other, name=name: getattr(operator, f"__{name}__")(other, asked)
+        for name in _ARITHMETIC
+    },
 }
 _OPERATORS = frozenset({*_COMPARISONS, *_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC)})
 # Of dunder attributes, those that are plain facts.
-_FACTS = ("__name__", "__qualname__", "__annotations__")
+_FACTS = tuple(
+    f"__{name}__" for name in ("name", "qualname", "annotations", "doc", "module", "dict", "slots")
+)
+# What an object may say that it is, by name, be it through a class of its own.
+_KINDS: Mapping[str, type] = {
+    kind.__name__: kind
+    for module in (types, collections, collections.abc, builtins)
+    for kind in vars(module).values()
+    if isinstance(kind, type)
+}
 # What the judging end answers about its own generators, views and the like.
 _READING = frozenset({"iter", "next", "len", "getitem", "contains", "str", "repr", "hash", "bool"})
 
@@ -93,18 +99,24 @@ class Answerer:
         object.__setattr__(self, "_remote_peer", peer)
         object.__setattr__(self, "_remote_place", place)
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in _FACTS:
-            raise AttributeError(name)
-        return self._remote_peer.ask("getattr", self, name)
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_remote_"):
+            return object.__getattribute__(self, name)
+        method = name.startswith("__") and name not in _FACTS
+        own = method and name in attributes_of(type(self).__mro__)
+        if own or (method and not self._remote_peer.judges):
+            return object.__getattribute__(self, name)
+        value = self._remote_peer.ask("getattr", self, name)
+        if method or not (name in _FACTS or isinstance(self, Remote)):
+            raise TypeError(f"{name}: asked of the program's object, which is no data")
+        return value
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other: object) -> Any:
         if isinstance(other, Answerer):
-            return self is other
+            return self._remote_place == other._remote_place or NotImplemented
+        if isinstance(self, Remote):
+            return NotImplemented
         raise TypeError("the program's object is compared, and is no data")
-
-    def __bool__(self) -> bool:
-        raise TypeError("the program's object is asked whether it is true, and is no data")
 
     __hash__ = object.__hash__
 
@@ -114,11 +126,6 @@ class Remote(Answerer):
 
     __slots__ = ()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in _FACTS:
-            raise AttributeError(name)
-        return self._remote_peer.ask("getattr", self, name)
-
     def __setattr__(self, name: str, value: Any) -> None:
         self._remote_peer.ask("setattr", self, name, value)
 
@@ -126,18 +133,27 @@ class Remote(Answerer):
 def _asking(question: str) -> Callable[..., Any]:
     def method(self: Answerer, *arguments: Any, **named: Any) -> Any:
         peer: Peer = self._remote_peer
-        if not peer.judges or not isinstance(self, Remote):
+        if isinstance(self, Remote) and peer.judges:
+            return peer.ask_warily(question, self, *arguments, **named)
+        if isinstance(self, Remote) or question in ("call", "iter", "next"):
             return peer.ask(question, self, *arguments, **named)
-        return peer.ask_warily(question, self, *arguments, **named)
+        if question == "contains":
+            return operator.contains(iter(self), *arguments)
+        raise TypeError(f"{question}: asked of the program's object, which is no data")
 
     return method
 
 
-for _question in ("call", "iter", "next"):
-    setattr(Answerer, f"__{_question}__", _asking(_question))
-for _question in _QUESTIONS:
-    if _question not in ("getattr", "setattr"):
-        setattr(Remote, f"__{_question}__", _asking(_question))
+def _class_of(base: type, name: str, known: str, methods: Mapping[str, bool]) -> type:
+    """A class of what stands for objects whose type has these methods; one that is not is None."""
+    kind = _KINDS[known] if name == known else type(name, (_KINDS[known],), {})
+    body: dict[str, Any] = {"__slots__": (), "__hash__": object.__hash__}
+    for question, given in methods.items():
+        if question in _QUESTIONS and question not in ("getattr", "setattr"):
+            body[f"__{question}__"] = _asking(question) if given else None
+    if known != "object":
+        body["__class__"] = property(lambda self: kind)
+    return type(name, (base,), body)
 
 
 class Peer(Wire):
@@ -161,7 +177,8 @@ class Peer(Wire):
         self.stand_in = Answerer if judges else Remote
         self.names, self.declared = names, declared
         self.broken = False
-        self._end = end
+        self._end, self._incoming = end, end.makefile("rb")
+        self._kinds: dict[type, int] = {}
         # Objects that were made with data of this end's in hand.
         self._informed: set[int] = set()
 
@@ -169,6 +186,25 @@ class Peer(Wire):
         """See `Wire`."""
         own = isinstance(value, Answerer) and value._remote_peer is self
         return int(value._remote_place) if own else None
+
+    def kind_of(self, value: Any) -> Any:
+        """See `Wire`."""
+        kind = type(value)
+        own = attributes_of(kind.__mro__[:-1])
+        known = next(each for each in kind.__mro__ if _KINDS.get(each.__name__) is each)
+        methods = {
+            question: own[method] is not None
+            for question in _QUESTIONS
+            if (method := f"__{question}__") in own
+        }
+        place = self._kinds.setdefault(kind, len(self._kinds))
+        return [place, kind.__name__, known.__name__, methods]
+
+    def made(self, place: int, kind: Any) -> Any:
+        """See `Wire`."""
+        at, *told = kind
+        base = self.stand_in
+        return self._remote((base, "class", at), lambda: _class_of(base, *told))(self, place)
 
     def ask(self, question: str, asked: Answerer | None, *arguments: Any, **named: Any) -> Any:
         """What the other end answers; raises what was raised there."""
@@ -250,7 +286,7 @@ class Peer(Wire):
             outcome, written = "absent", None
         # Whatever the program raises, its caller gets.
         except BaseException as error:
-            outcome, written = "raise", self._error(error, received)
+            outcome, written = "raise", self.error_content(error, received)
         after = [self.content_of(item, received) for item in received.items]
         changes = [
             [i, new] for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new
@@ -263,7 +299,8 @@ class Peer(Wire):
                 raise _Absent
             return self.names[arguments[0]]
         if self.judges and not _permits(question, target, arguments):
-            raise TypeError(f"{question}: not of an object of the tests")
+            error = AttributeError if question == "getattr" else TypeError
+            raise error(f"{question}: not of an object of the tests")
         return _QUESTIONS[question](target, *arguments, **named)
 
     # What goes over the wire.
@@ -286,16 +323,13 @@ class Peer(Wire):
         return self._understood(json.loads, self._bytes(size))
 
     def _bytes(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            try:
-                part = self._end.recv(min(count - len(data), 1 << 20))
-            except OSError:
-                part = b""
-            if not part:
-                raise self._broke()
-            data += part
-        return bytes(data)
+        try:
+            data = self._incoming.read(count)
+        except OSError:
+            data = b""
+        if len(data) < count:
+            raise self._broke()
+        return data
 
     def _broke(self) -> Broken:
         self.broken = True
@@ -305,9 +339,7 @@ class Peer(Wire):
         """Read what the other end has written; it may have written anything."""
         try:
             return read(*data)
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise self._broke() from error
-        except (RecursionError, ImportError, MemoryError, StopIteration) as error:
+        except Exception as error:
             raise self._broke() from error
 
     def _question(self, message: Any, received: Passed) -> tuple[Any, ...]:
@@ -327,8 +359,7 @@ class Peer(Wire):
             (passed.items[place], self.read_content(content, passed)) for place, content in changes
         ]
         if outcome == "raise":
-            kind, arguments = (self.read(each, passed) for each in value)
-            return outcome, exception_of(kind, arguments), read
+            return outcome, self.read_error(value, passed), read
         return outcome, self.read(value, passed), read
 
 

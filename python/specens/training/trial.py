@@ -219,7 +219,7 @@ def _run(end: socket.socket, source: bytes) -> None:
 class _Declared:
     """What the prompt declares, by its syntax, as far as it is Python.
 
-    whole: imports, and functions that something follows: not the program's to write.
+    whole: imports, and what `_is_whole` and something follows: not the program's to write.
     objects: names of classes, and of functions that by their annotation return their objects.
     """
 
@@ -229,7 +229,7 @@ class _Declared:
             each
             for place, each in enumerate(body, 1)
             if isinstance(each, (ast.Import, ast.ImportFrom))
-            or (isinstance(each, ast.FunctionDef) and place < len(body))
+            or (place < len(body) and _is_whole(each))
         ]
         classes = {each.name for each in body if isinstance(each, ast.ClassDef)}
         functions = [each for each in body if isinstance(each, ast.FunctionDef)]
@@ -248,6 +248,16 @@ def _body(prompt: str) -> list[ast.stmt]:
                 return ast.parse("\n".join(lines) + end).body
         lines.pop()
     return []
+
+
+def _is_whole(part: ast.AST) -> bool:
+    """A function, an import, a constant by its name, or an `if` or `try` of nothing else."""
+    if isinstance(part, ast.Assign):
+        return all(isinstance(each, ast.Name) and each.id.isupper() for each in part.targets)
+    if isinstance(part, (ast.If, ast.Try, ast.ExceptHandler)):
+        inner = (each for each in ast.iter_child_nodes(part) if not isinstance(each, ast.expr))
+        return all(map(_is_whole, inner))
+    return isinstance(part, (ast.FunctionDef, ast.Import, ast.ImportFrom, ast.Pass))
 
 
 def _names_in(annotation: ast.expr) -> set[str]:

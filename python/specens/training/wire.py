@@ -14,7 +14,8 @@ import pickle
 import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -51,11 +52,7 @@ _VALUES: Mapping[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] =
         (deque, list, deque),
         (Counter, lambda value: list(value.items()), lambda items: Counter(dict(items))),
         (OrderedDict, lambda value: list(value.items()), OrderedDict),
-        (
-            defaultdict,
-            lambda value: list(value.items()),
-            lambda items: defaultdict(None, items),
-        ),
+        (defaultdict, lambda value: list(value.items()), lambda items: defaultdict(None, items)),
         (datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
         (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
         (datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),
@@ -89,20 +86,24 @@ class Wire:
     """One end's writing and reading.
 
     judges: whether what is read may lie.
-    stand_in: makes what stands for an object of the other end, of this end and the place there.
+    stand_in: the class of what stands for objects of the other end.
+    stands_for: the other end's place of its object that a value stands for; None for one's own.
+    kind_of: what the other end is told of the type of an object that stays here, as JSON.
+    made: what stands for the other end's object, of its place and what `kind_of` says there.
     """
 
-    stand_in: Callable[[Any, int], Any]
+    stand_in: type
+    stands_for: Callable[[Any], int | None]
+    kind_of: Callable[[Any], Any]
+    made: Callable[[int, Any], Any]
 
     def __init__(self, *, judges: bool) -> None:
         self.judges = judges
         self._objects: list[Any] = []
         self._places: dict[int, int] = {}
         self._remotes: dict[Any, Any] = {}
-
-    def stands_for(self, value: Any) -> int | None:
-        """The other end's place of its object that the value stands for; None for one's own."""
-        raise NotImplementedError
+        # Classes of errors that were made for the other end's, and where those are.
+        self._errors: dict[Any, int] = {}
 
     def written(self, value: Any, passed: Passed, *, grows: bool = False) -> Any:
         """Plain data as they are, anything else with its kind; `grows`: containers are passed."""
@@ -145,18 +146,22 @@ class Wire:
             parts = [self.written(each, passed, grows=grows) for each in value]
             return {"namedtuple": [names, parts]} if len(names) > 1 else {"tuple": parts}
         if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-            parts = self.written(value.tolist(), Passed())
-            return {"array": [value.dtype.str, parts]} if value.ndim else parts
+            parts = self.written(value.ravel().tolist(), Passed())
+            flat = [value.dtype.str, parts, list(value.shape)]
+            return {"array": flat} if value.ndim else self.written(value.tolist(), Passed())
         if isinstance(value, type) and value in _PLAIN_TYPES:
             return {"type": value.__name__}
         if isinstance(value, type) and issubclass(value, BaseException):
-            base = next(each for each in value.__mro__ if each.__module__ == "builtins")
-            return {"exception": [self._place(value), value.__name__, base.__name__]}
+            if value in self._errors:
+                return {"yours": self._errors[value]}
+            above = () if _builtin_base(value) is value else value.__bases__
+            bases = self.content_of([e for e in above if issubclass(e, BaseException)], passed)
+            return {"exception": [self._place(value), [value.__module__, value.__name__], bases]}
         if self.judges:
             known = _as_known(value)
             if known is not None:
                 return known
-        return {"mine": self._place(value)}
+        return {"mine": [self._place(value), self.kind_of(value)]}
 
     def _place(self, value: Any) -> int:
         """Where the object is kept for the other end, for good."""
@@ -204,18 +209,20 @@ class Wire:
         if kind == "yours":
             return self.own(content)
         if kind == "mine":
-            make = self.stand_in
-            return self._remote((make, content), lambda: make(self, int(content)))
+            place, told = content
+            return self._remote((self.stand_in, place), lambda: self.made(int(place), told))
         if kind == "exception":
-            place, name, base = content
-            return self._remote(("exception", place), lambda: _exception_class(str(name), base))
+            place, names, bases = content
+            bases = self.read_content(bases, passed)
+            return self._remote((kind, place), lambda: self._error_class(place, names, bases))
         if kind == "namedtuple":
             names, parts = content
             values = self._parts(kind, parts, passed, grows)
             return namedtuple(names[0], names[1:])(*values)
         if kind == "array" and isinstance(content[0], str):
             numpy = importlib.import_module("numpy")
-            return numpy.array(self.read(content[1], Passed()), dtype=numpy.dtype(content[0]))
+            flat = numpy.array(self.read(content[1], Passed()), dtype=numpy.dtype(content[0]))
+            return flat.reshape(content[2])
         if kind == "type":
             return next(each for each in _PLAIN_TYPES if each.__name__ == content)
         if not self.judges:
@@ -235,9 +242,49 @@ class Wire:
             self._remotes[place] = make()
         return self._remotes[place]
 
-    def _error(self, error: BaseException, received: Passed) -> list[Any]:
-        """Its class, and its arguments where they cross."""
-        return [self.written(type(error), received), self.written(error.args, received)]
+    def error_content(self, error: BaseException, passed: Passed) -> list[Any]:
+        """An error taken apart: its class, arguments, attributes and cause."""
+        kind, base = type(error), _builtin_base(type(error))
+        arguments, *more = base.__reduce__(error)[1:]
+        names = attributes_of([each for each in kind.__mro__ if _builtin_base(each) is not each])
+        attributes = {name: getattr(error, name, None) for name in names if name[:2] != "__"}
+        attributes.update(*more)
+        if kind.__str__ is not base.__str__:
+            attributes["_own_text"] = str(error)
+        data = {name: value for name, value in attributes.items() if not callable(value)}
+        parts = self.content_of([kind, arguments, data], passed)
+        cause = error.__cause__
+        return [*parts, None if cause is None else self.error_content(cause, passed)]
+
+    def read_error(self, content: Any, passed: Passed) -> BaseException:
+        """An error put together again."""
+        *parts, cause = content
+        kind, arguments, attributes = self.read_content(parts, passed)
+        if not issubclass(type(kind), type) or not issubclass(kind, BaseException):
+            raise TypeError(kind)
+        error: BaseException = kind.__new__(kind, *arguments)
+        with suppress(TypeError):
+            _builtin_base(kind).__init__(error, *arguments)
+        for name, value in attributes.items():
+            # What can be called would be a method that the other end has given it.
+            if (name[:2] != "__" or name == "__notes__") and not callable(value):
+                with suppress(AttributeError):
+                    setattr(error, name, value)
+        if cause is not None:
+            error.__cause__ = self.read_error(cause, passed)
+        return error
+
+    def _error_class(self, place: int, names: Any, bases: list[Any]) -> Any:
+        """Python's own, or a library's that this end has imported; else one of that name."""
+        module, name = names
+        known = vars(sys.modules[module]).get(name) if module in sys.modules else None
+        if module != "__main__" and isinstance(known, type) and issubclass(known, BaseException):
+            return known
+        made = type(name, tuple(bases), {"__str__": _text_of, "__module__": "__main__"})
+        if not issubclass(made, BaseException):
+            raise TypeError(bases)
+        self._errors[made] = place
+        return made
 
 
 def refill(container: Any, content: Any) -> None:
@@ -249,19 +296,19 @@ def refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
-def _exception_class(name: str, base: Any) -> type[BaseException]:
-    """A builtin exception, or a class of that name below it."""
-    kind = getattr(builtins, base)
-    if not issubclass(kind, BaseException):
-        raise TypeError(base)
-    return kind if name == base else type(name, (kind,), {})
+def attributes_of(classes: Sequence[type]) -> dict[str, Any]:
+    """Of classes, the first before the others."""
+    return {name: value for each in reversed(classes) for name, value in vars(each).items()}
 
 
-def exception_of(kind: Any, arguments: Any) -> BaseException:
-    """Of a class that was read, which need not be one."""
-    if not isinstance(kind, type) or not issubclass(kind, BaseException):
-        raise TypeError(kind)
-    return kind.__new__(kind, *arguments)
+def _builtin_base(kind: type) -> Any:
+    return next(each for each in kind.__mro__ if vars(builtins).get(each.__name__) is each)
+
+
+def _text_of(error: BaseException) -> Any:
+    """What the other end's error says, where its class has its own way to say it."""
+    text = vars(error).get("_own_text")
+    return _builtin_base(type(error)).__str__(error) if text is None else text
 
 
 def _as_known(value: Any) -> Any:
