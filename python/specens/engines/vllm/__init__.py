@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door that vLLM opens: `worker_cls="specens.engines.vllm.Worker"`.
+"""The door that vLLM opens, which is imported with it: `worker_cls="specens.engines.vllm.Worker"`.
 
-vLLM is imported when the worker is asked for. `settings.py` says what may be set, `signatures.py`
-what of vLLM is relied upon, `rows.py` turns vLLM's batch into what the ops take, `runner.py` decides
-the tokens. A setting is added in `settings.py`, a function of vLLM that is called or replaced in
-`signatures.py`.
+`settings.py` says what may be set, `rows.py` turns vLLM's batch into what the ops take, `runner.py`
+decides tokens, `worker.py` puts it in and says what of vLLM it relies upon.
 """
 
 from importlib.util import find_spec
@@ -13,17 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .worker import Worker as Worker
 
-__all__ = ["Worker"]
-
 
 def __getattr__(name: str) -> Any:
     if name != "Worker":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if find_spec("vllm") is None:
-        raise ModuleNotFoundError(
-            "specens.engines.vllm: vllm: expected vLLM to be installed, got no package of this name",
-            name="vllm",
-        )
+        raise ModuleNotFoundError(f"{__name__}: vllm: expected an installed package, got none")
     from .worker import Worker
 
     return Worker

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's batch as the ops take it: packed rows, sampling parameters, random numbers.
 
-Needs no vLLM. To have the law obey a further sampling parameter, add it to `law_of`: drafts are
-drawn by the same law that judges them.
+Needs no vLLM. A further sampling parameter is read in `law_of`, which drafts are drawn by, too.
 """
 
 from collections.abc import Sequence
@@ -15,24 +14,20 @@ from specens_kernels import PADDING, Law
 
 
 class Rows:
-    """B requests of n_b drafts each, packed request by request, as (B, N) and (B, N + 1).
-
-    counts: n_b of each request.
-    """
+    """B requests of n_b drafts each, packed request by request, as (B, N) and (B, N + 1)."""
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         self.batch, self.drafts = len(counts), max(counts)
         self._even = min(counts) == self.drafts
-        number = torch.tensor(counts, device=device)
+        number = torch.tensor(counts, device=device)[:, None]
         within = torch.arange(self.drafts + 1, device=device)
-        self._is_draft = within[:-1] < number[:, None]
-        start = (number.cumsum(0) - number)[:, None]
-        # Of packed (sum n_b, ...): where there is no draft, any row will do.
+        self._is_row = within <= number
+        start = number.cumsum(0) - number
+        # Where there is no draft, any row will do.
         self._draft_rows = (start + within[:-1]).clamp(max=max(sum(counts) - 1, 0))
-        # Of packed (sum (n_b + 1), ...): after a request's last row come repetitions of it.
-        first = start + torch.arange(self.batch, device=device)[:, None]
-        self._all_rows = first + torch.minimum(within, number[:, None])
-        self._is_row = within <= number[:, None]
+        # After a request's last row come repetitions of it.
+        request = torch.arange(self.batch, device=device)[:, None]
+        self._rows = start + request + torch.minimum(within, number)
 
     def drafted(self, packed: Tensor) -> Tensor:
         """(sum n_b, ...) as (B, N, ...): a view where every request has as many."""
@@ -44,30 +39,26 @@ class Rows:
         """(sum (n_b + 1), ...) as (B, N + 1, ...): a view where every request has as many."""
         if self._even:
             return packed.view(self.batch, self.drafts + 1, *packed.shape[1:])
-        return packed[self._all_rows]
+        return packed[self._rows]
 
     def packed(self, padded: Tensor) -> Tensor:
         """(B, N + 1, ...) as (sum (n_b + 1), ...)."""
-        return padded.flatten(0, 1) if self._even else padded[self._is_row]
+        return padded[self._is_row]
 
     def tokens(self, packed: Tensor) -> Tensor:
         """(B, N) draft tokens; -1 where there is none."""
-        return torch.where(self._is_draft, self.drafted(packed), PADDING)
+        return torch.where(self._is_row[:, 1:], self.drafted(packed), PADDING)
 
 
 def law_of(metadata: Any, batch: int, weights: Any = (1.0,), ensemble: str = "mixture") -> Law:
-    """The sampling parameters of B requests, vLLM's `SamplingMetadata`, as a law."""
+    """The sampling parameters of B requests, a `SamplingMetadata`, as a law."""
     if metadata.all_greedy:
         return Law(weights, ensemble, 0.0)
-    filters: dict[str, Tensor] = {}
-    if metadata.top_k is not None:
-        filters["top_k"] = metadata.top_k[:batch]
-    if metadata.top_p is not None:
-        filters["top_p"] = metadata.top_p[:batch]
+    filters = {"top_k": metadata.top_k, "top_p": metadata.top_p}
     for processor in metadata.logitsprocs.argmax_invariant:
-        if processor.min_p_count:
-            filters["min_p"] = processor.min_p.reshape(-1)[:batch]
-    return Law(weights, ensemble, metadata.temperature[:batch], **filters)
+        filters["min_p"] = processor.min_p.reshape(-1) if processor.min_p_count else None
+    given = {name: value[:batch] for name, value in filters.items() if value is not None}
+    return Law(weights, ensemble, metadata.temperature[:batch], **given)
 
 
 def random_numbers(metadata: Any, batch: int, rows: int, device: torch.device) -> Tensor:
@@ -81,15 +72,15 @@ def random_numbers(metadata: Any, batch: int, rows: int, device: torch.device) -
 
 def changes_logits(metadata: Any) -> bool:
     """Whether a request of the batch has penalties, a bias, or tokens that are not allowed."""
-    holder = metadata.thinking_budget_state_holder
+    holder, processors = metadata.thinking_budget_state_holder, metadata.logitsprocs
     return bool(
         not metadata.no_penalties
         or metadata.bad_words_token_ids
         or metadata.allowed_token_ids_mask is not None
         or (holder is not None and holder.has_tracked_requests())
-        # What is none of vLLM's own two counts as one that changes something.
+        # A processor that is neither of vLLM's own counts as one that changes something.
         or any(
             getattr(processor, "min_toks", getattr(processor, "biases", True))
-            for processor in metadata.logitsprocs.non_argmax_invariant
+            for processor in processors.non_argmax_invariant
         )
     )

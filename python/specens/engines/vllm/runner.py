@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's model runner (V1), whose tokens the ops decide: `sample` without drafts, else `verify`.
 
-One path for all: a target alone is an ensemble of one. Drafts are drawn by `sample` under the law
-that judges them, and `verify` is handed the very logits they were drawn from; drafts of which none
-are kept count as points, which is exact whoever drew them.
+One path for all: a target alone is an ensemble of one. Drafts are drawn under the law that judges
+them, and `verify` is handed the very logits they were drawn from. Drafts whose logits nobody kept
+are points to it, which is exact whoever drew them.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, replace
 from vllm.model_executor.model_loader import get_model
 from vllm.tokenizers.registry import get_tokenizer
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from specens_kernels import Law, Refusal, mix, sample, verify
@@ -48,7 +49,7 @@ class Reading(nn.Module):
 
     def read(self, rows: Tensor) -> list[Tensor]:
         """The readers' logits at rows of the last batch."""
-        pairs = zip(self.readers, self._hidden, strict=True)
+        pairs: Any = zip(self.readers, self._hidden, strict=True)
         return [reader.compute_logits(hidden[rows]) for reader, hidden in pairs]
 
     def __getattr__(self, name: str) -> Any:
@@ -59,10 +60,9 @@ class Reading(nn.Module):
 
 
 def sample_from_logits(self: Any, logits: Tensor, metadata: Any) -> tuple[Tensor, Tensor | None]:
-    """`SpecDecodeBaseProposer._sample_from_logits` under the law that judges the drafts.
+    """A drafter's `_sample_from_logits` under the law that judges the drafts, filters included.
 
-    What is kept beside the tokens are bare logits. Drafts that are their law's most probable token
-    need none.
+    What is kept beside the tokens are bare logits; most probable tokens are points.
     """
     sampled = self._enable_probabilistic_draft_probs and not metadata.all_greedy
     if not sampled or len(logits) != len(metadata.temperature):
@@ -73,20 +73,22 @@ def sample_from_logits(self: Any, logits: Tensor, metadata: Any) -> tuple[Tensor
 
 
 class EnsembleRunner:
-    """What a V1 model runner does otherwise; put before the platform's runner by `Worker`."""
+    """What a V1 model runner does otherwise; `Worker` puts it before the platform's."""
 
-    settings: Settings
+    specens: Settings
 
     def load_model(self: Any, *args: Any, **more: Any) -> None:
         """Load vLLM's models, then the further members."""
-        super().load_model(*args, **more)
-        settings, drafter = self.settings, getattr(self, "drafter", None)
-        if self.draws_drafts:
+        super().load_model(*args, **more)  # type: ignore[misc]
+        drafter: Any = getattr(self, "drafter", None)
+        # Of this drafter it is known that it keeps what `_sample_from_logits` returns.
+        self._drafts_have_laws = drafter and self.speculative_config.method == "draft_model"
+        if self._drafts_have_laws:
             drafter._sample_from_logits = sample_from_logits.__get__(drafter)
-        if settings.members == (TARGET,):
+        if self.specens.alone:
             return
         readers = []
-        for index, name in enumerate(settings.members):
+        for index, name in enumerate(self.specens.members):
             if name == DRAFT:
                 check_member(self.vllm_config, self.speculative_config.draft_model_config)
                 readers.append(drafter.model)
@@ -94,13 +96,7 @@ class EnsembleRunner:
                 readers.append(load_member(self.vllm_config, name, f"member_{index}"))
         self.model = Reading(self.model, readers, self.input_ids.gpu)
 
-    @property
-    def draws_drafts(self: Any) -> bool:
-        """Whether drafts are drawn by `sample_from_logits` wherever the drafter keeps a law."""
-        drafter = self.speculative_config
-        return drafter is not None and drafter.method == "draft_model"
-
-    def get_model(self: Any) -> nn.Module:
+    def get_model(self) -> Any:
         """The bare target, whose class vLLM inspects."""
         model: Any = super().get_model()  # type: ignore[misc]
         model = model.target if isinstance(model, Reading) else model
@@ -109,90 +105,74 @@ class EnsembleRunner:
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         """Keep what masks the members' logits."""
         state = self.execute_model_state
-        self._grammar = grammar_output and (state.scheduler_output, grammar_output)
-        return super().sample_tokens(grammar_output)
+        self._grammar = grammar_output and state and (state.scheduler_output, grammar_output)
+        return super().sample_tokens(grammar_output)  # type: ignore[misc]
 
     def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> Any:
         drafts, metadata = spec_decode_metadata, self.input_batch.sampling_metadata
         self.input_batch.update_async_output_token_ids()
         batch = self.input_batch.num_reqs
-        self._refuse_requests(metadata)
         rows = Rows([0] * batch if drafts is None else drafts.num_draft_tokens, logits.device)
-        raw = members = self._members(logits, drafts)
+        members = raw = [logits] if self.specens.alone else self._read(logits, metadata, drafts)
         if changes_logits(metadata):
             members = [self._processed(member, metadata, drafts) for member in members]
-        law = law_of(metadata, batch, self._weights(), self.settings.ensemble)
-        numbers = random_numbers(metadata, batch, rows.drafts + 1, logits.device)
         padded = [rows.padded(member) for member in members]
+        law = law_of(metadata, batch, self._weights(), self.specens.ensemble)
+        numbers = random_numbers(metadata, batch, rows.drafts + 1, logits.device)
         if drafts is None:
             tokens = sample(padded, numbers, law).tokens
         else:
-            kept = self._get_spec_decode_draft_probs(drafts) if self.draws_drafts else None
+            kept = self._drafts_have_laws and self._get_spec_decode_draft_probs(drafts)
             tokens = verify(
                 padded,
                 rows.tokens(drafts.draft_token_ids),
                 numbers,
                 law,
-                draft_logits=None if kept is None else rows.drafted(kept),
-                acceptance=self.settings.acceptance,
+                draft_logits=rows.drafted(kept) if isinstance(kept, Tensor) else None,
+                acceptance=self.specens.acceptance,
             ).tokens
-        tokens = tokens.to(torch.int32)
-        if metadata.max_num_logprobs is None:
-            return SamplerOutput(tokens, logprobs_tensors=None)
-        if self.model_config.logprobs_mode == "raw_logprobs":
-            law = Law(law.weights, law.ensemble)
-            padded = [rows.padded(member) for member in raw]
-        log_probs = rows.packed(mix(padded, law)[0])
-        return SamplerOutput(tokens, self._logprobs(log_probs, tokens, metadata, drafts))
+        tokens, log_probs = tokens.to(torch.int32), None
+        if metadata.max_num_logprobs is not None:
+            if self.model_config.logprobs_mode == "raw_logprobs":
+                law, padded = Law(law.weights, law.ensemble), [rows.padded(each) for each in raw]
+            log_probs = self._logprobs(rows.packed(mix(padded, law)[0]), tokens, metadata, drafts)
+        return SamplerOutput(tokens, logprobs_tensors=log_probs)
 
-    def _members(self: Any, logits: Tensor, drafts: Any) -> list[Tensor]:
+    def _read(self: Any, logits: Tensor, metadata: Any, drafts: Any) -> list[Tensor]:
         """Each member's packed logits, in the order of the weights; a grammar masks all."""
-        if self.settings.members == (TARGET,):
-            return [logits]
+        if self.num_prompt_logprobs or metadata.logprob_token_ids:
+            # vLLM computes them of the target alone.
+            raise Refusal(OP, "prompt_logprobs, logprob_token_ids", "None of an ensemble", "some")
         ends = self.query_start_loc.gpu[1 : self.input_batch.num_reqs + 1] - 1
-        members = self.model.read((ends if drafts is None else drafts.logits_indices).long())
+        members: list[Tensor] = self.model.read(ends if drafts is None else drafts.logits_indices)
         for member in members if self._grammar else ():
             apply_grammar_bitmask(*self._grammar, self.input_batch, member)
-        members.insert(self.settings.members.index(TARGET), logits)
-        return list(members)
+        members.insert(self.specens.members.index(TARGET), logits)
+        return members
 
     def _weights(self: Any) -> Any:
         """The engine's, or (B, M) where a request has its own."""
-        requests = [self.requests[name] for name in self.input_batch.req_ids]
-        if not any((request.sampling_params.extra_args or {}).get(OP) for request in requests):
-            return self.settings.weights
-        weights = [
-            self.settings.request_weights(request.sampling_params.extra_args)
-            for request in requests
+        extras = [
+            self.requests[request].sampling_params.extra_args
+            for request in self.input_batch.req_ids
         ]
+        if not any(extra and OP in extra for extra in extras):
+            return self.specens.weights
+        weights = [self.specens.request_weights(extra) for extra in extras]
         return torch.tensor(weights, device=self.device)
 
-    def _refuse_requests(self: Any, metadata: Any) -> None:
-        """Of several members: what vLLM computes from the target alone."""
-        if self.settings.members == (TARGET,):
-            return
-        for key, given in (
-            ("prompt_logprobs", self.num_prompt_logprobs),
-            ("logprob_token_ids", metadata.logprob_token_ids),
-        ):
-            if given:
-                raise Refusal(OP, key, "None for an ensemble of several members", "a request of it")
-
-    def _processed(self: Any, logits: Tensor, metadata: Any, drafts: Any) -> Tensor:
+    def _processed(self: Any, logits: Tensor, metadata: Any, drafts: Any) -> Any:
         """Packed logits with penalties, biases and bans, by vLLM's own functions."""
-        logits = logits.to(torch.float32, copy=True)
+        logits, sampler = logits.to(torch.float32, copy=True), self.sampler
         if drafts is None:
-            processed: Tensor = self.sampler.apply_logits_processors(logits, metadata, False)
-            return processed
+            return sampler.apply_logits_processors(logits, metadata, False)
         target, bonus = drafts.target_logits_indices, drafts.bonus_logits_indices
         judge = self.rejection_sampler
         logits[target] = judge.apply_logits_processors(logits[target], metadata, drafts)
-        logits[bonus] = self.sampler.apply_logits_processors(logits[bonus], metadata, True)
+        logits[bonus] = sampler.apply_logits_processors(logits[bonus], metadata, True)
         return logits
 
-    def _logprobs(
-        self: Any, log_probs: Tensor, tokens: Tensor, metadata: Any, drafts: Any
-    ) -> LogprobsTensors:
+    def _logprobs(self: Any, log_probs: Tensor, tokens: Tensor, metadata: Any, drafts: Any) -> Any:
         """Of packed rows of the ensemble's log-probabilities, in vLLM's form."""
         count = metadata.max_num_logprobs
         if drafts is None:
@@ -205,31 +185,22 @@ class EnsembleRunner:
 
 def check_member(vllm_config: Any, config: Any) -> None:
     """Refuse a member whose tokens or whose attention window are not the target's."""
-    target, name = vllm_config.model_config, f"members: {config.model}"
+    target, key = vllm_config.model_config, f"members: {config.model}"
     # An attention layer takes its window from the cache's config, which is the target's.
     for what in ("get_vocab_size", "get_sliding_window"):
         expected, got = getattr(target, what)(), getattr(config, what)()
         if expected != got:
-            raise Refusal(OP, name, f"the target's {what[4:]}, {expected}", got)
-    tokenizers = [get_tokenizer(model) for model in (target.tokenizer, config.model)]
-    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise Refusal(OP, name, "the target's token for every id", "another tokenizer")
+            raise Refusal(OP, key, f"the target's {what[4:]}, {expected}", got)
+    own, others = (get_tokenizer(name).get_vocab() for name in (target.tokenizer, config.model))
+    if own != others:
+        raise Refusal(OP, key, "the target's token for every id", "others")
 
 
-def load_member(vllm_config: Any, model: str, prefix: str) -> nn.Module:
+def load_member(vllm_config: Any, model: str, prefix: str) -> Any:
     """A further model, whose attention layers have a KV cache of their own under a prefix."""
-    from vllm.compilation.backends import set_model_tag
-
     target = vllm_config.model_config
-    config = ModelConfig(
-        model=model,
-        tokenizer=target.tokenizer,
-        trust_remote_code=target.trust_remote_code,
-        dtype=target.dtype,
-        seed=target.seed,
-        max_model_len=target.max_model_len,
-        enforce_eager=target.enforce_eager,
-    )
+    names = ["tokenizer", "trust_remote_code", "dtype", "seed", "max_model_len", "enforce_eager"]
+    config = ModelConfig(model=model, **{name: getattr(target, name) for name in names})
     check_member(vllm_config, config)
     with set_model_tag(prefix):
         own = replace(vllm_config, model_config=config, quant_config=None)

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may set for the ensemble in vLLM, checked before anything is loaded.
+"""What is checked before anything is loaded: settings, vLLM's configuration, vLLM's functions.
 
-Needs no vLLM: its configuration is read by attribute. To add a setting, add its field, read it in
-`parse`, and say in `check_engine` what of vLLM it excludes.
+Needs no vLLM, which is read by attribute. To add a setting, add its field, read it in `parse`, and
+say in `check_engine` what of vLLM it excludes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from specens_kernels import Acceptance, Law, Refusal
 from specens_kernels.refusal import shown
 
 OP = "specens"
-# The names of members that vLLM loads by itself: its model, and its draft model.
+# The members that vLLM loads by itself: its model, and its draft model.
 TARGET, DRAFT = "target", "draft"
-# Drafters that were tried: with them further members may be read.
-_DRAFTERS = ("draft_model", "ngram")
 
 
 @dataclass(frozen=True)
@@ -26,39 +25,40 @@ class Settings:
 
     members: names in the order of the weights: "target", "draft", or a model that is loaded
         besides. Written as pairs [name, weight]; without it the law is the target's.
-    weights: M numbers, as `Law` takes them; a request may have its own.
+    weights: M numbers, as `Law` takes them.
     ensemble: "mixture" or "product".
-    acceptance: the rule by which drafts are kept, "rejection" or "js:threshold=0.3".
+    acceptance: the rule by which drafts are kept, such as "rejection" or "js:threshold=0.3".
     """
 
     members: tuple[str, ...] = (TARGET,)
     weights: tuple[float, ...] = (1.0,)
     ensemble: str = "mixture"
-    acceptance: Acceptance = Acceptance()
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the target is the only member."""
+        return self.members == (TARGET,)
 
     @classmethod
     def parse(cls, given: object) -> "Settings":
-        """Of the value of the key "specens"; raises a Refusal that names the key."""
+        """The value of the key "specens"; raises a Refusal that names the key."""
         if not isinstance(given, Mapping):
             raise Refusal(OP, "additional_config", "a mapping of settings", shown(given))
-        known = [field.name for field in fields(cls) if field.name != "weights"]
+        known = ("members", "ensemble", "acceptance")
         for name in given:
             if name not in known:
                 raise Refusal.unknown(OP, "additional_config", name, known)
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = dict(given)
         if "members" in given:
             settings["members"], settings["weights"] = _members(given["members"])
-        if "ensemble" in given:
-            settings["ensemble"] = given["ensemble"]
         with _named("ensemble"):
-            Law((1.0,), settings.get("ensemble", "mixture"))
-        if "acceptance" in given:
-            with _named("acceptance"):
-                settings["acceptance"] = Acceptance.of(given["acceptance"])
-        parsed = cls(**settings)
+            Law(ensemble=settings.get("ensemble", "mixture"))
+        with _named("acceptance"):
+            settings["acceptance"] = Acceptance.of(given.get("acceptance", "rejection"))
         with _named("members"):
-            Law(parsed.weights, parsed.ensemble)
-        return parsed
+            law = Law(settings.get("weights", (1.0,)), settings.get("ensemble", "mixture"))
+        return cls(**settings | {"weights": law.weights})
 
     def request_weights(self, extra: Mapping[str, Any] | None) -> tuple[float, ...]:
         """Of one request, by its `extra_args={"specens": {"weights": [...]}}`."""
@@ -75,45 +75,39 @@ class Settings:
         return weights
 
     def check_engine(self, config: Any) -> None:
-        """Refuse a configuration of vLLM in which this law would not be emitted."""
-        model, drafter, parallel = (
-            config.model_config,
-            config.speculative_config,
-            config.parallel_config,
-        )
+        """Refuse a configuration of vLLM under which another law would be emitted."""
+        model, drafter = config.model_config, config.speculative_config
         method = drafter and drafter.method
-        facts = [
-            ("logprobs_mode", model.logprobs_mode, ("raw_logprobs", "processed_logprobs")),
-            ("watermark_config", getattr(config, "watermark_config", None), (None,)),
-            ("return_sampling_mask", getattr(model, "return_sampling_mask", False), (False,)),
-        ]
+        allowed = {
+            "logprobs_mode": (model.logprobs_mode, "raw_logprobs", "processed_logprobs"),
+            "return_sampling_mask": (model.return_sampling_mask, False),
+        }
         if drafter is not None:
-            facts += [
-                ("rejection_sample_method", drafter.rejection_sample_method, ("standard",)),
-                ("async_scheduling", bool(config.scheduler_config.async_scheduling), (False,)),
-            ]
-        if self.members != (TARGET,):
-            facts += [
-                ("speculative_config.method", method, (None, *_DRAFTERS)),
-                ("use_v2_model_runner", config.use_v2_model_runner, (False,)),
-                ("tensor_parallel_size", parallel.tensor_parallel_size, (1,)),
-                ("pipeline_parallel_size", parallel.pipeline_parallel_size, (1,)),
-                ("enable_lora", config.lora_config is not None, (False,)),
-                ("is_multimodal_model", model.is_multimodal_model, (False,)),
-                ("enable_prompt_embeds", model.enable_prompt_embeds, (False,)),
-            ]
-        for key, value, allowed in facts:
-            if value not in allowed:
-                expected = " or ".join(map(str, allowed))
-                raise Refusal(OP, key, f"{expected} with these settings", shown(value))
+            asynchronous = bool(config.scheduler_config.async_scheduling)
+            allowed |= {
+                "rejection_sample_method": (drafter.rejection_sample_method, "standard"),
+                "async_scheduling": (asynchronous, False),
+            }
+        if not self.alone:
+            parallel = config.parallel_config
+            allowed |= {
+                "speculative_config.method": (method, None, "draft_model", "ngram"),
+                "tensor_parallel_size": (parallel.tensor_parallel_size, 1),
+                "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
+                "enable_lora": (config.lora_config is not None, False),
+                "is_multimodal_model": (model.is_multimodal_model, False),
+                "enable_prompt_embeds": (model.enable_prompt_embeds, False),
+            }
+        for key, (value, *values) in allowed.items():
+            if value not in values:
+                raise Refusal(OP, key, " or ".join(map(str, values)), shown(value))
         if DRAFT in self.members and method != "draft_model":
-            expected = 'a speculative_config of method "draft_model" for the member "draft"'
+            expected = f'speculative_config.method "draft_model" for "{DRAFT}"'
             raise Refusal(OP, "members", expected, shown(method))
 
 
-def _members(given: object) -> tuple[tuple[str, ...], Any]:
-    """Names and weights of pairs."""
-    pairs = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+def _members(given: object) -> tuple[tuple[str, ...], list[Any]]:
+    pairs: Any = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     for pair in pairs:
         is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
         if not is_pair or not isinstance(pair[0], str):
@@ -126,8 +120,22 @@ def _members(given: object) -> tuple[tuple[str, ...], Any]:
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """A refusal of what the kernels take, in the words of the key that it was set by."""
+    """A refusal of what the kernels take, under the key that it was set by."""
     try:
         yield
     except Refusal as refusal:
         raise Refusal(OP, key, refusal.expected, refusal.got) from None
+
+
+def differences(functions: Iterable[tuple[Any, str, str]]) -> list[str]:
+    """Of (owner, function's name, names of its arguments in order): those that are otherwise.
+
+    After "..." the names may stand among others: fields of a class.
+    """
+    otherwise = []
+    for owner, name, arguments in functions:
+        there = list(inspect.signature(getattr(owner, name, lambda: None)).parameters)
+        first, *rest = expected = arguments.split()
+        if there != expected and not (first == "..." and set(rest) <= set(there)):
+            otherwise.append(f"{owner.__name__}.{name}({', '.join(there)})")
+    return otherwise

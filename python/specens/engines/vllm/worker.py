@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`worker_cls="specens.engines.vllm.Worker"`: the platform's worker, whose runner is ours.
+"""The platform's worker, whose model runner is ours.
 
 No module of vLLM is patched: the class of one object is replaced, and only where every function
-that is relied upon takes the arguments that it is expected to take.
+that is called or replaced takes the arguments that it is expected to take (`relied_upon`).
 """
 
 import logging
@@ -19,15 +19,12 @@ from vllm.v1.structured_output import utils as grammar
 from specens_kernels import Refusal
 
 from .runner import EnsembleRunner
-from .settings import OP, TARGET, Settings
-from .signatures import Function, differences
+from .settings import OP, Settings, differences
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Base
 else:
     from vllm.v1.worker.gpu_worker import Worker as Base
-
-_LOG = logging.getLogger(__name__)
 
 
 class Worker(Base):  # type: ignore[misc]
@@ -43,35 +40,33 @@ class Worker(Base):  # type: ignore[misc]
     def init_device(self) -> None:
         """Have the runner that vLLM has made decide by our ops, if it is one that we know."""
         super().init_device()
-        runner = self.model_runner
-        strange = differences(relied_upon(type(runner)))
-        if self.vllm_config.use_v2_model_runner:
-            strange = ["model runner V2 is in use (VLLM_USE_V2_MODEL_RUNNER=0 leaves it)"]
-        if not strange:
-            runner.__class__ = type("Runner", (EnsembleRunner, type(runner)), {})
-            runner.settings = self.specens
-        elif self.specens.members != (TARGET,):
-            raise Refusal(OP, "members", "a vLLM that is known", "; ".join(strange))
+        unknown = differences(relied_upon(type(self.model_runner)))
+        if self.use_v2_model_runner:
+            unknown = ["model runner V2 (VLLM_USE_V2_MODEL_RUNNER=0 takes V1)"]
+        if not unknown:
+            runner = type("Runner", (EnsembleRunner, type(self.model_runner)), {})
+            self.model_runner.__class__ = runner
+            self.model_runner.specens = self.specens
+        elif not self.specens.alone:
+            raise Refusal(OP, "members", "a vLLM that is known", ", ".join(unknown))
         else:
-            _LOG.warning("specens: vLLM's own sampler stays, for %s", "; ".join(strange))
+            message = "specens: vLLM's own sampler decides; not known are %s"
+            logging.getLogger(__name__).warning(message, ", ".join(unknown))
 
 
-def relied_upon(runner: type) -> Iterator[Function]:
-    """The functions of vLLM that `runner.py` and `rows.py` call or replace."""
-    drafter = SpecDecodeBaseProposer
+def relied_upon(runner: type) -> Iterator[tuple[Any, str, str]]:
+    """What of vLLM runner.py and rows.py call, replace and read, for `differences`."""
+    drafter, processors = SpecDecodeBaseProposer, "self logits sampling_metadata"
     yield runner, "load_model", "self load_dummy_weights"
     yield runner, "sample_tokens", "self grammar_output"
     yield runner, "_sample", "self logits spec_decode_metadata"
     yield runner, "_get_spec_decode_draft_probs", "self spec_decode_metadata"
     yield drafter, "_sample_from_logits", "self logits sampling_metadata"
-    yield Sampler, "apply_logits_processors", "self logits sampling_metadata predict_bonus_token"
+    yield Sampler, "apply_logits_processors", f"{processors} predict_bonus_token"
     yield Sampler, "gather_logprobs", "logprobs num_logprobs token_ids"
-    yield RejectionSampler, "apply_logits_processors", "self logits sampling_metadata metadata"
-    yield (
-        RejectionSampler,
-        "_get_logprobs_tensors",
-        "self max_num_logprobs metadata logits target_logits bonus_logits sampled_token_ids",
-    )
+    yield RejectionSampler, "apply_logits_processors", f"{processors} metadata"
+    arguments = "max_num_logprobs metadata logits target_logits bonus_logits sampled_token_ids"
+    yield RejectionSampler, "_get_logprobs_tensors", f"self {arguments}"
     yield grammar, "apply_grammar_bitmask", "scheduler_output grammar_output input_batch logits"
     fields = "temperature top_k top_p all_greedy generators logitsprocs no_penalties"
     yield SamplingMetadata, "__init__", f"... {fields} max_num_logprobs logprob_token_ids"
