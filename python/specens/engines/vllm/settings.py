@@ -61,10 +61,12 @@ class Settings:
         return cls(**settings | {"weights": law.weights})
 
     def request_weights(self, extra: Mapping[str, Any] | None) -> tuple[float, ...]:
-        """Of one request, by its `extra_args={"specens": {"weights": [...]}}`."""
-        given = (extra or {}).get(OP)
-        if given is None:
+        """Of one request, by its `extra_args={"specens": {"weights": [...]}}`, over HTTP a list."""
+        given = (extra or {}).get(OP, self)
+        if given is self:
             return self.weights
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            given = {"weights": given}  # vLLM's protocol nests no mappings
         if not isinstance(given, Mapping) or list(given) != ["weights"]:
             raise Refusal(OP, "extra_args", '{"weights": [...]}', shown(given))
         with _named("extra_args.weights"):
