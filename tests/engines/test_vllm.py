@@ -5,11 +5,14 @@ Both answers of the chi-square are far from chance: the right law may have a p-v
 less, a wrong one must have less.
 """
 
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 from texts import Weights, chi_square, differing, member_logits, mixed
-from vllm_engines import NGRAM, Engines, draft_model, options
+from vllm_engines import NGRAM, ROOT, Engines, draft_model, options
 
 pytestmark = pytest.mark.slow
 
@@ -159,6 +162,16 @@ def test_requests_of_one_batch_keep_their_own_law(
 
 
 @pytest.mark.parametrize("drafter", ["none", "member_3"])
+def test_a_grammar_masks_every_member(drafter: str, engines: Engines) -> None:
+    """The members' own most probable tokens are no digits; a request without a grammar is free."""
+    weights, speculative = DRAFTERS[drafter]
+    parameters = [greedy(8, regex="[0-9]{8}"), greedy(8)] * 2
+    (answers,) = written(engines((PROMPTS, parameters), **options(weights, speculative)))
+    for place, answer in enumerate(answers):
+        assert bool(re.fullmatch("[0-9]{1,8}", answer["text"])) == (place % 2 == 0)
+
+
+@pytest.mark.parametrize("drafter", ["none", "member_3"])
 def test_preempted_requests_go_on_as_they_would(
     drafter: str, engines: Engines, members: dict[str, Any]
 ) -> None:
@@ -240,6 +253,21 @@ def test_what_a_request_cannot_have_is_refused(
 ) -> None:
     error = engines((PROMPTS[:1], [greedy(4, **more)]), **options(TWO))["error"]
     assert error.startswith(f"Refusal: specens: {key}: expected ")
+
+
+def test_what_the_page_shows_runs(
+    engines: Engines, members: dict[str, Any], tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "page.py").write_text(code, encoding="utf-8")
+    command = [engines.python, str(tmp_path / "page.py")]
+    shown = subprocess.run(
+        command, env=engines.environment, capture_output=True, check=True, text=True
+    ).stdout
+    (answers,) = written(engines((["import os\n"], [greedy(16)]), **options(TWO)))
+    assert differing(answers[0], members, TWO) == 0
+    assert answers[0]["text"].strip() in shown
 
 
 def test_an_unknown_vllm_is_left_alone_or_refused(

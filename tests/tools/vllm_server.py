@@ -64,14 +64,20 @@ FAULTS = {fault.__name__: fault for fault in (unfiltered_drafts, unknown_vllm)}
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Build the engine, write its texts."""
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def read(given: dict[str, Any]) -> SamplingParams:
+        """A request's parameters; "regex" is the grammar of one."""
+        regex = given.pop("regex", None)
+        grammar = None if regex is None else StructuredOutputsParams(regex=regex)
+        return SamplingParams(**given, structured_outputs=grammar)
 
     if job.get("fault"):
         FAULTS[job["fault"]]()
     engine = LLM(**job["options"])
     answers = []
     for prompts, parameters in job["calls"]:
-        given = [SamplingParams(**one) for one in parameters]
-        outputs = engine.generate(prompts, given, use_tqdm=False)
+        outputs = engine.generate(prompts, list(map(read, parameters)), use_tqdm=False)
         answers.append(
             [
                 {
