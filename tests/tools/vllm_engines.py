@@ -48,14 +48,15 @@ class Engines:
 
     def _serve(self, job: Path, result: Path) -> None:
         if self.server is None:
-            self.server = subprocess.Popen(
-                [self.python, str(SERVER)],
-                env=self.environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=(self.folder / "server.log").open("w"),
-                text=True,
-            )
+            with (self.folder / "server.log").open("w") as log:
+                self.server = subprocess.Popen(
+                    [self.python, str(SERVER)],
+                    env=self.environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps([str(job), str(result)]) + "\n")
