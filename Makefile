@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 SANITIZE := build/sanitize
+# Has vLLM; another one can be named.
+ENGINES_VENV ?= build/engines
 # Processes that run tests side by side.
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-zoo test-trees test-native soak fuzz gpu-report on-card lint format docs bench lines
+.PHONY: help dev demo test test-fast test-zoo test-trees test-engines test-native soak fuzz gpu-report on-card lint format docs bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +44,11 @@ test-zoo: dev  ## Write with every architecture of transformers, and print what 
 
 test-trees: dev  ## Run the ops for trees on many random ones, and kernels with bugs: half an hour
 	$(BIN)/python tests/kernels/many_trees.py
+
+# vLLM asks for other releases than the ones above: it has an environment of its own.
+test-engines: dev  ## Run ensembles in vLLM; installs its CPU build, 3 GB, unless ENGINES_VENV has one
+	test -x $(ENGINES_VENV)/bin/vllm || $(BIN)/python tests/tools/vllm_environment.py $(ENGINES_VENV)
+	OMP_NUM_THREADS=1 ENGINES_PYTHON=$(abspath $(ENGINES_VENV))/bin/python $(BIN)/python -m pytest tests/engines
 
 test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers
 	@if [ "$(SPECENS_NATIVE)" != 1 ] && ! command -v $(CXX) >/dev/null; then \

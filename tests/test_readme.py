@@ -55,6 +55,8 @@ def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("(")[0].splitlines()[-1])
 def test_python_blocks_run(code: str) -> None:
+    if "from vllm import" in code:
+        pytest.skip("vLLM: not in this environment; tests/engines runs what its page shows")
     exec(compile(code, "page", "exec"), {"__name__": "page"})
 
 

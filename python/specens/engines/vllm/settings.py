@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked before anything is loaded: settings, vLLM's configuration, vLLM's functions.
+
+Needs no vLLM, which is read by attribute. To add a setting, add its field, read it in `parse`, and
+say in `check_engine` what of vLLM it excludes.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from specens_kernels import Acceptance, Law, Refusal
+from specens_kernels.refusal import shown
+
+OP = "specens"
+# The members that vLLM loads by itself: its model, and its draft model.
+TARGET, DRAFT = "target", "draft"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`additional_config={"specens": {...}}` of an engine.
+
+    members: names in the order of the weights: "target", "draft", or a model that is loaded
+        besides. Written as pairs [name, weight]; without it the law is the target's.
+    weights: M numbers, as `Law` takes them.
+    ensemble: "mixture" or "product".
+    acceptance: the rule by which drafts are kept, such as "rejection" or "js:threshold=0.3".
+    """
+
+    members: tuple[str, ...] = (TARGET,)
+    weights: tuple[float, ...] = (1.0,)
+    ensemble: str = "mixture"
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the target is the only member."""
+        return self.members == (TARGET,)
+
+    @classmethod
+    def parse(cls, given: object) -> "Settings":
+        """The value of the key "specens"; raises a Refusal that names the key."""
+        if not isinstance(given, Mapping):
+            raise Refusal(OP, "additional_config", "a mapping of settings", shown(given))
+        known = ("members", "ensemble", "acceptance")
+        for name in given:
+            if name not in known:
+                raise Refusal.unknown(OP, "additional_config", name, known)
+        settings: dict[str, Any] = dict(given)
+        if "members" in given:
+            settings["members"], settings["weights"] = _members(given["members"])
+        with _named("ensemble"):
+            Law(ensemble=settings.get("ensemble", "mixture"))
+        with _named("acceptance"):
+            settings["acceptance"] = Acceptance.of(given.get("acceptance", "rejection"))
+        with _named("members"):
+            law = Law(settings.get("weights", (1.0,)), settings.get("ensemble", "mixture"))
+        return cls(**settings | {"weights": law.weights})
+
+    def request_weights(self, extra: Mapping[str, Any] | None) -> tuple[float, ...]:
+        """Of one request, by its `extra_args={"specens": {"weights": [...]}}`, over HTTP a list."""
+        given = (extra or {}).get(OP, self)
+        if given is self:
+            return self.weights
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            given = {"weights": given}  # vLLM's protocol nests no mappings
+        if not isinstance(given, Mapping) or list(given) != ["weights"]:
+            raise Refusal(OP, "extra_args", '{"weights": [...]}', shown(given))
+        with _named("extra_args.weights"):
+            weights = tuple(Law(given["weights"], self.ensemble).weights)
+        if len(weights) != len(self.weights):
+            expected = f"{len(self.weights)} numbers, one for each member"
+            raise Refusal(OP, "extra_args.weights", expected, len(weights))
+        return weights
+
+    def check_engine(self, config: Any) -> None:
+        """Refuse a configuration of vLLM under which another law would be emitted."""
+        model, drafter = config.model_config, config.speculative_config
+        method = drafter and drafter.method
+        allowed = {
+            "logprobs_mode": (model.logprobs_mode, "raw_logprobs", "processed_logprobs"),
+            "return_sampling_mask": (model.return_sampling_mask, False),
+        }
+        if drafter is not None:
+            asynchronous = bool(config.scheduler_config.async_scheduling)
+            allowed |= {
+                "rejection_sample_method": (drafter.rejection_sample_method, "standard"),
+                "async_scheduling": (asynchronous, False),
+            }
+        if not self.alone:
+            parallel = config.parallel_config
+            allowed |= {
+                "speculative_config.method": (method, None, "draft_model", "ngram"),
+                "tensor_parallel_size": (parallel.tensor_parallel_size, 1),
+                "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
+                "enable_lora": (config.lora_config is not None, False),
+                "is_multimodal_model": (model.is_multimodal_model, False),
+                "enable_prompt_embeds": (model.enable_prompt_embeds, False),
+            }
+        for key, (value, *values) in allowed.items():
+            if value not in values:
+                raise Refusal(OP, key, " or ".join(map(str, values)), shown(value))
+        if DRAFT in self.members and method != "draft_model":
+            expected = f'speculative_config.method "draft_model" for "{DRAFT}"'
+            raise Refusal(OP, "members", expected, shown(method))
+
+
+def _members(given: object) -> tuple[tuple[str, ...], list[Any]]:
+    pairs: Any = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for pair in pairs:
+        is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not is_pair or not isinstance(pair[0], str):
+            raise Refusal(OP, "members", "pairs [name, weight]", shown(pair))
+    names = tuple(name for name, _ in pairs)
+    if names.count(TARGET) != 1 or names.count(DRAFT) > 1:
+        raise Refusal(OP, "members", f'"{TARGET}" once, "{DRAFT}" at most once', shown(list(names)))
+    return names, [weight for _, weight in pairs]
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """A refusal of what the kernels take, under the key that it was set by."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal(OP, key, refusal.expected, refusal.got) from None
+
+
+def differences(functions: Iterable[tuple[Any, str, str]]) -> list[str]:
+    """Of (owner, function's name, names of its arguments in order): those that are otherwise.
+
+    After "..." the names may stand among others: fields of a class.
+    """
+    otherwise = []
+    for owner, name, arguments in functions:
+        there = list(inspect.signature(getattr(owner, name, lambda: None)).parameters)
+        first, *rest = expected = arguments.split()
+        if there != expected and not (first == "..." and set(rest) <= set(there)):
+            otherwise.append(f"{owner.__name__}.{name}({', '.join(there)})")
+    return otherwise
