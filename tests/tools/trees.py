@@ -192,6 +192,8 @@ def judge(one: Problem, out: Tensor, lse: Tensor) -> None:
         options={k: v for k, v in one.options.items() if k not in ("sinks", "softcap")}
     )
     error = (dense(simple).double() - expected(simple)[0]).abs().max().item()
+    # A sink makes of one value, which torch has exactly, a number that has to be rounded.
+    error = max(error, torch.finfo(one.query.dtype).eps / 2 * right.abs().max().item())
     allowed = 2 * error + SCALE[one.query.dtype] * (1 + one.values.nan_to_num().abs().max().item())
     assert (out.double() - right).abs().max() <= allowed
     assert (lse.double() - right_lse).abs().max() <= 4e-6 * (1 + right_lse.abs().max())
