@@ -62,9 +62,9 @@ class Settings:
 
     def request_weights(self, extra: Mapping[str, Any] | None) -> tuple[float, ...]:
         """Of one request, by its `extra_args={"specens": {"weights": [...]}}`, over HTTP a list."""
-        given = (extra or {}).get(OP, self)
-        if given is self:
+        if extra is None or OP not in extra:
             return self.weights
+        given = extra[OP]
         if isinstance(given, Sequence) and not isinstance(given, str):
             given = {"weights": given}  # vLLM's protocol nests no mappings
         if not isinstance(given, Mapping) or list(given) != ["weights"]:
