@@ -84,12 +84,16 @@ def random_problem(seed: int) -> Problem:
         options["sinks"] = 2 * torch.randn(heads)
     if dice.random() < 0.3:
         options["scale"] = dice.choice([0.1, 0.5])
+    batch, nodes = dice.choice([1, 1, 2, 3]), dice.choice([1, 2, 3, 5, 16, 40, 64, 65])
+    lengths = tuple(dice.choice([0, 1, 63, 64, 65, 200, 255, 300, 513]) for _ in range(3))
+    if dice.random() < 0.1:  # splits whose order can show
+        batch, nodes, lengths = 2, 2, (700, 900)
     one = problem(
-        batch=dice.choice([1, 1, 2, 3]),
+        batch=batch,
         heads=(heads, key_heads),
-        nodes=dice.choice([1, 2, 3, 5, 16, 40, 64, 65]),
+        nodes=nodes,
         sizes=(size, dice.choice([size, size, 16, 24, 37])),
-        lengths=tuple(dice.choice([0, 1, 63, 64, 65, 200, 255, 300, 513]) for _ in range(3)),
+        lengths=lengths,
         room=dice.choice([0, 0, 1, 100]),
         dtype=dice.choice([torch.float32, torch.bfloat16, torch.float16]),
         **options,
