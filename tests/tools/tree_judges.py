@@ -20,7 +20,7 @@ Results = tuple[Tensor, Tensor]
 
 def alone(one: Problem, results: Results, dice: random.Random) -> str:
     """A row has the same bits in a batch of its own."""
-    b = dice.randrange(len(one.query))
+    b = dice.randrange(min(1, len(one.query) - 1), len(one.query))
     options = dict(one.options)
     for name in ("depths", "block_table"):
         if name in options:

@@ -86,8 +86,9 @@ def random_problem(seed: int) -> Problem:
         options["scale"] = dice.choice([0.1, 0.5])
     batch, nodes = dice.choice([1, 1, 2, 3]), dice.choice([1, 2, 3, 5, 16, 40, 64, 65])
     lengths = tuple(dice.choice([0, 1, 63, 64, 65, 200, 255, 300, 513]) for _ in range(3))
+    dtype = dice.choice([torch.float32, torch.bfloat16, torch.float16])
     if dice.random() < 0.1:  # splits whose order can show
-        batch, nodes, lengths = 2, 2, (700, 900)
+        batch, nodes, lengths, dtype = 2, 2, (700, 900), torch.float32
     one = problem(
         batch=batch,
         heads=(heads, key_heads),
@@ -95,7 +96,7 @@ def random_problem(seed: int) -> Problem:
         sizes=(size, dice.choice([size, size, 16, 24, 37])),
         lengths=lengths,
         room=dice.choice([0, 0, 1, 100]),
-        dtype=dice.choice([torch.float32, torch.bfloat16, torch.float16]),
+        dtype=dtype,
         **options,
     )
     if "window" in options:  # what it has left behind
