@@ -188,8 +188,8 @@ def check(one: Problem, run: Problem | None = None) -> None:
     judge(one, *(run or one).run())
 
 
-def judge(one: Problem, out: Tensor, lse: Tensor) -> None:
-    """What `check` asks of a result."""
+def judge(one: Problem, out: Tensor, lse: Tensor, times: float = 2.0) -> None:
+    """What `check` asks of a result, which may be so many times as far from float64 as torch's."""
     right, right_lse = expected(one)
     assert (out.dtype, lse.dtype) == (one.query.dtype, torch.float32)
     assert out.is_contiguous()
@@ -199,6 +199,8 @@ def judge(one: Problem, out: Tensor, lse: Tensor) -> None:
     error = (dense(simple).double() - expected(simple)[0]).abs().max().item()
     # A sink makes of one value, which torch has exactly, a number that has to be rounded.
     error = max(error, torch.finfo(one.query.dtype).eps / 2 * right.abs().max().item())
-    allowed = 2 * error + SCALE[one.query.dtype] * (1 + one.values.nan_to_num().abs().max().item())
+    allowed = times * error + SCALE[one.query.dtype] * (
+        1 + one.values.nan_to_num().abs().max().item()
+    )
     assert (out.double() - right).abs().max() <= allowed
     assert (lse.double() - right_lse).abs().max() <= 4e-6 * (1 + right_lse.abs().max())
