@@ -84,14 +84,19 @@ def random_problem(seed: int) -> Problem:
         options["sinks"] = 2 * torch.randn(heads)
     if dice.random() < 0.3:
         options["scale"] = dice.choice([0.1, 0.5])
+    batch, nodes = dice.choice([1, 1, 2, 3]), dice.choice([1, 2, 3, 5, 16, 40, 64, 65])
+    lengths = tuple(dice.choice([0, 1, 63, 64, 65, 200, 255, 300, 513]) for _ in range(3))
+    dtype = dice.choice([torch.float32, torch.bfloat16, torch.float16])
+    if dice.random() < 0.1:  # splits whose order can show
+        batch, nodes, lengths, dtype = 2, 2, (700, 900), torch.float32
     one = problem(
-        batch=dice.choice([1, 1, 2, 3]),
+        batch=batch,
         heads=(heads, key_heads),
-        nodes=dice.choice([1, 2, 3, 5, 16, 40, 64, 65]),
+        nodes=nodes,
         sizes=(size, dice.choice([size, size, 16, 24, 37])),
-        lengths=tuple(dice.choice([0, 1, 63, 64, 65, 200, 255, 300, 513]) for _ in range(3)),
+        lengths=lengths,
         room=dice.choice([0, 0, 1, 100]),
-        dtype=dice.choice([torch.float32, torch.bfloat16, torch.float16]),
+        dtype=dtype,
         **options,
     )
     if "window" in options:  # what it has left behind
@@ -183,8 +188,8 @@ def check(one: Problem, run: Problem | None = None) -> None:
     judge(one, *(run or one).run())
 
 
-def judge(one: Problem, out: Tensor, lse: Tensor) -> None:
-    """What `check` asks of a result."""
+def judge(one: Problem, out: Tensor, lse: Tensor, times: float = 2.0) -> None:
+    """What `check` asks of a result, which may be so many times as far from float64 as torch's."""
     right, right_lse = expected(one)
     assert (out.dtype, lse.dtype) == (one.query.dtype, torch.float32)
     assert out.is_contiguous()
@@ -194,6 +199,8 @@ def judge(one: Problem, out: Tensor, lse: Tensor) -> None:
     error = (dense(simple).double() - expected(simple)[0]).abs().max().item()
     # A sink makes of one value, which torch has exactly, a number that has to be rounded.
     error = max(error, torch.finfo(one.query.dtype).eps / 2 * right.abs().max().item())
-    allowed = 2 * error + SCALE[one.query.dtype] * (1 + one.values.nan_to_num().abs().max().item())
+    allowed = times * error + SCALE[one.query.dtype] * (
+        1 + one.values.nan_to_num().abs().max().item()
+    )
     assert (out.double() - right).abs().max() <= allowed
     assert (lse.double() - right_lse).abs().max() <= 4e-6 * (1 + right_lse.abs().max())
