@@ -262,8 +262,9 @@ def test_what_the_page_shows_runs(
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     (tmp_path / "page.py").write_text(code, encoding="utf-8")
     command = [engines.python, str(tmp_path / "page.py")]
+    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     shown = subprocess.run(
-        command, env=engines.environment, capture_output=True, check=True, text=True
+        command, env=engines.environment | more, capture_output=True, check=True, text=True
     ).stdout
     (answers,) = written(engines((["import os\n"], [greedy(16)]), **options(TWO)))
     assert differing(answers[0], members, TWO) == 0
