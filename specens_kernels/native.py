@@ -24,8 +24,9 @@ if AVAILABLE:
 def cpu_isa() -> str:
     """The instruction set in use; SPECENS_CPU_ISA chooses it.
 
-    "avx512", "avx2" or "baseline"; or "amx" or "avx512bf16", which are "avx512" but for attention
-    to bfloat16.
+    "avx512", "avx2" or "baseline"; or "avx512bf16" or "amx", which are "avx512" but for attention
+    to bfloat16. "amx" runs only where it is asked for: it was tested without a processor that has
+    it.
     """
     return str(_C.cpu_isa())
 

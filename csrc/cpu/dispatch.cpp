@@ -147,6 +147,7 @@ namespace {
 struct Build {
   const Kernels* kernels;
   bool (*supported)();
+  bool only_if_asked = false;
 };
 
 bool always() { return true; }
@@ -191,12 +192,12 @@ const Kernels& choose(const Build* begin, const Build* end) {
   const char* name = std::getenv("SPECENS_CPU_ISA");
   const bool any = name == nullptr || *name == 0;
   for (const Build* build = begin; build != end; ++build) {
-    const bool asked = any || build->kernels->name == std::string(name);
+    const bool asked = any ? !build->only_if_asked : build->kernels->name == std::string(name);
     if (asked && build->supported()) return *build->kernels;
   }
   std::string known;
   for (const Build* build = begin; build != end; ++build) {
-    if (build->supported())
+    if (!build->only_if_asked && build->supported())
       known += (known.empty() ? "" : ", ") + std::string(build->kernels->name);
   }
   throw std::runtime_error("SPECENS_CPU_ISA: expected one of " + known + " on this machine, got '" +
@@ -212,7 +213,8 @@ const Kernels& kernels() {
         {&amx::kKernels, always},
         {&avx512bf16::kKernels, always},
 #elif defined(SPECENS_HAS_BFLOAT16)
-        {&amx::kKernels, supports_amx},
+        // They have run as stand-ins alone, on no processor that has tiles.
+        {&amx::kKernels, supports_amx, true},
         {&avx512bf16::kKernels, supports_avx512bf16},
 #endif
 #if defined(__x86_64__)
