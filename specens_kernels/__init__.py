@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .refusal import Refusal as Refusal
     from .refusal import Unsupported as Unsupported
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 _HOMES = {
     "acceptance": ("ACCEPTANCE_RULES", "Acceptance", "AcceptanceRule"),
     "dispatch": ("backend",),
