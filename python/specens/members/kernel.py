@@ -173,15 +173,17 @@ for _implementation, _name in _NAMES.items():
     _masks.register(_name, MASKS[_implementation])
 
 _ENTRY = "_attn_implementation_internal"  # where a configuration keeps the name
+_OWN = {name: implementation for implementation, name in _NAMES.items()}
 _lock = threading.Lock()
-# Of each configuration that has our name now: its own, and forwards that need ours.
-_uses: dict[int, tuple[str, int]] = {}
+# Of each configuration that has our name now: the forwards that need it.
+_forwards: dict[int, set["Attending"]] = {}
 
 
 class Attending:
     """As a context: layers with this configuration ask us, in all threads, until the last is out.
 
-    A class, for a generator would take longer.
+    A class, for a generator would take longer. An interrupt may come at any place: leaving twice is
+    as leaving once, and the user's own name is read from ours.
     """
 
     def __init__(self, config: Any) -> None:
@@ -189,27 +191,40 @@ class Attending:
 
     def __enter__(self) -> None:
         config = self._config
-        with _lock:
-            own, uses = _uses.get(id(config), (_name_in(config), 0))
-            if uses == 0:
-                _set(config, _NAMES[own])
-            _uses[id(config)] = own, uses + 1
+        try:
+            with _lock:
+                _forwards.setdefault(id(config), set()).add(self)
+                _set(config, _NAMES[_own_name(config)])
+        except BaseException:
+            self._leave()
+            raise
 
     def __exit__(self, *_: Any) -> None:
+        try:
+            self._leave()
+        except BaseException:  # an interrupt that came just now
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
         config = self._config
         with _lock:
-            own, uses = _uses.pop(id(config))
-            if uses > 1:
-                _uses[id(config)] = own, uses - 1
-            elif _name_in(config) == _NAMES[own]:
-                _set(config, own)
+            others = _forwards.get(id(config), set())
+            others.discard(self)
+            if not others:
+                _set(config, _own_name(config))
+                _forwards.pop(id(config), None)
 
 
 def implementation_of(config: Any) -> str:
     """The user's choice of an attention implementation, whatever forwards are running."""
     with _lock:
-        own, _ = _uses.get(id(config), (_name_in(config), 0))
-        return str(own)
+        return _own_name(config)
+
+
+def _own_name(config: Any) -> str:
+    name = _name_in(config)
+    return _OWN.get(name, name)
 
 
 def _name_in(config: Any) -> str:
