@@ -24,9 +24,16 @@ def storages() -> int:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects do not like to be asked for their type
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
-    tensors = [t for t in tensors if t.layout == torch.strided and not t.is_nested]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        # Of the plain types: fake tensors, for one, have no memory and warn if they are asked.
+        plain = (Tensor, torch.nn.Parameter)
+        tensors = [thing for thing in gc.get_objects() if type(thing) in plain]
+    held = {}
+    for tensor in tensors:
+        try:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        except RuntimeError:  # sparse, or a tracer's: it has no storage
+            continue
     return sum(held.values())
 
 

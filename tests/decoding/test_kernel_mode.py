@@ -197,7 +197,7 @@ def test_forwards_of_others_are_what_they_are_alone(name):
     hook.remove()
     assert names == {f"specens_{own}"}
     assert model.config._attn_implementation == own
-    assert not kernel._uses
+    assert not kernel._forwards
 
 
 def test_configuration_is_as_it_was_whatever_ends_a_forward():
@@ -213,7 +213,7 @@ def test_configuration_is_as_it_was_whatever_ends_a_forward():
         one.forward(torch.tensor([[3, 4]]), [2])
     hook.remove()
     assert model.config._attn_implementation == "sdpa"
-    assert not kernel._uses
+    assert not kernel._forwards
 
 
 def test_dropout_is_refused():
