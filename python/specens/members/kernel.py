@@ -182,8 +182,9 @@ _forwards: dict[int, set["Attending"]] = {}
 class Attending:
     """As a context: layers with this configuration ask us, in all threads, until the last is out.
 
-    A class, for a generator would take longer. An interrupt may come at any place: leaving twice is
-    as leaving once, and the user's own name is read from ours.
+    A class, for a generator would take longer. One forward at a time enters it. An interrupt may
+    come at any place, even before `__exit__` begins: whoever ends the call leaves once more, and
+    the user's own name is read from ours.
     """
 
     def __init__(self, config: Any) -> None:
@@ -196,24 +197,27 @@ class Attending:
                 _forwards.setdefault(id(config), set()).add(self)
                 _set(config, _NAMES[_own_name(config)])
         except BaseException:
-            self._leave()
+            self.leave()
             raise
 
     def __exit__(self, *_: Any) -> None:
         try:
-            self._leave()
+            self.leave()
         except BaseException:  # an interrupt that came just now
-            self._leave()
+            self.leave()
             raise
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """To leave twice is to leave once; whoever never was in leaves nothing."""
         config = self._config
         with _lock:
             others = _forwards.get(id(config), set())
             others.discard(self)
-            if not others:
+            if others:
+                return
+            if _name_in(config) in _OWN:
                 _set(config, _own_name(config))
-                _forwards.pop(id(config), None)
+            _forwards.pop(id(config), None)
 
 
 def implementation_of(config: Any) -> str:

@@ -62,11 +62,12 @@ class SlotMember(Member):
             raise NotImplementedError("kernel: its layers attend to chunks, which it is not told")
 
     def _new_masks(self) -> Masks:
-        config = self._config = text_config(self.model)
+        config = text_config(self.model)
         implementation = implementation_of(config)
         # Eager attention adds its mask to the scores: a bool mask would be silently wrong there.
         if implementation not in MASKS:
             raise NotImplementedError(f"slot: attention {implementation!r} takes no 4-D mask")
+        self._attending = Attending(config)
         additive = implementation == "eager"
         dtype = self.model.dtype
         return Masks(config, per_type=self._per_type, additive=additive, dtype=dtype)
@@ -80,6 +81,11 @@ class SlotMember(Member):
         # The user may have changed the attention implementation since the last start.
         self._masks = self._new_masks()
         self._allocate()
+
+    def release(self) -> None:
+        """Give back the memory, and the name of the attention if an interrupt has kept it."""
+        super().release()
+        self._attending.leave()
 
     def _allocate(self) -> None:
         self.cache = SlotCache(len(self.lengths), self._counts)
@@ -187,7 +193,7 @@ class SlotMember(Member):
             arguments |= {"specens": view, "attention_mask": no_mask}
         else:
             arguments["attention_mask"] = view
-        with Attending(self._config) if through_kernel else nullcontext():
+        with self._attending if through_kernel else nullcontext():
             logits = self._call(
                 tokens,
                 position_ids=positions,
