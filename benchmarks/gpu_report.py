@@ -8,18 +8,20 @@
 Every launch in a few representative calls is recorded on tensors without data, and its
 Triton kernel compiled for each target by the compilers that Triton brings: ptxas for NVIDIA's, LLVM
 for AMD's. The CUDA kernels are compiled by nvcc, where there is one; the emulator says how large
-their blocks are. To add kernels: a function that yields `Row`s, named in `SOURCES`.
+their blocks are. As many are compiled at once as there are processors. To add kernels: a function
+that yields functions of no arguments, each of which returns `Row`s; it is named in `SOURCES`.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +80,9 @@ class Row:
     spills: int
     occupancy: float | None
     wide_loads: int
+
+
+Compilation = Callable[[], list[Row]]
 
 
 class Multiprocessor(NamedTuple):
@@ -261,57 +266,60 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options={"num_warps": launch.warps})
 
 
-def nvidia_row(name: str, target: str, compiled: Any, warps: int) -> Row:
+def nvidia_rows(launch: Launch, arch: int) -> list[Row]:
+    """The row of one launch."""
+    compiled = compile_launch(launch, GPUTarget("cuda", arch, 32))
+    target = f"sm_{arch}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         used = _output(BINARIES / "cuobjdump", "-res-usage", path)
         code = _output(BINARIES / "nvdisasm", "-c", path)
     registers = int(re.search(r"REG:(\d+)", used)[1])
-    return Row(
-        name,
+    row = Row(
+        launch.name,
         target,
         registers,
         compiled.metadata.shared,
         len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        occupancy(target, registers, compiled.metadata.shared, warps),
+        occupancy(target, registers, compiled.metadata.shared, launch.warps),
         len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", code)),
     )
+    return [row]
 
 
-def amd_row(name: str, target: str, compiled: Any) -> Row:
-    code = compiled.asm["amdgcn"]
+def amd_rows(launch: Launch) -> list[Row]:
+    """The row of one launch."""
+    code = compile_launch(launch, GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
 
     def count(field: str) -> int:
         return int(re.search(rf"\.{field}:\s+(\d+)", code)[1])
 
-    return Row(
-        name,
-        target,
+    row = Row(
+        launch.name,
+        "gfx942",
         count("vgpr_count"),
         count("group_segment_fixed_size"),
         count("vgpr_spill_count"),
         None,
         len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
     )
+    return [row]
 
 
 def _output(*command: Any) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def triton_rows() -> Iterator[Row]:
+def triton_compilations() -> Iterator[Compilation]:
     """Every launch on every target; those that take long, of the most members or a rule, on one."""
     for launch in launches():
         if launch.name.endswith(MOST) or launch.name.startswith("judge "):
-            compiled = compile_launch(launch, GPUTarget("cuda", 90, 32))
-            yield nvidia_row(launch.name, "sm_90", compiled, launch.warps)
+            yield partial(nvidia_rows, launch, 90)
             continue
         for arch in (80, 90, 100):
-            compiled = compile_launch(launch, GPUTarget("cuda", arch, 32))
-            yield nvidia_row(launch.name, f"sm_{arch}", compiled, launch.warps)
-        compiled = compile_launch(launch, GPUTarget("hip", "gfx942", 64))
-        yield amd_row(launch.name, "gfx942", compiled)
+            yield partial(nvidia_rows, launch, arch)
+        yield partial(amd_rows, launch)
 
 
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "--Werror=all-warnings", "-Xptxas", "-v")
@@ -322,7 +330,7 @@ _ENTRY = re.compile(r"\.entry (\w+)\((.*?)\n}", re.DOTALL)
 _WIDE_LOAD = re.compile(r"\bld\.global(?:\.[\w:]+)*?\.v4\.[bfsu]32\b")
 
 
-def cuda_rows() -> Iterator[Row]:
+def cuda_compilations() -> Iterator[Compilation]:
     """Every kernel of csrc/cuda on every target."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None or simt.what_is_missing():
@@ -331,7 +339,7 @@ def cuda_rows() -> Iterator[Row]:
     blocks = block_sizes()
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         for target in ("sm_80", "sm_90a", "sm_100a"):
-            yield from compiled_rows(source, target, nvcc, blocks)
+            yield partial(cuda_rows, source, target, nvcc, blocks)
 
 
 def block_sizes() -> dict[str, tuple[int, int]]:
@@ -384,9 +392,9 @@ def kernel_name(symbol: str) -> str:
     return found[1] + (f"<{found[2]}>" if found[2] else "")
 
 
-def compiled_rows(
+def cuda_rows(
     source: Path, target: str, nvcc: str, blocks: dict[str, tuple[int, int]]
-) -> Iterator[Row]:
+) -> list[Row]:
     """One row for each kernel of a file."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *FLAGS, f"-arch={target}", "-cubin", "--keep", "--keep-dir", folder]
@@ -396,6 +404,7 @@ def compiled_rows(
             raise SystemExit(f"{source.name} for {target}:\n{done.stderr}")
         code = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     bodies = dict(_ENTRY.findall(code))
+    rows = []
     symbol, spills = "", 0
     for line in done.stderr.splitlines():
         if found := _KERNEL.search(line):
@@ -407,10 +416,31 @@ def compiled_rows(
             threads, shared = blocks[name if name in blocks else name.split("<")[0]]
             share = occupancy(target, registers, shared, threads // 32)
             wide = len(_WIDE_LOAD.findall(bodies[symbol]))
-            yield Row(f"cuda {name}", target, registers, shared, spills, share, wide)
+            rows.append(Row(f"cuda {name}", target, registers, shared, spills, share, wide))
+    return rows
 
 
-SOURCES = (triton_rows, cuda_rows)
+SOURCES = (triton_compilations, cuda_compilations)
+
+
+def compiled(compilations: Sequence[Compilation]) -> list[Row]:
+    """Their rows, in order. Launches cannot be sent to a process, so processes are forked."""
+    with multiprocessing.get_context("fork").Pool(
+        initializer=_keep, initargs=(compilations,)
+    ) as pool:
+        parts = pool.imap(_rows_at, range(len(compilations)))
+        return [row for rows in parts for row in rows]
+
+
+_COMPILATIONS: list[Compilation] = []
+
+
+def _keep(compilations: Sequence[Compilation]) -> None:
+    _COMPILATIONS[:] = compilations
+
+
+def _rows_at(index: int) -> list[Row]:
+    return _COMPILATIONS[index]()
 
 
 def excesses(row: Row, budget: dict[str, Any] | None) -> Iterator[str]:
@@ -443,7 +473,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    rows = [row for source in SOURCES for row in source()]
+    rows = compiled([compilation for source in SOURCES for compilation in source()])
     Console(width=120).print(table(rows))
     if options.write:
         budget = {f"{row.kernel} {row.target}": asdict(row) for row in rows}
