@@ -10,6 +10,10 @@ read and a bonus token drawn; `rejected`, a draft is refused at a typical place 
 for one sequence), which the op turns into less work and the batched program cannot. Last, the
 overhead of a call, at a vocabulary of 32.
 
+    python benchmarks/bench_verify.py --tree
+
+times draft trees, as verify_trees.py says, and
+
     python benchmarks/bench_verify.py --backend triton,cuda
 
 times these backends on a CUDA device, as device.py says, beside the same programs and FlashInfer's
@@ -27,6 +31,7 @@ from typing import Any
 import device
 import harness
 import torch
+import verify_trees
 from harness import WRONG, Spread
 from verify_contestants import NUM_DRAFTS, Case, Inputs, OwnNumbers, contestants, ours
 
@@ -325,7 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab-sizes", type=harness.numbers, default=list(VOCAB_SIZES))
     parser.add_argument("--compiled", choices=("some", "all", "none"), default="some")
     parser.add_argument("--backend", type=chosen, default=["native"], help="e.g. triton,cuda")
+    parser.add_argument("--tree", action="store_true", help="draft trees instead of chains")
     options = parser.parse_args(arguments)
+    if options.tree:
+        return verify_trees.run(options)
     if options.backend != ["native"]:
         if not torch.cuda.is_available():
             wanted = ", ".join(options.backend)

@@ -47,6 +47,15 @@ def test_verify_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> N
     assert headline["verify_call_us"] > 0
 
 
+def test_verify_on_trees_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tree", "--quick", "--threads", "1", "--vocab-sizes", "1100"]
+    assert bench("bench_verify").main(arguments) == 0
+    headline = last_line(capsys)
+    assert headline["wrong_rows"] == 0
+    (target,) = headline["targets"]
+    assert target["verdict"] in ("pass", "miss")
+
+
 def test_attention_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("bench_attention").main(["--quick", "--threads", "1", "--slots", "96,33"]) == 0
     headline = last_line(capsys)
