@@ -185,7 +185,7 @@ def aims(results: Results) -> str:
 def tree_aims(results: Results) -> str:
     """Each target of the ops for trees with its figure, a row for each kind of case."""
     kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for name in ("attention", "compact"):
+    for name in ("attention", "compact", "verify_tree"):
         for target in results[f"bench_{name}.json"]["headline"]["targets"]:
             keys = ("id", "dtype", "threads", "ratio", "target")
             kinds.setdefault(tuple(str(target.get(key, "")) for key in keys), []).append(target)

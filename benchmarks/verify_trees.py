@@ -25,7 +25,7 @@ from specens_kernels import Law, Verdict, backend, native, tree, verify
 # Children of every node, level by level.
 WIDTHS = {"4x2x1": (4, 2, 1), "8x4x1": (8, 4, 1)}
 SITUATIONS = ("first", "last", "none")
-TARGETS = {"ours_over_chain": 1.3}
+MOST_OF_CHAIN = 1.3  # times its time
 MAX_COIN = 1 - 2.0**-24
 COLUMNS = ("tree", "vocabulary", "members", "dtype", "children kept", "threads", "rows")
 RATIOS = (("ours", "chain"), ("eager", "ours"), ("ours", "floor"))
@@ -203,17 +203,24 @@ def shown(row: dict[str, Any]) -> list[str]:
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The worst median of each ratio that has a target, and whether the target is met."""
-    figures: dict[str, Any] = {"wrong_rows": sum(WRONG in row["seconds"].values() for row in rows)}
+    """The worst case of each situation, and whether it is within the target."""
     targets = []
-    for name, most in TARGETS.items():
-        medians = [row[name].median for row in rows if name in row]
-        if medians:
-            figure = round(max(medians), 2)
-            verdict = "pass" if figure <= most else "miss"
-            targets.append({"id": "V1", "ratio": name, "target": most, "figure": figure})
-            targets[-1]["verdict"] = verdict
-    return {**figures, "targets": targets}
+    for threads in sorted({row["threads"] for row in rows}):
+        for situation in SITUATIONS:
+            ratios = [
+                row["ours_over_chain"].median
+                for row in rows
+                if (row["threads"], row["situation"]) == (threads, situation)
+                and "ours_over_chain" in row
+            ]
+            if ratios:
+                of = {"threads": threads, "ratio": f"ours_over_chain, kept: {situation}"}
+                worst = round(max(ratios), 2)
+                verdict = "pass" if worst <= MOST_OF_CHAIN else "miss"
+                aim = {"target": f"<= {MOST_OF_CHAIN}", "figure": worst, "verdict": verdict}
+                targets.append({"id": "V1", **of, **aim})
+    wrong = sum(WRONG in row["seconds"].values() for row in rows)
+    return {"wrong_rows": wrong, "targets": targets}
 
 
 def page_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

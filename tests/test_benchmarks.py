@@ -52,8 +52,7 @@ def test_verify_on_trees_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[s
     assert bench("bench_verify").main(arguments) == 0
     headline = last_line(capsys)
     assert headline["wrong_rows"] == 0
-    (target,) = headline["targets"]
-    assert target["verdict"] in ("pass", "miss")
+    assert [each["id"] for each in headline["targets"]] == ["V1"] * 3
 
 
 def test_attention_agrees_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:
