@@ -19,6 +19,8 @@ epilogue does).
 * `mrv2-like`: vLLM's second model runner, for M members: a processed float32 copy of every row,
   statistics of each block, and a resampling of the rejected row.
 
+The ops for trees come last, as traffic_of_trees.py says.
+
 No GPU is needed and no time is claimed. The Triton kernels run at one sequence only: what they
 move does not depend on the batch, and the interpreter is slow.
 """
@@ -28,6 +30,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "tools"))  # the guard
 import harness
 import simt
 import torch
+import traffic_of_trees
 import triton_guard
 from harness import WRONG
 from torch import Tensor
@@ -274,11 +278,11 @@ def _verdict(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return verdict.tokens.gather(1, num_accepted[:, None])[:, 0], num_accepted
 
 
-def cuda(memory: Memory, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The CUDA kernels on the emulator."""
+def cuda(memory: Memory, run: Callable[[], Any]) -> Any:
+    """A call on the emulator of the CUDA kernels."""
     with simt.emulated() as module, backend("cuda"):
         module.reset_traffic()
-        answer = _verdict(inputs)
+        answer = run()
         for launches, loaded, stored in module.traffic().values():
             memory.launches += launches
             memory.loaded += loaded
@@ -286,11 +290,11 @@ def cuda(memory: Memory, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return answer
 
 
-def triton(memory: Memory, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The Triton kernels in the interpreter."""
+def triton(memory: Memory, run: Callable[[], Any]) -> Any:
+    """A call of the Triton kernels in the interpreter."""
     triton_guard.install()
     with backend("triton"), triton_guard.counted() as kernels:
-        answer = _verdict(inputs)
+        answer = run()
     for kernel in kernels.values():
         memory.launches += kernel.launches
         memory.loaded += kernel.loaded
@@ -307,7 +311,7 @@ def measure(members: int, batch: int, dense: bool, vocab_size: int) -> list[dict
     with backend("reference"):
         expected = _verdict(inputs)
     assert expected[1].tolist() == [inputs.kept] * batch
-    peers = {name: _count(run, inputs, expected) for name, run in PEERS.items()}
+    peers = {name: _count(partial(run, inputs=inputs), expected) for name, run in PEERS.items()}
     rows = []
     for draft in DRAFTS[1:] if dense else DRAFTS[:1]:
         told = inputs.told(draft)
@@ -316,7 +320,7 @@ def measure(members: int, batch: int, dense: bool, vocab_size: int) -> list[dict
             if name == "triton" and batch > 1:
                 continue
             with suppress(Unsupported):
-                counted[name] = _count(run, told, expected)
+                counted[name] = _count(partial(run, run=partial(_verdict, told)), expected)
         for name, memory in (counted | peers).items():
             row = {"contestant": name, "members": members, "batch": batch, "draft": draft}
             row |= {"floor": told.floor // batch, "launches": WRONG, "bytes": WRONG}
@@ -330,13 +334,11 @@ def measure(members: int, batch: int, dense: bool, vocab_size: int) -> list[dict
 
 
 def _count(
-    run: Callable[[Memory, Inputs], tuple[Tensor, Tensor]],
-    inputs: Inputs,
-    expected: tuple[Tensor, Tensor],
+    run: Callable[[Memory], tuple[Tensor, Tensor]], expected: tuple[Tensor, Tensor]
 ) -> Memory | None:
     """What a contestant moves; None if its tokens are not the reference's."""
     memory = Memory()
-    answer = run(memory, inputs)
+    answer = run(memory)
     right = all(torch.equal(a, b.long()) for a, b in zip(expected, answer, strict=True))
     return memory if right else None
 
@@ -396,7 +398,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"members {members}, batch {batch}, dense {dense}: done", flush=True)
     columns = list(rows[0])
     print(harness.table(columns, [[row[name] for name in columns] for row in rows]))
-    return harness.finish("bench_traffic", options, rows, readme_tables(rows), headline(rows))
+    of_trees = traffic_of_trees.rows(OURS, Memory)
+    tables = {**readme_tables(rows), "tree_traffic": traffic_of_trees.page_table(of_trees)}
+    print(harness.table(traffic_of_trees.COLUMNS, tables["tree_traffic"]["rows"]))
+    found = headline(rows) | {"tree_targets": traffic_of_trees.targets(of_trees)}
+    return harness.finish("bench_traffic", options, rows + of_trees, tables, found)
 
 
 if __name__ == "__main__":

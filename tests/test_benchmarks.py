@@ -398,3 +398,14 @@ def test_what_a_rule_emits_is_computed_in_closed_form() -> None:
             expected += other[x] * (1 - kept) * residual / residual.sum().clamp(min=1e-300)
         found = emitted_law(Acceptance(name, **parameters), target, draft, other, memory)
         assert torch.allclose(found, expected), name
+
+
+def test_bytes_of_the_ops_for_trees_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic, trees = bench("bench_traffic"), bench("traffic_of_trees")
+    monkeypatch.setattr(trees, "SLOTS", 512)
+    monkeypatch.setattr(trees, "cases", lambda: [trees.attends(4), trees.compacts()])
+    monkeypatch.setattr(trees, "KEY_HEADS", 2)
+    rows = trees.rows({"triton": traffic.triton}, traffic.Memory)
+    assert [(row["op"], row["launches"]) for row in rows] == [("attention", 2), ("compact", 1)]
+    assert all(1.0 <= row["over_floor"] < 1.1 for row in rows)
+    assert {each["verdict"] for each in trees.targets(rows)} == {"pass"}
