@@ -143,6 +143,32 @@ def flattened_attention(call: AttentionCall) -> tuple[list[Any], tuple[Tensor, T
     return flat, (out, lse)
 
 
+def readdressed_attention(
+    flat: list[Any],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    same: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    results: tuple[Tensor, Tensor],
+) -> list[Any]:
+    """Arguments of another `attention` of the same kind, whose tensors have other addresses.
+
+    Args:
+        flat: as `flattened_attention` made them, without sinks.
+        tensors: query, keys and values.
+        same: lengths, visible, depths and block table.
+        results: as `flattened_attention` returns them.
+    """
+    lengths, visible, depths, table = same
+    again = flat.copy()
+    again[0], again[5], again[10] = (tensor.data_ptr() for tensor in tensors)
+    if table is not None:
+        again[15] = table.data_ptr()
+    again[26], again[30] = lengths.data_ptr(), visible.data_ptr()
+    if depths is not None:
+        again[34] = depths.data_ptr()
+    again[45], again[46] = (result.data_ptr() for result in results)
+    return again
+
+
 def flattened_compact(
     slabs: list[Tensor], lengths: Tensor, path: Tensor, block_table: Tensor | None
 ) -> list[Any]:

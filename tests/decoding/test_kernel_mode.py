@@ -25,7 +25,8 @@ from specens.members import probe as probes
 from specens.members.kernel import Slots
 from specens.members.probe import member, probe
 from specens.members.slot import SlotMember
-from specens_kernels import Refusal, attention, backend, native, tree
+from specens_kernels import Refusal, backend, native, tree
+from specens_kernels.layers import Layers
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -106,25 +107,25 @@ def test_tree_scores_equal_those_of_its_paths(name):
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 130])
 @pytest.mark.parametrize("window", [0, 1, 8, 64, 100])
 def test_words_of_a_chain_are_those_of_its_tree(count, window):
-    slots = Slots(torch.tensor([3]), count)
-    arguments = slots.arguments(window)
-    assert torch.equal(arguments["visible"], tree.visible(tree.chain(count - 1), window))
+    layers = Slots(torch.tensor([3]), count).layers(window)
+    assert torch.equal(layers.visible, tree.visible(tree.chain(count - 1), window))
     if window:
-        assert torch.equal(arguments["depths"], tree.depths(tree.chain(count - 1)))
+        assert torch.equal(layers.depths, tree.depths(tree.chain(count - 1)))
     seen = torch.ones(count, count).tril().bool()[None]
-    drawn = Slots(torch.tensor([3]), count, None, seen).arguments(window)
-    assert torch.equal(drawn["visible"], arguments["visible"])
+    drawn = Slots(torch.tensor([3]), count, None, seen).layers(window)
+    assert torch.equal(drawn.visible, layers.visible)
 
 
 def test_keys_are_read_where_they_lie_and_no_mask_is_made(monkeypatch):
     """In the strides of their capacity, rows by a table, and in a window only what it shows."""
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    calls: list[tuple[Tensor, Tensor, int]] = []
+    attend = Layers.__call__
 
-    def watched(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Any:
-        calls.append((keys, options))
-        return attention(query, keys, values, **options)
+    def watched(self: Layers, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Any:
+        calls.append((keys, self.block_table, options["window"]))
+        return attend(self, query, keys, values, **options)
 
-    monkeypatch.setattr(kernel, "attention", watched)
+    monkeypatch.setattr(Layers, "__call__", watched)
     monkeypatch.setattr(slot.Masks, "build", lambda *_: pytest.fail("a mask was made"))
     one = member(build("mistral_sliding"))
     rows = Rows(one, batch_size=3, capacity=64)
@@ -135,10 +136,10 @@ def test_keys_are_read_where_they_lie_and_no_mask_is_made(monkeypatch):
     rows.forward([2, 3], [0, 2])
     assert rows.worst < EXACT
     assert len(calls) == 4
-    for keys, options in calls:
+    for keys, block_table, window in calls:
         assert keys.stride(1) == one.cache.capacity * keys.shape[3]
-        assert options["block_table"].tolist() == [[0], [2]]
-        assert options["window"] == WINDOW
+        assert block_table.tolist() == [[0], [2]]
+        assert window == WINDOW
 
 
 def masked(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards whose layers attend through `specens_kernels.attention`, which takes no mask.
+"""Forwards whose layers attend through `specens_kernels`, which takes no mask.
 
 transformers looks up an attention function by the name in a model's configuration. While a forward
 of ours runs, the name there is one of ours; what the rows see travels as the forward's keyword
@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from specens_kernels import Refusal, attention, dispatch, tree
+from specens_kernels import Refusal, dispatch, tree
+from specens_kernels.layers import Layers
 
 # Implementations that are stood in for, and the masks that forwards of others get meanwhile.
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
@@ -43,7 +44,7 @@ class Slots:
         self._lengths = lengths
         self._rows = None if rows is None else rows.to(torch.int32)[:, None]
         self._seen = seen
-        self._words: dict[int, Tensor] = {}
+        self._layers: dict[int, Layers] = {}
         self._elsewhere: dict[torch.device, Slots] = {}
         self.count = count
         # Of each layer that has attended, in their order: its window, or 0.
@@ -59,23 +60,21 @@ class Slots:
             self._elsewhere[device] = Slots(self._lengths.to(device), self.count, rows, seen)
         return self._elsewhere[device]
 
-    def arguments(self, window: int) -> dict[str, Any]:
-        """Of `attention`: lengths, words, depths and a block table."""
-        device = self._lengths.device
+    def layers(self, window: int) -> Layers:
+        """The attention of layers with this window; 0 is none."""
+        if window not in self._layers:
+            words, depths = self._tree(window)
+            near = depths if window else None
+            self._layers[window] = Layers(self._lengths, words, near, self._rows)
+        return self._layers[window]
+
+    def _tree(self, window: int) -> tuple[Tensor, Tensor]:
+        """Words and depths of the tokens."""
         if self._seen is None:
-            words, depths = _chain(self.count, window, device)
-        else:
-            steps = self._seen.sum(-1)
-            if window not in self._words:
-                near = steps[:, :, None] - steps[:, None, :] < (window or self.count + 1)
-                self._words[window] = tree.words(self._seen & near)
-            words, depths = self._words[window], (steps - 1).to(torch.int32)
-        return {
-            "lengths": self._lengths,
-            "visible": words,
-            "depths": depths if window else None,
-            "block_table": self._rows,
-        }
+            return _chain(self.count, window, self._lengths.device)
+        steps = self._seen.sum(-1)
+        near = steps[:, :, None] - steps[:, None, :] < (window or self.count + 1)
+        return tree.words(self._seen & near), (steps - 1).to(torch.int32)
 
 
 def _chain(count: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -145,15 +144,15 @@ def _attend(
         raise NotImplementedError(f"{type(module).__name__} asks for other tokens")
     window, sinks = options.get("sliding_window") or 0, options.get("s_aux")
     specens.windows.append(window)
-    out, _ = attention(
+    scale = options.get("scaling")
+    out = slots.layers(window)(
         query,
         key,
         value,
-        scale=options.get("scaling"),
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=options.get("softcap") or 0.0,
         window=window,
         sinks=None if sinks is None else sinks.float(),
-        **slots.arguments(window),
     )
     return out, None
 
