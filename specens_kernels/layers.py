@@ -9,17 +9,18 @@ addresses. What else may come, a trace, another backend, a device, goes through 
 
 from typing import Any
 
-from torch import Tensor, empty, float32, get_num_threads
+from torch import Tensor, empty, float32, get_num_threads, strided
 
 from . import cache_checks, dispatch, flat
 from .call import AttentionCall
 from .eager import is_eager_call
 from .ops import attention
-from .storage import is_readable
+from .storage import is_readable, reach
 
 # Layers that are remembered; with more, as from prompts of any length, remembering begins anew.
 _MOST_KINDS = 512
-_kinds: dict[Any, list[Any]] = {}
+# Of each its flat arguments, and the elements up to the last one of query, keys and values.
+_kinds: dict[Any, tuple[list[Any], tuple[int, ...]]] = {}
 
 
 class Layers:
@@ -48,9 +49,10 @@ class Layers:
         )
         layouts = [(each.shape, each.stride(), each.dtype) for each in given]
         self._kind = (*layouts, depths is None, block_table is None)
-        # Caches whose slots hold these lengths, and a place for what nobody asks for.
-        self._fitting: set[tuple[int, ...]] = set()
-        self._lse: Tensor | None = None
+        # The kind of the last layer; what is known of it; a place for what nobody asks for.
+        self._last: Any = None
+        self._known: Any = None
+        self._lse = lengths
 
     def __call__(
         self,
@@ -65,16 +67,14 @@ class Layers:
     ) -> Tensor:
         """(B, N+1, H, F): what `attention` returns first, arguments and refusals as there."""
         tensors = (query, keys, values)
-        if (
-            sinks is None
-            and self._is_plain
-            and is_eager_call(tensors)
-            and query.is_cpu
-            and is_readable(query)
-            and is_readable(keys)
-            and is_readable(values)
-        ):
-            return self._native(tensors, scale, softcap, window)
+        if sinks is None and self._is_plain and query.is_cpu and is_eager_call(tensors):
+            options = (scale, softcap, window)
+            kind = (self._kind, options, *_layout(query), *_layout(keys), *_layout(values))
+            if kind != self._last:
+                self._learn(kind, tensors, options)
+            known, reaches = self._known
+            if all(map(_holds, tensors, reaches)):
+                return self._native(tensors, known, window)
         out, _ = attention(
             *(*tensors, self.lengths, self.visible),
             scale=scale,
@@ -86,36 +86,50 @@ class Layers:
         )
         return out
 
-    def _native(
-        self, tensors: tuple[Tensor, Tensor, Tensor], scale: float, softcap: float, window: int
-    ) -> Tensor:
-        query, keys, values = tensors
-        options = (scale, softcap, window)
-        shape = query.shape
-        kind = (
-            *(self._kind, options, shape, query.stride(), query.dtype),
-            *(keys.shape, keys.stride(), keys.dtype, keys.device),
-            *(values.shape, values.stride(), values.dtype, values.device),
-        )
+    def _learn(
+        self, kind: Any, tensors: tuple[Tensor, Tensor, Tensor], options: tuple[float, float, int]
+    ) -> None:
+        """Check a kind of layer, unless one has passed, and whether its caches have the slots."""
+        self._last = None
+        depths = self.depths if options[2] > 0 else None
+        same = (self.lengths, self.visible, depths)
+        call = AttentionCall(*tensors, *same, None, self.block_table, *options)
         known = _kinds.get(kind)
-        fitting = (shape[2], keys.shape[2], keys.shape[0], window)
+        if known is None:
+            cache_checks.check_attention(call)
+        cache_checks.check_attention_slots(call)
+        if known is None:
+            known = flat.flattened_attention(call)[0], tuple(map(reach, tensors))
+            if len(_kinds) >= _MOST_KINDS:
+                _kinds.clear()
+            _kinds[kind] = known
+        batch, heads, nodes, _ = call.query.shape
+        self._lse = empty(batch, heads, nodes, dtype=float32)
+        self._last, self._known = kind, known
+
+    def _native(
+        self, tensors: tuple[Tensor, Tensor, Tensor], known: list[Any], window: int
+    ) -> Tensor:
+        query, _, values = tensors
+        batch, heads, nodes, _ = query.shape
+        out = query.new_empty((batch, nodes, heads, values.shape[3]))
         depths = self.depths if window > 0 else None
         same = (self.lengths, self.visible, depths, self.block_table)
-        if known is None or fitting not in self._fitting:
-            call = AttentionCall(*tensors, *same[:3], None, self.block_table, *options)
-            cache_checks.check_attention(call)
-            cache_checks.check_attention_slots(call)
-            if known is None:
-                known, _ = flat.flattened_attention(call)
-                if len(_kinds) >= _MOST_KINDS:
-                    _kinds.clear()
-                _kinds[kind] = known
-            self._fitting.add(fitting)
-        batch, heads, nodes, _ = shape
-        out = query.new_empty((batch, nodes, heads, values.shape[3]))
-        if self._lse is None or self._lse.numel() != batch * heads * nodes:
-            self._lse = empty(batch, heads, nodes, dtype=float32)
         arguments = flat.readdressed_attention(known, tensors, same, (out, self._lse))
         arguments.append(get_num_threads())
         flat.MODULE.attention(arguments)
         return out
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """All that tells two tensors apart but what is in them."""
+    if tensor.is_nested or tensor.layout is not strided:
+        return (tensor,)  # of no kind
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _holds(tensor: Tensor, reach: int) -> bool:
+    """Whether a tensor that is dense holds its memory, aligned."""
+    size = tensor.itemsize
+    end = (tensor.storage_offset() + reach) * size
+    return end <= tensor.untyped_storage().nbytes() and tensor.data_ptr() % size == 0

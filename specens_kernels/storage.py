@@ -30,11 +30,17 @@ def is_readable(tensor: Tensor) -> bool:
         misaligned = tensor.data_ptr() % size
     except (NotImplementedError, RuntimeError):  # sparse, or of another layout without strides
         return False
-    count = reach = tensor.numel()
-    if count > 0 and not tensor.is_contiguous():
-        strides = tensor.stride()
-        reach = 1 + sum(map(mul, tensor.shape, strides)) - sum(strides)  # to the last element
-    return count == 0 or (not misaligned and (tensor.storage_offset() + reach) * size <= held)
+    end = (tensor.storage_offset() + reach(tensor)) * size
+    return tensor.numel() == 0 or (not misaligned and end <= held)
+
+
+def reach(tensor: Tensor) -> int:
+    """Elements from the first to the last one of a dense tensor, both included."""
+    count = tensor.numel()
+    if count == 0 or tensor.is_contiguous():
+        return count
+    last: int = sum(map(mul, tensor.shape, tensor.stride())) - sum(tensor.stride())
+    return 1 + last
 
 
 def holds_numbers(tensor: Tensor) -> bool:

@@ -69,7 +69,8 @@ class SlotMember(Member):
             raise NotImplementedError(f"slot: attention {implementation!r} takes no 4-D mask")
         self._attending = Attending(config)
         additive = implementation == "eager"
-        dtype = self.model.dtype
+        dtype = self.model.dtype  # asked here, for the model looks through its parameters
+        self._is_float32 = dtype == torch.float32
         return Masks(config, per_type=self._per_type, additive=additive, dtype=dtype)
 
     @property
@@ -89,6 +90,8 @@ class SlotMember(Member):
 
     def _allocate(self) -> None:
         self.cache = SlotCache(len(self.lengths), self._counts)
+        # transformers makes no mask where one of four dimensions is given, and asks it nothing.
+        self._no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
         # Position of each slot, (1, slots): positions of equal rows are a view of it.
         self._positions = torch.arange(0, device=self.device)[None]
 
@@ -140,7 +143,7 @@ class SlotMember(Member):
         """Whether torch's attention is, of `q` tokens that see `end` slots without a mask."""
         if end == q:
             return q > self.longest_prompt
-        return end < SHORT_TEXT and self.model.dtype == torch.float32
+        return end < SHORT_TEXT and self._is_float32
 
     def _slots(self, starts: Sequence[int], q: int, seen: Tensor | None = None) -> Slots:
         """What the tokens of this forward see, for layers that attend through a kernel."""
@@ -188,9 +191,7 @@ class SlotMember(Member):
         """The logits of a forward that sees `view`: slots, or a mask in the model's form."""
         through_kernel = isinstance(view, Slots)
         if through_kernel:
-            # transformers makes no mask where one of four dimensions is given, and asks it nothing.
-            no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
-            arguments |= {"specens": view, "attention_mask": no_mask}
+            arguments |= {"specens": view, "attention_mask": self._no_mask}
         else:
             arguments["attention_mask"] = view
         with self._attending if through_kernel else nullcontext():
