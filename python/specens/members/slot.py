@@ -69,6 +69,8 @@ class SlotMember(Member):
             raise NotImplementedError(f"slot: attention {implementation!r} takes no 4-D mask")
         self._attending = Attending(config)
         additive = implementation == "eager"
+        # transformers makes no mask where one of four dimensions is given, and asks it nothing.
+        self._no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
         dtype = self.model.dtype  # asked here, for the model looks through its parameters
         self._is_float32 = dtype == torch.float32
         return Masks(config, per_type=self._per_type, additive=additive, dtype=dtype)
@@ -90,8 +92,6 @@ class SlotMember(Member):
 
     def _allocate(self) -> None:
         self.cache = SlotCache(len(self.lengths), self._counts)
-        # transformers makes no mask where one of four dimensions is given, and asks it nothing.
-        self._no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
         # Position of each slot, (1, slots): positions of equal rows are a view of it.
         self._positions = torch.arange(0, device=self.device)[None]
 
