@@ -191,11 +191,11 @@ def _check_packed_members(
     """Of packed rows: M >= 1 tensors (L, V >= vocab_size), and B and T of where they lie."""
     if len(logits) == 0:
         raise Refusal(op, "logits", "a list of M >= 1 tensors", "none")
-    length, device = len(logits[0]) if logits[0].dim() else 0, logits[0].device
+    first, device = logits[0].shape, logits[0].device
     for m, tensor in enumerate(logits):
-        if tensor.dim() != 2 or tensor.shape[0] != length or tensor.device != device:
-            expected = f"(L={length}, V) on {device}, packed as rows are given"
-            raise wrong(op, f"logits[{m}]", expected, tensor)
+        if tensor.dim() != 2 or tensor.shape[0] != first[0] or tensor.device != device:
+            length = f"L={first[0]}" if m else "L"
+            raise wrong(op, f"logits[{m}]", f"({length}, V) on {device}, for rows are given", tensor)
     if rows.dim() != 2 or rows.dtype not in INTEGERS or rows.device != device:
         raise wrong(op, "rows", f"(B, T) int32 or int64 on {device}", rows)
     _check_rows(op, [tensor[None] for tensor in logits], law.vocab_size)

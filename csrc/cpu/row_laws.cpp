@@ -161,10 +161,9 @@ LogitsLaw& RowLaws::next_draft() {
 // Whether a member's law among the mixture's is the one that it proposes by. It is not if the
 // mixture is what is warped.
 bool RowLaws::is_measured_as_member(const Proposal& proposal) const {
-  const double own = own_temperature(proposal);
   if (ensemble_.space != Space::kProbabilities || weight(proposal.member) == 0.0) return false;
   if (ensemble_.warp_members) return proposal.filtered || !filter_.active();
-  return proposal.filtered ? is_identity(own) : own == 1.0;
+  return is_identity(own_temperature(proposal));
 }
 
 void RowLaws::set_draft(const Proposal& proposal, Sweep& sweep) {

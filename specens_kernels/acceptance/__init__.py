@@ -316,7 +316,7 @@ _RULES = (
         "synthetic",
         _Function("rules", "synthetic"),
         "none that a model has: a draft is kept at a rate that is given, whatever the target",
-        "vLLM, rejection_sample_method='synthetic'; as in SGLang and TensorRT-LLM",
+        "vLLM 2026 (0.32), github.com/vllm-project/vllm; SGLang and TensorRT-LLM have it, too",
         (Parameter("rate", 0.7, 0.0, 1.0, by_position=True),),
         by_coin=True,
     ),
