@@ -16,6 +16,7 @@ from torch import Tensor
 from . import arguments
 from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .call import DRAWS, VerifyCall
+from .eager import is_eager_call
 from .ensembles import SPACES, Ensemble
 from .law import FLOATS, INTEGERS, SCOPES, Law, LawTensors
 from .refusal import Refusal, shown
@@ -195,7 +196,9 @@ def _check_packed_members(
     for m, tensor in enumerate(logits):
         if tensor.dim() != 2 or tensor.shape[0] != first[0] or tensor.device != device:
             length = f"L={first[0]}" if m else "L"
-            raise wrong(op, f"logits[{m}]", f"({length}, V) on {device}, for rows are given", tensor)
+            raise wrong(
+                op, f"logits[{m}]", f"({length}, V) on {device}, for rows are given", tensor
+            )
     if rows.dim() != 2 or rows.dtype not in INTEGERS or rows.device != device:
         raise wrong(op, "rows", f"(B, T) int32 or int64 on {device}", rows)
     _check_rows(op, [tensor[None] for tensor in logits], law.vocab_size)
@@ -266,6 +269,20 @@ def _check_out(out: Tensor, drafts: Tensor, device: torch.device) -> None:
     row, column = out.stride()
     if (column != 1 and count > 0) or (row <= count and batch > 1):
         raise wrong("verify", "out", "contiguous rows that do not overlap", out)
+    if _meet(out, drafts):
+        raise wrong("verify", "out", "memory of its own, not the drafts'", out)
+
+
+def _meet(out: Tensor, drafts: Tensor) -> bool:
+    """Whether some of their memory may be the same."""
+    if out.numel() == 0 or drafts.numel() == 0 or not is_eager_call((out, drafts)):
+        return False
+    spans = []
+    for tensor in (out, drafts):
+        row, column = tensor.stride()
+        reach = (len(tensor) - 1) * row + (tensor.shape[1] - 1) * column + 1
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.itemsize))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 
 
 def _check_packed_draft(draft: Tensor, vocab_size: int, device: torch.device) -> None:

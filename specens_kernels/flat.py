@@ -135,7 +135,7 @@ def _layout(call: VerifyCall) -> list[Any]:
     flat: list[Any] = []
     for rows in (call.rows, call.draft_rows):
         flat += _NO_VALUES if rows is None else _integers(rows)
-    flat += _NO_VALUES if call.num_drafts is None else _integers(call.num_drafts[:, None])
+    flat += _NO_VALUES if call.num_drafts is None else _per_request(call.num_drafts)
     flat += call.draft_filtered, call.draft_space == "probabilities"
     parameters = call.request_parameters
     flat += (*_NO_VALUES, 0) if parameters is None else (*_per_row(parameters), parameters.shape[1])
@@ -149,19 +149,16 @@ def refuse_outside(
     argument: str,
     rows: Tensor,
     count: int,
+    columns: int,
     num_drafts: Tensor | None = None,
     more: int = 0,
 ) -> None:
     """Refuse an index of a row that will be looked at where there is none; on a CPU only.
 
-    count: rows that there are. num_drafts, more: rows of a request that are looked at.
+    count: rows that there are. columns, num_drafts, more: those of a request that are looked at.
     """
-    batch, columns = rows.shape
-    flat = [
-        *_integers(rows),
-        *(_NO_VALUES if num_drafts is None else _integers(num_drafts[:, None])),
-    ]
-    place = MODULE.first_outside([*flat, more, batch, columns, count])
+    flat = [*_integers(rows), *(_NO_VALUES if num_drafts is None else _per_request(num_drafts))]
+    place = MODULE.first_outside([*flat, more, len(rows), columns, count])
     if place >= 0:
         at = divmod(place, columns)
         got = f"{int(rows[at])} at {at}"
@@ -300,6 +297,11 @@ def _integers(value: Tensor) -> tuple[int, bool, int, int]:
     if value.shape[0] == 1:
         batch_stride = 0
     return value.data_ptr(), value.dtype == int64, batch_stride, column_stride
+
+
+def _per_request(value: Tensor) -> tuple[int, bool, int, int]:
+    """Address, width and strides of (B,)."""
+    return value.data_ptr(), value.dtype == int64, value.stride(0), 0
 
 
 def refuse(backend: str, call: VerifyCall) -> None:

@@ -69,7 +69,7 @@ def sample(
         law.refuse_fold("native")
     arguments, results = flat.flattened_sample(logits, numbers, law, member, rows)
     if rows is not None:
-        flat.refuse_outside("sample", "rows", rows, len(logits[0]))
+        flat.refuse_outside("sample", "rows", rows, len(logits[0]), rows.shape[1])
     arguments.append(get_num_threads())
     _C.sample(arguments)
     return results
@@ -82,11 +82,13 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     flat.refuse("native", call)
     arguments, results = flat.flattened_verify(call)
     if call.rows is not None:
-        count = min(map(len, call.logits))
-        flat.refuse_outside("verify", "rows", call.rows, count, call.num_drafts, call.bonus)
+        rows, ends = call.rows, call.num_drafts
+        count = len(call.logits[0])
+        flat.refuse_outside("verify", "rows", rows, count, rows.shape[1], ends, call.bonus)
     if call.draft_rows is not None and call.draft_logits is not None:
-        count = len(call.draft_logits)
-        flat.refuse_outside("verify", "draft_rows", call.draft_rows, count, call.num_drafts)
+        rows, ends = call.draft_rows, call.num_drafts
+        count, nodes = len(call.draft_logits), call.draft_tokens.shape[1]
+        flat.refuse_outside("verify", "draft_rows", rows, count, nodes, ends)
     arguments.append(get_num_threads())
     _C.verify(arguments)
     return results

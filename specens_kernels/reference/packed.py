@@ -30,15 +30,16 @@ def padded(call: VerifyCall) -> VerifyCall:
     ends = call.num_drafts
     rows, draft_rows = call.rows, call.draft_rows
     if rows is not None:
-        looked_at = _first(rows, ends, int(call.bonus))
-        refuse_outside("verify", "rows", rows, min(map(len, call.logits)), looked_at)
+        looked_at = _first(rows, rows.shape[1], ends, int(call.bonus))
+        refuse_outside("verify", "rows", rows, len(call.logits[0]), looked_at)
         call = call._replace(
             logits=[unpacked(tensor, rows) for tensor in call.logits],
             lse=None if call.lse is None else unpacked(call.lse, rows),
         )
     if draft_rows is not None and call.draft_logits is not None:
         count = len(call.draft_logits)
-        refuse_outside("verify", "draft_rows", draft_rows, count, _first(draft_rows, ends, 0))
+        looked_at = _first(draft_rows, call.draft_tokens.shape[1], ends, 0)
+        refuse_outside("verify", "draft_rows", draft_rows, count, looked_at)
         call = call._replace(
             draft_logits=unpacked(call.draft_logits, draft_rows),
             draft_lse=None if call.draft_lse is None else unpacked(call.draft_lse, draft_rows),
@@ -46,9 +47,9 @@ def padded(call: VerifyCall) -> VerifyCall:
     return call
 
 
-def _first(rows: Tensor, num_drafts: Tensor | None, more: int) -> Tensor | bool:
+def _first(rows: Tensor, most: int, num_drafts: Tensor | None, more: int) -> Tensor:
     """(B, T) bool: as many of a request as its drafts, and so many more."""
-    if num_drafts is None:
-        return True
-    ends = num_drafts.clamp(min=0) + more
+    ends = torch.full((len(rows),), most, device=rows.device)
+    if num_drafts is not None:
+        ends = torch.minimum(num_drafts.clamp(min=0) + more, ends)
     return torch.arange(rows.shape[1], device=rows.device) < ends[:, None]

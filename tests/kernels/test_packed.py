@@ -13,13 +13,12 @@ from typing import Any
 
 import laws
 import pytest
-import specens_kernels
 import torch
 from laws import POINT, SEPARATE, Call, Case
 from mutants import with_bug
 from torch import Tensor
 
-from specens_kernels import Acceptance, Law, Refusal, Unsupported, reference, sample, verify
+from specens_kernels import Acceptance, Law, reference, verify
 from specens_kernels.call import VerifyCall
 
 FINE, GRID = 2.0**-44, 2.0**-24
