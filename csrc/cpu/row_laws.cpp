@@ -174,7 +174,7 @@ void RowLaws::set_draft(const Proposal& proposal, Sweep& sweep) {
     return;
   }
   const double own = own_temperature(proposal);
-  const Filter filter = proposal.filtered ? filter_ : Filter{};
+  const Filter filter = proposal.filtered && !proposal.probabilities ? filter_ : Filter{};
   LogitsLaw& draft = next_draft();
   drafts_[proposal.slot()] = &draft;
   if (separate) {

@@ -122,6 +122,7 @@ class Walk {
   bool accepts(int64_t node, const Drafted& drafted, const Judgement& judgement) const;
   void reject(int64_t node, const Drafted& drafted, const Judgement& judgement);
   void refine();
+  void share_anew(Drafted* drafted);
   void complete();
   double mass_left(const Drafted& drafted, double reach);
   double block_reach(const Drafted& drafted, double reach);
@@ -283,12 +284,16 @@ void Walk::refine() {
   if (greedy_ || laws_.target().empty()) return;  // nothing that was computed is kept
   left_ = Leftover(laws_);
   for (Drafted& drafted : rejected_) {
-    if (!drafted.gone.empty()) {
-      const double rest = rest_of(laws_, drafted);
-      drafted.share = rest > 0.0 ? 1.0 / rest : 0.0;
-    }
+    share_anew(&drafted);
     left_.reject(drafted, judge(params_, laws_, left_, drafted), /*exactly=*/true);
   }
+}
+
+// Of draws without replacement, by laws that are now exact.
+void Walk::share_anew(Drafted* drafted) {
+  if (drafted->gone.empty()) return;
+  const double rest = rest_of(laws_, *drafted);
+  drafted->share = rest > 0.0 ? 1.0 / rest : 0.0;
 }
 
 void Walk::reject(int64_t node, const Drafted& drafted, const Judgement& judgement) {
@@ -302,7 +307,9 @@ void Walk::reject(int64_t node, const Drafted& drafted, const Judgement& judgeme
     if (!left && !exact_) {
       // Two laws that are nearly equal differ by less than what their normalisers are good to.
       refine();
-      left = left_.reject(drafted, judge_node(node, drafted), /*exactly=*/true);
+      Drafted exact = drafted;
+      share_anew(&exact);
+      left = left_.reject(exact, judge_node(node, exact), /*exactly=*/true);
     }
     if (!left) status_ |= kEmptyResidual;
   }
