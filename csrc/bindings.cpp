@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, module) {
   bind(module, "mix", &mix);
   bind(module, "sample", &sample);
   bind(module, "verify", &verify);
+  bind(module, "first_outside", &first_outside);
   bind(module, "attention", &attention);
   bind(module, "compact", &compact);
   bind(module, "floor_sweep", &floor_sweep);

@@ -28,6 +28,8 @@ class Reader {
     return value;
   }
 
+  bool flag() { return integer() != 0; }
+
   double real() {
     const double value = PyFloat_AsDouble(next());
     if (value == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -114,7 +116,15 @@ inline Reader& operator>>(Reader& in, MixParams& params) {
 inline Reader& operator>>(Reader& in, SampleParams& params) {
   in >> params.ensemble >> params.member >> params.batch >> params.rows >> params.uniforms;
   in >> params.tokens >> params.log_probs >> params.lse >> params.status;
-  return in >> params.count >> params.block_stride;
+  in >> params.count >> params.block_stride;
+  return in >> params.ensemble.rows;
+}
+
+inline Reader& operator>>(Reader& in, EngineLayout& layout) {
+  in >> layout.draft_rows >> layout.num_drafts;
+  in >> layout.draft_filtered >> layout.draft_probabilities;
+  in >> layout.parameters >> layout.num_parameters;
+  return in >> layout.tokens >> layout.wide_tokens >> layout.tokens_stride;
 }
 
 inline Reader& operator>>(Reader& in, VerifyParams& params) {
@@ -127,7 +137,14 @@ inline Reader& operator>>(Reader& in, VerifyParams& params) {
   in >> params.ensemble.lse >> params.draft_lse;
   in >> params.tokens >> params.log_probs >> params.num_accepted >> params.path;
   in >> params.status;
-  return in >> params.parents >> params.independent >> params.without;
+  in >> params.parents >> params.independent >> params.without;
+  if (!in.flag()) return in;
+  return in >> params.ensemble.rows >> params.layout;
+}
+
+inline Reader& operator>>(Reader& in, RowsParams& params) {
+  in >> params.rows >> params.num_drafts >> params.more;
+  return in >> params.batch >> params.columns >> params.count;
 }
 
 inline Reader& operator>>(Reader& in, Heads& heads) {

@@ -86,6 +86,9 @@ struct Ensemble {
   // Of each member's row over its temperature, (B, T, M); what is not finite is not known. Null
   // data: nothing is.
   Values<float> lse = {nullptr, 0, 0, 0};
+  // Where a row of the batch lies among packed ones, (B, T), whose batch stride is 0. Null data: rows
+  // lie as (B, T) says.
+  Integers rows = {nullptr, false, 0, 0};
 };
 
 // A temperature as it counts: 0 if it is not above 0, and else within what single precision can
@@ -135,6 +138,22 @@ struct SampleParams {
   int64_t block_stride = 0;
 };
 
+// What an engine's own buffers are like, beyond (B, T, V).
+struct EngineLayout {
+  Integers draft_rows = {nullptr, false, 0, 0};  // (B, N or N + 1), as `Ensemble::rows`
+  // (B,) drafts of each row, of which -1 is one to refuse; null data: -1 is where there is none.
+  Integers num_drafts = {nullptr, false, 0, 0};
+  bool draft_filtered = true;        // proposals are filtered as the target is
+  bool draft_probabilities = false;  // the draft logits are probabilities, of no temperature
+  // (B, P), in place of `VerifyParams::parameters`; of a rate for each position, P of them.
+  Values<double> parameters = {nullptr, 0, 0, 0};
+  int64_t num_parameters = 0;
+  // (B, N + 1), in place of `VerifyParams::tokens`.
+  void* tokens = nullptr;
+  bool wide_tokens = false;
+  int64_t tokens_stride = 0;
+};
+
 struct VerifyParams {
   Ensemble ensemble;
   RuleId rule;
@@ -157,6 +176,18 @@ struct VerifyParams {
   Integers parents = {nullptr, false, 0, 0};     // (B, N + 1); null data: a chain
   bool independent = false;  // siblings are all judged by the target: the rule is "k_seq"
   bool without = false;      // siblings of one proposer were drawn without replacement
+  EngineLayout layout = {};
+};
+
+// Packed rows that are looked at: of each row of the batch the first `columns`, or so many more than
+// its drafts are, if those are known.
+struct RowsParams {
+  Integers rows;
+  Integers num_drafts;  // (B,); null data: all columns
+  int64_t more;
+  int64_t batch;
+  int64_t columns;
+  int64_t count;  // rows that there are
 };
 
 // Vectors (B, H, S, E) of heads, each contiguous.
@@ -234,6 +265,9 @@ void verify(const VerifyParams& params, int threads);
 
 void attention(const AttentionParams& params, int threads);
 void compact(const CompactParams& params, int threads);
+
+// The first place of batch * columns that is looked at and holds no packed row; -1 if all do.
+int64_t first_outside(const RowsParams& params);
 
 // One sweep for maximum and sum of exponentials over every row, which no verification can do
 // without; the benchmark's floor. Returns the sum of the rows' log-sum-exps.

@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple
 from torch import Tensor
 
 from .law import LawTensors
+from .refusal import Unsupported
 
 # Whether siblings of one proposer were drawn with replacement.
 DRAWS = ("with", "without")
@@ -26,6 +27,11 @@ class VerifyCall(NamedTuple):
         float32. memory: (B,) float64.
     acceptance, parameters: the rule's name, and its numbers in the registry's order.
     draws: an entry of `DRAWS`.
+    rows, draft_rows: where rows lie; the logits then have no dimension of the batch.
+    draft_space: an entry of `SPACES`.
+    request_parameters: (B or 1, P) float64. The rule's numbers, in place of `parameters`; of a rule
+        by position, its rates.
+    out: what a backend may write the tokens to. It does not cross the dispatcher.
     """
 
     logits: list[Tensor]
@@ -43,6 +49,34 @@ class VerifyCall(NamedTuple):
     memory: Tensor | None = None
     bonus: bool = True
     draws: str = "with"
+    rows: Tensor | None = None
+    draft_rows: Tensor | None = None
+    num_drafts: Tensor | None = None
+    draft_filtered: bool = True
+    draft_space: str = "logits"
+    request_parameters: Tensor | None = None
+    out: Tensor | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether all of an engine's layout is left at its defaults."""
+        return self[15:] == _PADDED
+
+    def refuse_layout(self, backend: str) -> None:
+        """For backends that know the defaults alone: raise Unsupported for what else is asked."""
+        for name in ("rows", "draft_rows", "num_drafts"):
+            if getattr(self, name) is not None:
+                raise Unsupported(backend, name, "None", "a tensor")
+        if not self.draft_filtered:
+            raise Unsupported(backend, "draft_filtered", "True", False)
+        if self.draft_space != "logits":
+            raise Unsupported(backend, "draft_space", "'logits'", repr(self.draft_space))
+        if self.request_parameters is not None:
+            raise Unsupported(backend, "acceptance", "one number a parameter", "several")
+
+
+# The defaults of what an engine's layout is.
+_PADDED = (None, None, None, True, "logits", None, None)
 
 
 class AttentionCall(NamedTuple):

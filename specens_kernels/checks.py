@@ -16,6 +16,7 @@ from torch import Tensor
 from . import arguments
 from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .call import DRAWS, VerifyCall
+from .eager import is_eager_call
 from .ensembles import SPACES, Ensemble
 from .law import FLOATS, INTEGERS, SCOPES, Law, LawTensors
 from .refusal import Refusal, shown
@@ -63,6 +64,22 @@ def draft_temperature(value: Tensor) -> Tensor:
     )
 
 
+def packed(argument: str, value: Tensor, dimensions: int) -> Tensor:
+    """(L, ...), of that or of (slots, steps, ...) in so many dimensions; never a copy.
+
+    Its row is slot * steps + step.
+    """
+    if value.dim() != dimensions:
+        return value
+    slots, steps, *rest = value.shape
+    try:
+        return viewable("verify", argument, value).view(slots * steps, *rest)
+    except RuntimeError:
+        expected = "slots whose steps lie at equal distances, of which (L, ...) is a view"
+        got = f"strides {value.stride()} of {tuple(value.shape)}"
+        raise Refusal("verify", argument, expected, got) from None
+
+
 def memory(value: Tensor) -> Tensor:
     """(B,) float64, of (B,) float."""
     if value.dtype not in FLOATS:
@@ -90,14 +107,23 @@ def check_mix(logits: list[Tensor], law: LawTensors) -> None:
     _check_members("mix", logits, law)
 
 
-def check_sample(logits: list[Tensor], uniforms: Tensor, law: LawTensors, member: int) -> None:
+def check_sample(
+    logits: list[Tensor],
+    uniforms: Tensor,
+    law: LawTensors,
+    member: int,
+    rows: Tensor | None = None,
+) -> None:
     """All that `sample` takes; member -1 is the ensemble."""
-    _check_members("sample", logits, law)
-    batch, rows = logits[0].shape[0], logits[0].shape[1]
+    if rows is None:
+        _check_members("sample", logits, law)
+        batch, count = logits[0].shape[0], logits[0].shape[1]
+    else:
+        batch, count = _check_packed_members("sample", logits, law, rows)
     many = tuple(uniforms.shape[2:3]) if uniforms.dim() == 4 else ()
     if many == (0,):
         raise Refusal("sample", "uniforms", "a block or more for each row", tuple(uniforms.shape))
-    _check_numbers("sample", uniforms, batch, rows, logits[0].device, *many)
+    _check_numbers("sample", uniforms, batch, count, logits[0].device, *many)
     if not -1 <= member < len(logits):
         raise Refusal("sample", "member", f"None or 0 to {len(logits) - 1}", member)
 
@@ -107,14 +133,20 @@ def check_verify(call: VerifyCall) -> None:
     drafts, logits, law = call.draft_tokens, call.logits, call.law
     if drafts.dim() != 2 or drafts.dtype not in INTEGERS:
         raise wrong("verify", "draft_tokens", "(B, N) int32 or int64", drafts)
-    _check_members("verify", logits, law)
     batch, count = drafts.shape
     device = drafts.device
     rows = count + 1 if call.bonus else count
-    if logits[0].shape[0] != batch or logits[0].shape[1] != rows or logits[0].device != device:
-        raise wrong("verify", "logits[0]", f"(B={batch}, {rows}, V) on {device}", logits[0])
+    if call.rows is None:
+        _check_members("verify", logits, law)
+        if logits[0].shape[0] != batch or logits[0].shape[1] != rows or logits[0].device != device:
+            raise wrong("verify", "logits[0]", f"(B={batch}, {rows}, V) on {device}", logits[0])
+    else:
+        _check_places("rows", call.rows, batch, (rows,), device)
+        _check_packed_members("verify", logits, law, call.rows)
     _check_numbers("verify", call.uniforms, batch, count + 1, device)
     rule = _check_rule(call.acceptance, call.parameters)
+    if not call.is_padded:
+        _check_layout(call, rule, batch, count, device)
     if call.draws != "with":
         arguments.name("verify", "draws", call.draws, DRAWS)
         if rule.independent:
@@ -129,24 +161,142 @@ def check_verify(call: VerifyCall) -> None:
     if call.proposers is not None:
         _check_nodes("proposers", call.proposers, batch, count, device)
     if call.draft_logits is not None:
-        _check_draft_logits(call.draft_logits, batch, count, law.vocab_size, device)
+        if call.draft_rows is None:
+            _check_draft_logits(call.draft_logits, batch, count, law.vocab_size, device)
+        else:
+            _check_packed_draft(call.draft_logits, law.vocab_size, device)
     if call.draft_temperature is not None:
         _check_draft_temperature(call.draft_temperature, batch, device)
     if call.lse is not None:
         if not law.averages_members:
             expected = "None for a law other than a mixture of scope 'member'"
             raise Refusal("verify", "lse", expected, "a tensor")
-        _check_lse("lse", call.lse, (batch, rows, len(logits)), law, device)
+        shape = (*logits[0].shape[:-1], len(logits))
+        _check_lse("lse", call.lse, shape, law.filters, device)
     if call.draft_lse is not None:
         if call.draft_logits is None:
             raise Refusal("verify", "draft_lse", "None without draft_logits", "a tensor")
-        _check_lse("draft_lse", call.draft_lse, call.draft_logits.shape[:2], law, device)
+        filters = law.filters if call.draft_filtered else ()
+        _check_lse("draft_lse", call.draft_lse, call.draft_logits.shape[:-1], filters, device)
 
 
 def _check_members(op: str, logits: list[Tensor], law: LawTensors) -> None:
     _check_rows(op, logits, law.vocab_size)
     shape = logits[0].shape
     _check_law(op, law, shape[0], shape[1], len(logits), logits[0].device)
+
+
+def _check_packed_members(
+    op: str, logits: list[Tensor], law: LawTensors, rows: Tensor
+) -> tuple[int, int]:
+    """Of packed rows: M >= 1 tensors (L, V >= vocab_size), and B and T of where they lie."""
+    if len(logits) == 0:
+        raise Refusal(op, "logits", "a list of M >= 1 tensors", "none")
+    first, device = logits[0].shape, logits[0].device
+    for m, tensor in enumerate(logits):
+        if tensor.dim() != 2 or tensor.shape[0] != first[0] or tensor.device != device:
+            length = f"L={first[0]}" if m else "L"
+            raise wrong(
+                op, f"logits[{m}]", f"({length}, V) on {device}, for rows are given", tensor
+            )
+    if rows.dim() != 2 or rows.dtype not in INTEGERS or rows.device != device:
+        raise wrong(op, "rows", f"(B, T) int32 or int64 on {device}", rows)
+    _check_rows(op, [tensor[None] for tensor in logits], law.vocab_size)
+    _check_law(op, law, rows.shape[0], rows.shape[1], len(logits), device)
+    return rows.shape[0], rows.shape[1]
+
+
+def _check_places(
+    argument: str, value: Tensor, batch: int, columns: Sequence[int], device: torch.device
+) -> None:
+    """Where rows of a batch lie."""
+    if (
+        value.dim() != 2
+        or value.shape[0] != batch
+        or value.shape[1] not in columns
+        or value.dtype not in INTEGERS
+        or value.device != device
+    ):
+        expected = f"(B={batch}, {' or '.join(map(str, columns))}) int32 or int64 on {device}"
+        raise wrong("verify", argument, expected, value)
+
+
+def _check_layout(
+    call: VerifyCall, rule: AcceptanceRule, batch: int, count: int, device: torch.device
+) -> None:
+    """What an engine's own buffers ask for, but the members' rows."""
+    drafts = call.num_drafts
+    if drafts is not None and (
+        drafts.shape != (batch,) or drafts.dtype not in INTEGERS or drafts.device != device
+    ):
+        raise wrong("verify", "num_drafts", f"(B={batch},) int32 or int64 on {device}", drafts)
+    if call.draft_rows is not None:
+        if call.draft_logits is None:
+            raise Refusal("verify", "draft_rows", "None without draft_logits", "a tensor")
+        _check_places("draft_rows", call.draft_rows, batch, (count, count + 1), device)
+    arguments.name("verify", "draft_space", call.draft_space, SPACES)
+    if call.draft_space == "probabilities":
+        if call.draft_logits is None:
+            raise Refusal("verify", "draft_logits", "the probabilities of draft_space", "None")
+        for name in ("draft_temperature", "draft_lse"):
+            if getattr(call, name) is not None:
+                raise Refusal("verify", name, "None for probabilities", "a tensor")
+    if call.request_parameters is not None:
+        _check_request_parameters(call.request_parameters, rule, batch, device)
+    if call.out is not None:
+        _check_out(call.out, call.draft_tokens, device)
+
+
+def _check_request_parameters(
+    value: Tensor, rule: AcceptanceRule, batch: int, device: torch.device
+) -> None:
+    """A rule's numbers for each request, or its rates by position."""
+    right = value.dim() == 2 and value.shape[0] in (1, batch)
+    if right:
+        columns = value.shape[1]
+        right = columns > 0 if rule.by_position else columns == len(rule.parameters)
+    if not right or value.dtype != torch.float64 or value.device != device:
+        expected = f"numbers or (B={batch},) tensors on {device}"
+        raise wrong("verify", f"acceptance {rule.name!r}", expected, value)
+
+
+def _check_out(out: Tensor, drafts: Tensor, device: torch.device) -> None:
+    """What the tokens are written to."""
+    batch, count = drafts.shape
+    if out.shape != (batch, count + 1) or out.dtype not in INTEGERS or out.device != device:
+        expected = f"(B={batch}, {count + 1}) int32 or int64 on {device}"
+        raise wrong("verify", "out", expected, out)
+    row, column = out.stride()
+    if (column != 1 and count > 0) or (row <= count and batch > 1):
+        raise wrong("verify", "out", "contiguous rows that do not overlap", out)
+    if _meet(out, drafts):
+        raise wrong("verify", "out", "memory of its own, not the drafts'", out)
+
+
+def _meet(out: Tensor, drafts: Tensor) -> bool:
+    """Whether some of their memory may be the same."""
+    if out.numel() == 0 or drafts.numel() == 0 or not is_eager_call((out, drafts)):
+        return False
+    spans = []
+    for tensor in (out, drafts):
+        row, column = tensor.stride()
+        reach = (len(tensor) - 1) * row + (tensor.shape[1] - 1) * column + 1
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.itemsize))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
+
+
+def _check_packed_draft(draft: Tensor, vocab_size: int, device: torch.device) -> None:
+    """Logits of a draft outside the ensemble, packed."""
+    if (
+        draft.dim() != 2
+        or draft.shape[1] < vocab_size
+        or draft.dtype not in FLOATS
+        or draft.device != device
+    ):
+        expected = f"(L, V >= {vocab_size}) or (slots, steps, V) float on {device}"
+        raise wrong("verify", "draft_logits", expected, draft)
+    if draft.stride(-1) != 1 and draft.shape[1] > 1:
+        raise wrong("verify", "draft_logits", "contiguous rows", draft)
 
 
 def _check_rows(op: str, logits: Sequence[Tensor], vocab_size: int) -> None:
@@ -283,10 +433,14 @@ def _check_draft_temperature(value: Tensor, batch: int, device: torch.device) ->
 
 
 def _check_lse(
-    argument: str, lse: Tensor, shape: Sequence[int], law: LawTensors, device: torch.device
+    argument: str,
+    lse: Tensor,
+    shape: Sequence[int],
+    filters: Sequence[Tensor | None],
+    device: torch.device,
 ) -> None:
     """Log-sum-exps, of the members or of a separate draft."""
-    if any(value is not None for value in (law.top_k, law.top_p, law.min_p)):
+    if any(value is not None for value in filters):
         raise Refusal("verify", argument, "None for a law with filters", "a tensor")
     if lse.shape != tuple(shape) or lse.dtype != torch.float32 or lse.device != device:
         raise wrong("verify", argument, f"{tuple(shape)} float32 on {device}", lse)

@@ -28,6 +28,8 @@ elif not hasattr(module, "cuda_verify"):
 else:
     AVAILABLE, REASON = True, ""
 
+# Those of the table that the kernels share, but for a rate that is chosen by the depth.
+RULES = {name: rule for name, rule in flat.RULES.items() if name != "synthetic"}
 _MAX_MEMBERS = 8
 _MAX_ROWS = 65_535
 _MAX_VOCABULARY = 2048 * 1024
@@ -58,15 +60,17 @@ def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
+    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
+    if rows is not None:
+        raise Unsupported("cuda", "rows", "None", "a tensor")
     if numbers.dim() == 4:
         raise Unsupported("cuda", "count", "None", numbers.shape[2])
     if member < 0:
         law.refuse_fold("cuda")
     _check(logits, law)
-    arguments, results = flat.flattened_sample(logits, numbers, law, member)
+    arguments, results = flat.flattened_sample(logits, numbers, law, member, None)
     _launch(module.cuda_sample, module.cuda_sample_workspace, arguments, logits[0].device)
     return results
 
@@ -77,9 +81,14 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         raise Unsupported("cuda", "parents", "None", "a tree")
     if call.proposers is not None and call.draft_logits is not None:
         raise Unsupported("cuda", "proposers", "None beside draft_logits", "a tensor")
+    call.refuse_layout("cuda")
+    if call.acceptance == "synthetic":
+        raise Unsupported.unknown("cuda", "acceptance", call.acceptance, RULES)
     flat.refuse("cuda", call)
     _check(call.logits, call.law)
-    arguments, results = flat.flattened_verify(call)
+    arguments, results = flat.flattened_verify(
+        call if call.out is None else call._replace(out=None)
+    )
     _launch(module.cuda_verify, module.cuda_verify_workspace, arguments, call.draft_tokens.device)
     return results
 

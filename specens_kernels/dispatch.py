@@ -147,7 +147,7 @@ _FIELDS: dict[Any, dict[str, Any]] = {
         for name, kind in get_type_hints(LawTensors).items()
         if name not in ("flat", "made")
     },
-    VerifyCall: get_type_hints(VerifyCall),
+    VerifyCall: {name: kind for name, kind in get_type_hints(VerifyCall).items() if name != "out"},
     AttentionCall: get_type_hints(AttentionCall),
 }
 
@@ -164,7 +164,9 @@ def flattened(arguments: Iterable[Any]) -> list[Any]:
     """Arguments of a backend's op as its schema has them."""
     flat: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, (VerifyCall, AttentionCall)):
+        if isinstance(argument, VerifyCall):
+            flat += flattened(argument[:-1])
+        elif isinstance(argument, AttentionCall):
             flat += flattened(argument)
         elif isinstance(argument, LawTensors):
             flat += argument.arguments
@@ -206,11 +208,11 @@ def _fake_mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
 
 
 def _fake_sample(
-    logits: list[Tensor], uniforms: Tensor, law: LawTensors, member: int
+    logits: list[Tensor], uniforms: Tensor, law: LawTensors, member: int, rows: Tensor | None
 ) -> tuple[Tensor, ...]:
-    drawn, rows = uniforms.shape[:-1], uniforms.shape[:2]
+    drawn, each = uniforms.shape[:-1], uniforms.shape[:2]
     dtypes = (torch.int64, torch.float32, torch.float32, torch.int32)
-    shapes = (drawn, drawn, rows, rows)
+    shapes = (drawn, drawn, each, each)
     return tuple(
         uniforms.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
     )
@@ -363,7 +365,7 @@ def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
     tensors: list[Tensor] = []
     for argument in arguments:
         kind = type(argument)
-        if argument is None or kind is str:
+        if argument is None or kind is str or kind is bool:
             continue
         if kind is Tensor or isinstance(argument, Tensor):
             tensors.append(argument)

@@ -14,7 +14,7 @@ from torch import Tensor, empty, float32, int32, int64
 
 from .call import AttentionCall, VerifyCall
 from .law import LawTensors
-from .refusal import Unsupported
+from .refusal import Refusal, Unsupported
 
 # torch has loaded the OpenMP runtime that `_C` needs, so `_C` comes after it.
 try:
@@ -37,6 +37,7 @@ _NO_VALUES = (0, 0, 0, 0)
 # No parents, and no siblings that could be independent or drawn without replacement.
 _CHAIN = (*_NO_VALUES, False, False)
 _MAX_PARAMETERS = 4  # of a rule, in csrc/
+_NO_OUT = (0, False, 0)
 
 
 def flattened_uniforms(
@@ -66,7 +67,7 @@ def flattened_mix(logits: list[Tensor], law: LawTensors) -> tuple[list[Any], tup
 
 
 def flattened_sample(
-    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
+    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int, places: Tensor | None
 ) -> tuple[list[Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Arguments and results of `sample`."""
     flat = flattened_logits(logits) + _law(law)
@@ -81,6 +82,7 @@ def flattened_sample(
     flat += batch_stride, row_stride, word_stride
     flat += tokens.data_ptr(), log_probs.data_ptr(), lse.data_ptr(), status.data_ptr()
     flat += *(count or (0,)), *(block_stride or (0,))
+    flat += _NO_VALUES if places is None else _integers(places)
     return flat, (tokens, log_probs, lse, status)
 
 
@@ -94,7 +96,9 @@ def flattened_verify(
     temperature = law.temperature if call.draft_temperature is None else call.draft_temperature
     batch, nodes = call.draft_tokens.shape
     device = call.draft_tokens.device
-    tokens = empty(batch, nodes + 1, dtype=int64, device=device)
+    tokens = call.out
+    if tokens is None:
+        tokens = empty(batch, nodes + 1, dtype=int64, device=device)
     log_probs = empty(batch, nodes + 1, dtype=float32, device=device)
     num_accepted = empty(batch, dtype=int32, device=device)
     path = empty(batch, nodes, dtype=int32, device=device)
@@ -109,8 +113,8 @@ def flattened_verify(
     flat += call.uniforms.stride()
     flat += draft
     flat += _per_row(temperature)
-    flat += _NO_VALUES if lse is None else (lse.data_ptr(), *lse.stride())
-    flat += _NO_VALUES if draft_lse is None else (draft_lse.data_ptr(), *draft_lse.stride(), 0)
+    flat += _NO_VALUES if lse is None else _per_member(lse)
+    flat += _NO_VALUES if draft_lse is None else _per_place(draft_lse)
     flat += tokens.data_ptr(), log_probs.data_ptr(), num_accepted.data_ptr(), path.data_ptr()
     flat.append(status.data_ptr())
     if call.parents is None:
@@ -118,7 +122,47 @@ def flattened_verify(
     else:
         flat += _integers(call.parents)
         flat += call.acceptance == "k_seq", call.draws == "without"
+    if call.is_padded:
+        flat.append(False)
+    else:
+        flat.append(True)
+        flat += _layout(call)
     return flat, (tokens, log_probs, num_accepted, path, status)
+
+
+def _layout(call: VerifyCall) -> list[Any]:
+    """What of a `verify` is not padded and plain."""
+    flat: list[Any] = []
+    for rows in (call.rows, call.draft_rows):
+        flat += _NO_VALUES if rows is None else _integers(rows)
+    flat += _NO_VALUES if call.num_drafts is None else _per_request(call.num_drafts)
+    flat += call.draft_filtered, call.draft_space == "probabilities"
+    parameters = call.request_parameters
+    flat += (*_NO_VALUES, 0) if parameters is None else (*_per_row(parameters), parameters.shape[1])
+    out = call.out
+    flat += _NO_OUT if out is None else (out.data_ptr(), out.dtype == int64, out.stride(0))
+    return flat
+
+
+def refuse_outside(
+    op: str,
+    argument: str,
+    rows: Tensor,
+    count: int,
+    columns: int,
+    num_drafts: Tensor | None = None,
+    more: int = 0,
+) -> None:
+    """Refuse an index of a row that will be looked at where there is none; on a CPU only.
+
+    count: rows that there are. columns, num_drafts, more: those of a request that are looked at.
+    """
+    flat = [*_integers(rows), *(_NO_VALUES if num_drafts is None else _per_request(num_drafts))]
+    place = MODULE.first_outside([*flat, more, len(rows), columns, count])
+    if place >= 0:
+        at = divmod(place, columns)
+        got = f"{int(rows[at])} at {at}"
+        raise Refusal(op, argument, f"indices in [0, {count})", got)
 
 
 def flattened_attention(call: AttentionCall) -> tuple[list[Any], tuple[Tensor, Tensor]]:
@@ -211,12 +255,12 @@ def _per_node(value: Tensor) -> tuple[int, int, int, int]:
 
 
 def _logits(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Address, dtype and strides over batch and row of (B, T, V)."""
+    """Address, dtype and strides over batch and row of (B, T, V), or of (L, V), packed."""
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         raise Unsupported("kernels", "logits", "bfloat16, float16 or float32", tensor.dtype)
-    batch_stride, row_stride, _ = tensor.stride()
-    return tensor.data_ptr(), dtype, batch_stride, row_stride
+    *batch_stride, row_stride, _ = tensor.stride()
+    return tensor.data_ptr(), dtype, *(batch_stride or (0,)), row_stride
 
 
 def flattened_logits(logits: Sequence[Tensor]) -> list[Any]:
@@ -261,12 +305,29 @@ def _per_row(value: Tensor) -> tuple[int, int, int, int]:
     return value.data_ptr(), batch_stride, 0, member_stride
 
 
+def _per_member(lse: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides over batch, row and member of (B, T, M), or of (L, M), packed."""
+    *batch_stride, row_stride, member_stride = lse.stride()
+    return lse.data_ptr(), *(batch_stride or (0,)), row_stride, member_stride
+
+
+def _per_place(lse: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides over batch and row of (B, T), or of (L,), packed."""
+    *batch_stride, row_stride = lse.stride()
+    return lse.data_ptr(), *(batch_stride or (0,)), row_stride, 0
+
+
 def _integers(value: Tensor) -> tuple[int, bool, int, int]:
     """Address, width and strides of (B or 1, columns)."""
     batch_stride, column_stride = value.stride()
     if value.shape[0] == 1:
         batch_stride = 0
     return value.data_ptr(), value.dtype == int64, batch_stride, column_stride
+
+
+def _per_request(value: Tensor) -> tuple[int, bool, int, int]:
+    """Address, width and strides of (B,)."""
+    return value.data_ptr(), value.dtype == int64, value.stride(0), 0
 
 
 def refuse(backend: str, call: VerifyCall) -> None:

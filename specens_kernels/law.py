@@ -70,6 +70,11 @@ class LawTensors(NamedTuple):
         return self[:-2]
 
     @property
+    def filters(self) -> tuple[Tensor | None, ...]:
+        """Top-k, top-p and min-p."""
+        return self.top_k, self.top_p, self.min_p
+
+    @property
     def averages_members(self) -> bool:
         """Whether the law is the weighted mean of the members' own, warped laws."""
         return self.space == "probabilities" and not self.fold and self.scope == "member"

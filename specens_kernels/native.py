@@ -60,14 +60,16 @@ def mix(logits: list[Tensor], law: LawTensors) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
+    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
     if not numbers.is_cpu:
         raise _elsewhere(numbers)
     if member < 0:
         law.refuse_fold("native")
-    arguments, results = flat.flattened_sample(logits, numbers, law, member)
+    arguments, results = flat.flattened_sample(logits, numbers, law, member, rows)
+    if rows is not None:
+        flat.refuse_outside("sample", "rows", rows, len(logits[0]), rows.shape[1])
     arguments.append(get_num_threads())
     _C.sample(arguments)
     return results
@@ -79,6 +81,14 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         raise _elsewhere(call.draft_tokens)
     flat.refuse("native", call)
     arguments, results = flat.flattened_verify(call)
+    if call.rows is not None:
+        rows, ends = call.rows, call.num_drafts
+        count = len(call.logits[0])
+        flat.refuse_outside("verify", "rows", rows, count, rows.shape[1], ends, call.bonus)
+    if call.draft_rows is not None and call.draft_logits is not None:
+        rows, ends = call.draft_rows, call.num_drafts
+        count, nodes = len(call.draft_logits), call.draft_tokens.shape[1]
+        flat.refuse_outside("verify", "draft_rows", rows, count, nodes, ends)
     arguments.append(get_num_threads())
     _C.verify(arguments)
     return results

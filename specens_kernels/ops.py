@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import arguments, checks, dispatch, reference
 from .acceptance import Acceptance
@@ -33,6 +34,7 @@ _OPTIONAL = (
     "draft_lse",
     "memory",
 )
+_LAYOUT = ("rows", "draft_rows", "num_drafts", "out")
 
 
 class Stream(enum.IntEnum):
@@ -149,6 +151,7 @@ def sample(
     *,
     member: int | None = None,
     count: int | None = None,
+    rows: Tensor | None = None,
 ) -> Sample:
     """Draw tokens of each row from the ensemble, or from one member's own warped law.
 
@@ -164,6 +167,8 @@ def sample(
         count: k >= 1 draws k tokens of a row without replacement, each from what the earlier ones
             have left of the law; the first is what is drawn without a count. Where the temperatures
             are all 0 they are the most probable ones, in that order. None draws one.
+        rows: (B, T) int32 or int64. The logits are packed, (L, V_m) each, and row i of request b is
+            logits[rows[b, i]]. On a CPU an index of no row is refused. None: (B, T, V_m).
     Returns:
         Sample: tokens, log_probs, lse and status.
     Raises:
@@ -174,16 +179,19 @@ def sample(
     tensors, parameters = checks.members("sample", logits, law)
     checks.tensors("sample", ("uniforms",), (uniforms,))
     _check_count(count, uniforms)
+    if rows is not None:
+        checks.tensors("sample", ("rows",), (rows,))
     if member is not None:
         place = arguments.count(member)
         if not 0 <= place < len(tensors):
             raise Refusal("sample", "member", f"None or 0 to {len(tensors) - 1}", shown(member))
-        return Sample(*dispatch.call_sample(tensors, uniforms, parameters, place))
+        return Sample(*dispatch.call_sample(tensors, uniforms, parameters, place, rows))
     alone = len(tensors) == 1 and parameters.averages_members
     if not alone or not isinstance(law.weights, Tensor):
         # Alone it is the same law, but one that has a log-sum-exp, which `verify` can be told.
-        return Sample(*dispatch.call_sample(tensors, uniforms, parameters, 0 if alone else -1))
-    drawn = Sample(*dispatch.call_sample(tensors, uniforms, parameters, -1))
+        only = 0 if alone else -1
+        return Sample(*dispatch.call_sample(tensors, uniforms, parameters, only, rows))
+    drawn = Sample(*dispatch.call_sample(tensors, uniforms, parameters, -1, rows))
     # The mixture's, 0, would pass for the member's.
     return drawn._replace(lse=torch.full_like(drawn.lse, torch.nan))
 
@@ -216,6 +224,12 @@ def verify(
     memory: Tensor | None = None,
     bonus: bool = True,
     draws: str = "with",
+    rows: Tensor | None = None,
+    draft_rows: Tensor | None = None,
+    num_drafts: Tensor | None = None,
+    draft_filtered: bool = True,
+    draft_space: str = "logits",
+    out: Tensor | None = None,
 ) -> Verdict:
     """Keep the longest path of drafted tokens that the ensemble accepts, and emit one token more.
 
@@ -258,6 +272,23 @@ def verify(
         draws: "with": the siblings of one proposer were drawn independently. "without": without
             replacement, as `sample` draws with a count, so that a later sibling's law has none of
             the earlier ones' tokens; not for "k_seq", whose siblings are independent.
+        rows: (B, N+1) int32 or int64; (B, N) if not `bonus`. The logits are packed, (L, V_m) each,
+            and row i of request b is logits[rows[b, i]]. lse is then (L, M). On a CPU an index of
+            no row is refused where a draft or the bonus token asks for it.
+        draft_rows: (B, N) or (B, N+1) int32 or int64. The same of draft_logits, which are (L_d,
+            V_d), or (slots, steps, V_d) of which row slot * steps + step is meant and which are not
+            copied. draft_lse is (L_d,), or (slots, steps).
+        num_drafts: (B,) int32 or int64, cut to [0, N]. Where a request's drafts end: node i is one
+            of them if i <= num_drafts[b], and what is said of the others is not looked at. A draft
+            -1 among them is refused and takes nothing from the target: where no sibling is kept a
+            token is drawn, even if not `bonus`. None: a draft -1 is none.
+        draft_filtered: whether drafts, of members too, were drawn after the law's filters. If not,
+            after their temperature alone.
+        draft_space: "logits" or "probabilities". The latter are the draft's law as it is: no
+            temperature, filter or normalisation is applied; what is not finite or below 0 counts as
+            0.
+        out: (B, N+1) int32 or int64, contiguous rows of any stride, apart from the arguments'
+            memory. The verdict's tokens, which are written there.
     Returns:
         Verdict: tokens, log_probs, num_accepted, path and status.
     Raises:
@@ -272,6 +303,13 @@ def verify(
     for name, value in zip(_OPTIONAL, optional, strict=True):
         if value is not None and not is_tensor(value):
             raise Refusal("verify", name, "a tensor or None", shown(value))
+    for name, value in zip(_LAYOUT, (rows, draft_rows, num_drafts, out), strict=True):
+        if value is not None and not is_tensor(value):
+            raise Refusal("verify", name, "a tensor or None", shown(value))
+    if draft_rows is not None and draft_logits is not None:
+        draft_logits = checks.packed("draft_logits", draft_logits, 3)
+        if draft_lse is not None:
+            draft_lse = checks.packed("draft_lse", draft_lse, 2)
     chosen = Acceptance.of(acceptance)
     call = VerifyCall(
         tensors,
@@ -285,12 +323,29 @@ def verify(
         lse,
         draft_lse,
         chosen.rule.name,
-        chosen.parameters,
+        chosen.numbers,
         None if memory is None else checks.memory(memory),
         arguments.flag("verify", "bonus", bonus),
         draws,
+        rows,
+        draft_rows,
+        num_drafts,
+        arguments.flag("verify", "draft_filtered", draft_filtered),
+        draft_space,
+        chosen.of_requests(draft_tokens.device) if chosen.given else None,
+        out,
     )
-    return Verdict(*dispatch.call_verify(call))
+    verdict = Verdict(*dispatch.call_verify(call))
+    return verdict if out is None else verdict._replace(tokens=_written(out, verdict.tokens))
+
+
+def _written(out: Tensor, tokens: Tensor) -> Tensor:
+    """What the caller gave for the tokens, with the tokens in it."""
+    if tokens is not out:
+        return out.copy_(tokens)
+    if not out.is_inference():
+        increment_version(out)
+    return out
 
 
 def attention(

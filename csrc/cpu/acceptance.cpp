@@ -67,7 +67,7 @@ class At {
       : p(target.probability(drafted.token)),
         q(draft_probability(laws, drafted, drafted.token)),
         memory(drafted.memory),
-        parameters(params.parameters),
+        parameters(drafted.parameters),
         vocab_size(params.ensemble.vocab_size),
         at_zero(drafted.at_zero),
         laws_(laws),
@@ -150,7 +150,8 @@ double k_seq_ratio(const VerifyParams& params, RowLaws& laws, const Drafted& dra
                    int candidates) {
   const Leftover target(laws);
   // Log-sum-exps that were given need not make a law that sums to 1, which shows here.
-  const bool given = params.ensemble.lse.data != nullptr || params.draft_lse.data != nullptr;
+  const bool given = params.ensemble.lse.data != nullptr || params.draft_lse.data != nullptr ||
+                     params.layout.draft_probabilities;
   if (given) laws.refine();
   KSeqSearch search(candidates, given);
   for (bool refined = given; !search.found;) {

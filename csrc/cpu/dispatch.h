@@ -72,6 +72,7 @@ enum class Cleaning {
   kNan,
   kInfinite,  // +inf becomes 0, the rest -inf
   kMask,      // values below the threshold become -inf, the rest 0
+  kLogarithm,  // probabilities become their logarithms, what is none -inf
 };
 
 // What rules sum over a row. A sum that is not listed has no kernel.

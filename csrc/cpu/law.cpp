@@ -61,7 +61,10 @@ void WarpedLaw::normalise() {
   empty_ = top_ == -kInfinity;
   if (empty_) {
     std::fill_n(masses_, sub_tiles_, 0.0);
-    if (given) take_lse();
+    if (given) {
+      take_lse();
+      log_sum_ = kInfinity;  // the largest probability is 0
+    }
     return;
   }
   for (int s = 0; s < padded(sub_tiles_); ++s) {

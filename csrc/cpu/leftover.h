@@ -20,6 +20,7 @@ struct Drafted {
   int slot = kPadding;   // of the law that it was drawn from, in `RowLaws`; else it is a point mass
   bool at_zero = false;  // the temperature is 0
   double memory = 0.0;
+  const double* parameters = nullptr;  // of the rule
   // Of a draw without replacement: the tokens of earlier siblings, which its law does not have, and
   // what it is multiplied by; 0 if nothing is left of it.
   std::vector<int64_t> gone = {};

@@ -11,8 +11,14 @@ namespace {
 
 constexpr float kInfinityF = std::numeric_limits<float>::infinity();
 
+// Of a law that is given; what is none counts as 0.
+bool is_probability(float value) { return value > 0.0f && value < kInfinityF; }
+
 float cleaned(float value, Cleaning cleaning, float threshold) {
   if (cleaning == Cleaning::kNone) return value;
+  if (cleaning == Cleaning::kLogarithm) {
+    return is_probability(value) ? static_cast<float>(logarithm(value)) : -kInfinityF;
+  }
   if (std::isnan(value)) value = -kInfinityF;
   if (cleaning == Cleaning::kInfinite) return value == kInfinityF ? 0.0f : -kInfinityF;
   if (cleaning == Cleaning::kMask) return value < threshold ? -kInfinityF : 0.0f;
@@ -227,7 +233,14 @@ void LogitsLaw::weigh(int sub_tile, const double* edges, double high, Weighing w
   kernels().weigh(collected, size, least, weighing != Weighing::kCount, affine(), out);
 }
 
+// In double precision, where single precision would round a logarithm.
+double LogitsLaw::given_probability(int64_t token) const {
+  const float given = load_value(sources_[0].row, sources_[0].dtype, token);
+  return is_probability(given) ? given : 0.0;
+}
+
 double LogitsLaw::value(int64_t token) const {
+  if (is_given()) return logarithm(given_probability(token));
   double folded = 0.0;
   bool vetoed = false;
   for (int k = 0; k < num_sources_; ++k) {
@@ -259,6 +272,11 @@ void LogitsLaw::add_masses(int sub_tile, double weight, double* out) const {
   if (empty_) return;
   if (!one_member()) {
     WarpedLaw::add_masses(sub_tile, weight, out);
+    return;
+  }
+  if (is_given()) {
+    const int64_t begin = static_cast<int64_t>(sub_tile) * kSubTile;
+    for (int i = 0; i < count(sub_tile); ++i) out[i] += weight * given_probability(begin + i);
     return;
   }
   float scratch[kSubTile];

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The law of a weighted sum of logits: a member alone, a separate draft, or a product. Filtered
-// members of a product are laws of their own first.
+// members of a product are laws of their own first. A separate draft's probabilities may be given
+// in place of its logits; single precision then reads their logarithms.
 #pragma once
 
 #include "law.h"
@@ -59,6 +60,11 @@ class LogitsLaw final : public WarpedLaw {
   void values(int sub_tile, double* out) const override { fold(sub_tile, out); }
   Peak statistics(int sub_tile) const override;
 
+  // Whether its probabilities are given, and not to be found.
+  bool is_given() const {
+    return num_sources_ == 1 && sources_[0].cleaning == Cleaning::kLogarithm;
+  }
+  double given_probability(int64_t token) const;
   bool one_member() const { return num_sources_ == 1 && sources_[0].weight == 1.0; }
   float member_cutoff() const { return std::max(sources_[0].cutoff, round_up(cutoff_)); }
   Span raw_span(const Source& source, int sub_tile) const;

@@ -44,6 +44,7 @@ RowLaws::RowLaws(const Ensemble& ensemble, const Team& team) : ensemble_(ensembl
 void RowLaws::move_to(int64_t batch, int64_t row) {
   batch_ = batch;
   row_ = row;
+  place_ = ensemble_.rows.data == nullptr ? row : ensemble_.rows.at(batch, row);
   std::fill(std::begin(drafts_), std::end(drafts_), nullptr);
   late_.count = late_drafts_.count = 0;
   refined_ = false;
@@ -71,7 +72,7 @@ bool RowLaws::is_identity(double temperature) const {
 }
 
 double RowLaws::lse_at(int member) const {
-  return ensemble_.lse.data == nullptr ? kInfinity : ensemble_.lse.at(batch_, row_, member);
+  return ensemble_.lse.data == nullptr ? kInfinity : ensemble_.lse.at(batch_, place_, member);
 }
 
 // Whether a row need not be swept for its normaliser.
@@ -83,7 +84,7 @@ void RowLaws::set_member(LogitsLaw& law, int member, double temperature,
                          const Filter& filter) const {
   const Logits& logits = ensemble_.members[member];
   law.set(temperature, filter);
-  law.add_source(row_of(logits, batch_, row_), logits.dtype, 1.0);
+  law.add_source(row_of(logits, batch_, place_), logits.dtype, 1.0);
 }
 
 void RowLaws::measure_member(int64_t batch, int64_t row, int member) {
@@ -124,18 +125,23 @@ void RowLaws::measure_draft(const Proposal& proposal) {
 }
 
 double RowLaws::own_temperature(const Proposal& proposal) const {
-  if (greedy_) return 1.0;
+  if (greedy_ || proposal.probabilities) return 1.0;
   return proposal.member == kPadding ? proposal.temperature : temperature(proposal.member);
 }
 
 double RowLaws::own_lse(const Proposal& proposal) const {
+  if (proposal.probabilities) return 0.0;
   return proposal.member == kPadding ? proposal.lse : lse_at(proposal.member);
+}
+
+bool RowLaws::is_known(const Proposal& proposal) const {
+  return proposal.probabilities || is_known(own_lse(proposal), own_temperature(proposal));
 }
 
 // Nobody reads a row that is known for its status.
 void RowLaws::take_draft_status(const Proposal& proposal) {
   draft_status_ = 0;
-  if (!proposal.dense() || is_known(own_lse(proposal), own_temperature(proposal))) return;
+  if (!proposal.dense() || is_known(proposal)) return;
   draft_status_ = drafts_[proposal.slot()]->status();
 }
 
@@ -152,27 +158,34 @@ LogitsLaw& RowLaws::next_draft() {
   return others_[drafts_made_ - 2]->law;
 }
 
+// Whether a member's law among the mixture's is the one that it proposes by. It is not if the
+// mixture is what is warped.
+bool RowLaws::is_measured_as_member(const Proposal& proposal) const {
+  if (ensemble_.space != Space::kProbabilities || weight(proposal.member) == 0.0) return false;
+  if (ensemble_.warp_members) return proposal.filtered || !filter_.active();
+  return is_identity(own_temperature(proposal));
+}
+
 void RowLaws::set_draft(const Proposal& proposal, Sweep& sweep) {
   const int member = proposal.member;
   const bool separate = member == kPadding;
-  const double own = own_temperature(proposal);
-  // A member of a mixture is measured there, unless the mixture is what is warped.
-  if (!separate && ensemble_.space == Space::kProbabilities &&
-      (ensemble_.warp_members || is_identity(own)) && weight(member) != 0.0) {
+  if (!separate && is_measured_as_member(proposal)) {
     drafts_[member] = &laws_[member];
     return;
   }
+  const double own = own_temperature(proposal);
+  const Filter filter = proposal.filtered && !proposal.probabilities ? filter_ : Filter{};
   LogitsLaw& draft = next_draft();
   drafts_[proposal.slot()] = &draft;
   if (separate) {
-    draft.set(own, filter_);
-    draft.add_source(proposal.row, proposal.dtype, 1.0);
+    draft.set(own, filter);
+    Source& source = draft.add_source(proposal.row, proposal.dtype, 1.0);
+    if (proposal.probabilities) source.cleaning = Cleaning::kLogarithm;
   } else {
-    set_member(draft, member, own, filter_);
+    set_member(draft, member, own, filter);
   }
-  const double lse = own_lse(proposal);
-  if (is_known(lse, own)) {
-    draft.set_lse(lse);
+  if (is_known(proposal)) {
+    draft.set_lse(own_lse(proposal));
     late_drafts_.add(draft);
   } else {
     sweep.add(draft);
@@ -298,7 +311,7 @@ void RowLaws::add_sources(LogitsLaw& product) {
   for (int k = 0; k < e.num_members; ++k) {
     const LogitsLaw& member = laws_[k];
     const double own = member_temperature(k), scale = own > 0.0 ? own : 1.0;
-    const void* row = row_of(e.members[k], batch_, row_);
+    const void* row = row_of(e.members[k], batch_, place_);
     double least = -kInfinity;
     if (k == 0 && masks) least = member.value_top() + scale * logarithm(e.plausibility);
     if (weight(k) == 0.0) {

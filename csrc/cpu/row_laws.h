@@ -18,6 +18,8 @@ struct Proposal {
   DType dtype = DType::kFloat32;
   double temperature = 1.0;
   double lse = kInfinity;  // not known
+  bool filtered = true;    // as the target is
+  bool probabilities = false;
 
   bool dense() const { return member != kPadding || row != nullptr; }
   // The place of a dense one's law among those of a row.
@@ -73,12 +75,14 @@ class RowLaws {
   double temperature(int member) const;
   double member_temperature(int member) const;
   bool is_identity(double temperature) const;
+  bool is_measured_as_member(const Proposal& proposal) const;
   bool is_known(double lse, double temperature) const;
   double lse_at(int member) const;
   void set_member(LogitsLaw& law, int member, double temperature, const Filter& filter) const;
   void set_draft(const Proposal& proposal, Sweep& sweep);
   double own_temperature(const Proposal& proposal) const;
   double own_lse(const Proposal& proposal) const;
+  bool is_known(const Proposal& proposal) const;
   LogitsLaw& next_draft();
   void take_draft_status(const Proposal& proposal);
   void measure_mixture(Sweep& sweep);
@@ -105,6 +109,7 @@ class RowLaws {
   std::unique_ptr<double[]> masses_;
 
   int64_t batch_ = 0, row_ = 0;
+  int64_t place_ = 0;  // of the row in the members' logits
   bool greedy_ = false;  // all temperatures are 0
   Filter filter_;
   const RowLaw* target_ = nullptr;

@@ -4,6 +4,7 @@
 // next; the first row without a child that is kept emits a token and stops. Rows that are not
 // reached are not read. For the rule "block", which takes chains, every row is looked at before the
 // last one kept is known.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -24,15 +25,21 @@ constexpr double kLeastRest = 1e-2;
 // The children of each node of one row's tree, in order; 0 is none, for no child is the root.
 class Tree {
  public:
-  Tree(const VerifyParams& params, int64_t batch) : params_(params), batch_(batch) {
+  Tree(const VerifyParams& params, int64_t batch)
+      : params_(params), batch_(batch), drafts_(num_drafts(params, batch)) {
     if (params.parents.data == nullptr) return;
     const auto size = static_cast<size_t>(params.nodes + 1);
     first_.resize(size);
     next_.resize(size);
-    for (int64_t node = params.nodes; node > 0; --node) {
-      if (token(node) == kPadding) continue;
+    refuses_.resize(size);
+    for (int64_t node = drafts_; node > 0; --node) {
       const int64_t parent = params.parents.at(batch, node);
-      if (parent < 0 || parent >= node) {
+      const bool known = parent >= 0 && parent < node;
+      if (token(node) == kPadding) {
+        if (known && tells_refusals()) refuses_[parent] = true;
+        continue;
+      }
+      if (!known) {
         lost_ = true;
         continue;
       }
@@ -47,16 +54,31 @@ class Tree {
 
   int64_t first_child(int64_t node) const {
     if (!first_.empty()) return first_[node];
-    return node < params_.nodes && token(node + 1) != kPadding ? node + 1 : 0;
+    return node < drafts_ && token(node + 1) != kPadding ? node + 1 : 0;
+  }
+  // Whether a draft below is one to refuse, after which a token is drawn even without a bonus.
+  bool refuses(int64_t node) const {
+    if (!refuses_.empty()) return refuses_[node];
+    return tells_refusals() && node < drafts_ && token(node + 1) == kPadding;
   }
 
   int64_t next_sibling(int64_t node) const { return next_.empty() ? 0 : next_[node]; }
 
  private:
+  bool tells_refusals() const { return params_.layout.num_drafts.data != nullptr; }
+
+  static int64_t num_drafts(const VerifyParams& params, int64_t batch) {
+    const Integers& given = params.layout.num_drafts;
+    if (given.data == nullptr) return params.nodes;
+    return std::clamp(given.at(batch, 0), int64_t{0}, params.nodes);
+  }
+
   const VerifyParams& params_;
   int64_t batch_;
+  int64_t drafts_;
   bool lost_ = false;
   std::vector<int64_t> first_, next_;  // empty: a chain
+  std::vector<bool> refuses_;
 };
 
 // One batch row.
@@ -72,13 +94,21 @@ class Walk {
         greedy_(params.rule == RuleId::kGreedy || at_zero_),
         asks_(!greedy_ || (at_zero_ && is_asked_at_zero(params.rule))),
         dense_(!greedy_ || (at_zero_ && needs_draft_at_zero(params.rule))),
-        memory_(params.memory.data == nullptr ? 0.0 : params.memory.at(batch)) {}
+        memory_(params.memory.data == nullptr ? 0.0 : params.memory.at(batch)) {
+    const EngineLayout& layout = params.layout;
+    std::copy(std::begin(params.parameters), std::end(params.parameters), parameters_);
+    if (layout.parameters.data == nullptr) return;
+    for (int64_t i = 0; i < std::min<int64_t>(layout.num_parameters, kMaxParameters); ++i) {
+      parameters_[i] = layout.parameters.at(batch, 0, i);
+    }
+  }
 
   void run();
 
  private:
   void run_tree();
   int64_t step(int64_t row);
+  void choose_rate();
   void run_block();
   bool is_valid(int64_t node) const;
   Proposal proposal(int64_t row, int64_t node) const;
@@ -92,10 +122,12 @@ class Walk {
   bool accepts(int64_t node, const Drafted& drafted, const Judgement& judgement) const;
   void reject(int64_t node, const Drafted& drafted, const Judgement& judgement);
   void refine();
+  void share_anew(Drafted* drafted);
   void complete();
   double mass_left(const Drafted& drafted, double reach);
   double block_reach(const Drafted& drafted, double reach);
   int64_t drawn(int64_t row) const;
+  void write_token(int64_t place, int64_t token);
   void emit(int64_t place, int64_t token);
   void keep(int64_t node);
   void clear_from(int64_t place);
@@ -110,6 +142,7 @@ class Walk {
   bool asks_;      // the rule is asked at all
   bool dense_;     // it reads the draft's law
   double memory_;
+  double parameters_[kMaxParameters];
   std::vector<Drafted> rejected_;  // at this row, where there are siblings
   bool exact_ = false;             // the laws of this row are
   int ratio_slot_ = kPadding;      // whose ratio of `k_seq` is known
@@ -137,10 +170,14 @@ Proposal Walk::proposal(int64_t row, int64_t node) const {
   const int64_t by = params_.proposers.data != nullptr      ? params_.proposers.at(batch_, node - 1)
                      : params_.draft_logits.data != nullptr ? separate
                                                             : kPadding;
+  const EngineLayout& layout = params_.layout;
+  proposal.filtered = layout.draft_filtered;
   if (by != separate) {
     proposal.member = static_cast<int>(by);
   } else {
+    if (layout.draft_rows.data != nullptr) row = layout.draft_rows.at(batch_, row);
     proposal.row = row_of(params_.draft_logits, batch_, row);
+    proposal.probabilities = layout.draft_probabilities;
     proposal.dtype = params_.draft_logits.dtype;
     proposal.temperature = bounded_temperature(params_.draft_temperature.at(batch_));
     if (params_.draft_lse.data != nullptr) proposal.lse = params_.draft_lse.at(batch_, row);
@@ -180,7 +217,7 @@ bool Walk::measure_sibling(int64_t row, int64_t node, Drafted* drafted) {
 
 void Walk::describe(int64_t node, const Proposal& proposal, Drafted* drafted) {
   const int slot = proposal.dense() ? proposal.slot() : kPadding;
-  *drafted = {tree_.token(node), slot, at_zero_, memory_};
+  *drafted = {tree_.token(node), slot, at_zero_, memory_, parameters_};
   if (params_.without && drafted->dense()) take_away_siblings(drafted);
 }
 
@@ -231,7 +268,7 @@ void Walk::complete() {
 
 bool Walk::accepts(int64_t node, const Drafted& drafted, const Judgement& judgement) const {
   const double coin = params_.uniforms.at(batch_, node, 0);
-  if (greedy_) {
+  if (greedy_ && params_.rule != RuleId::kSynthetic) {
     if (!(coin < 1.0) || judgement.vetoed) return false;
     return judgement.trusted || (!laws_.target().empty() && drafted.token == best_);
   }
@@ -247,12 +284,16 @@ void Walk::refine() {
   if (greedy_ || laws_.target().empty()) return;  // nothing that was computed is kept
   left_ = Leftover(laws_);
   for (Drafted& drafted : rejected_) {
-    if (!drafted.gone.empty()) {
-      const double rest = rest_of(laws_, drafted);
-      drafted.share = rest > 0.0 ? 1.0 / rest : 0.0;
-    }
+    share_anew(&drafted);
     left_.reject(drafted, judge(params_, laws_, left_, drafted), /*exactly=*/true);
   }
+}
+
+// Of draws without replacement, by laws that are now exact.
+void Walk::share_anew(Drafted* drafted) {
+  if (drafted->gone.empty()) return;
+  const double rest = rest_of(laws_, *drafted);
+  drafted->share = rest > 0.0 ? 1.0 / rest : 0.0;
 }
 
 void Walk::reject(int64_t node, const Drafted& drafted, const Judgement& judgement) {
@@ -266,7 +307,9 @@ void Walk::reject(int64_t node, const Drafted& drafted, const Judgement& judgeme
     if (!left && !exact_) {
       // Two laws that are nearly equal differ by less than what their normalisers are good to.
       refine();
-      left = left_.reject(drafted, judge_node(node, drafted), /*exactly=*/true);
+      Drafted exact = drafted;
+      share_anew(&exact);
+      left = left_.reject(exact, judge_node(node, exact), /*exactly=*/true);
     }
     if (!left) status_ |= kEmptyResidual;
   }
@@ -279,9 +322,21 @@ int64_t Walk::drawn(int64_t row) const {
   return left_.draw_from(draw_numbers(params_.uniforms, batch_, row).value);
 }
 
+void Walk::write_token(int64_t place, int64_t token) {
+  const EngineLayout& layout = params_.layout;
+  const int64_t at = batch_ * layout.tokens_stride + place;
+  if (layout.tokens == nullptr) {
+    params_.tokens[batch_ * (params_.nodes + 1) + place] = token;
+  } else if (layout.wide_tokens) {
+    static_cast<int64_t*>(layout.tokens)[at] = token;
+  } else {
+    static_cast<int32_t*>(layout.tokens)[at] = static_cast<int32_t>(token);
+  }
+}
+
 void Walk::emit(int64_t place, int64_t token) {
   const int64_t at = batch_ * (params_.nodes + 1) + place;
-  params_.tokens[at] = token;
+  write_token(place, token);
   params_.log_probs[at] = static_cast<float>(laws_.target().log_probability(token));
 }
 
@@ -294,13 +349,22 @@ void Walk::keep(int64_t node) {
 // Pads what was not emitted.
 void Walk::clear_from(int64_t place) {
   const int64_t nodes = params_.nodes;
-  std::fill_n(params_.tokens + batch_ * (nodes + 1) + place, nodes + 1 - place, int64_t{kPadding});
+  for (int64_t i = place; i <= nodes; ++i) write_token(i, kPadding);
   std::fill_n(params_.log_probs + batch_ * (nodes + 1) + place, nodes + 1 - place, 0.0f);
   std::fill_n(params_.path + batch_ * nodes + place, nodes - place, int32_t{kPadding});
 }
 
+// Of the depth that is judged next, the last one's for those beyond.
+void Walk::choose_rate() {
+  const EngineLayout& layout = params_.layout;
+  if (params_.rule != RuleId::kSynthetic || layout.parameters.data == nullptr) return;
+  const int64_t depth = std::min(accepted_, layout.num_parameters - 1);
+  parameters_[0] = layout.parameters.at(batch_, 0, depth);
+}
+
 // The child of this row that is kept; 0 if none is, and a token is emitted instead.
 int64_t Walk::step(int64_t row) {
+  choose_rate();
   Drafted drafted;
   int64_t node = tree_.first_child(row);
   bool valid = measure(row, node, &drafted);
@@ -312,7 +376,7 @@ int64_t Walk::step(int64_t row) {
         keep(node);
         if (params_.rule == RuleId::kLikelihood) {
           const double log_prob = laws_.target().log_probability(drafted.token);
-          memory_ = remember(memory_, log_prob, params_.parameters[1]);
+          memory_ = remember(memory_, log_prob, parameters_[1]);
         }
         return node;
       }
@@ -329,7 +393,7 @@ int64_t Walk::step(int64_t row) {
 void Walk::run_tree() {
   int64_t row = 0;
   do {
-    if (tree_.first_child(row) == 0 && !params_.bonus) return;
+    if (tree_.first_child(row) == 0 && !params_.bonus && !tree_.refuses(row)) return;
     row = step(row);
   } while (row != 0);
 }
@@ -370,7 +434,7 @@ void Walk::run_block() {
   double reach = 1.0, kept_reach = 1.0;
   for (int64_t row = 0;; ++row) {
     const int64_t node = tree_.first_child(row);
-    const bool ends = node == 0 && !params_.bonus;
+    const bool ends = node == 0 && !params_.bonus && !tree_.refuses(row);
     Drafted drafted;
     const bool valid = !ends && measure(row, node, &drafted);
     const double threshold =
@@ -420,6 +484,20 @@ void Walk::run() {
 }
 
 }  // namespace
+
+int64_t first_outside(const RowsParams& params) {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    int64_t end = params.columns;
+    if (params.num_drafts.data != nullptr) {
+      end = std::min(end, std::max<int64_t>(params.num_drafts.at(b, 0), 0) + params.more);
+    }
+    for (int64_t i = 0; i < end; ++i) {
+      const int64_t row = params.rows.at(b, i);
+      if (row < 0 || row >= params.count) return b * params.columns + i;
+    }
+  }
+  return -1;
+}
 
 void verify(const VerifyParams& params, int threads) {
   for_each_row(params.ensemble, params.batch, params.nodes + 1, threads,

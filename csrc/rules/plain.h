@@ -49,4 +49,16 @@ struct Cactus : Rule {
   }
 };
 
+// A rate, which the caller has chosen by the draft's depth; also where the temperature is 0.
+struct Synthetic : Rule {
+  static constexpr bool kAtZero = true;
+
+  template <typename At>
+  static SPECENS_JUDGE Judgement judge(const At& at) {
+    Judgement judgement;
+    judgement.kept = at.parameters[0] * at.q;
+    return judgement;
+  }
+};
+
 }  // namespace specens

@@ -34,6 +34,7 @@ enum class RuleId : int {
   kTopK,
   kLikelihood,
   kEntropyVeto,
+  kSynthetic,
 };
 
 // What Python calls an id.
@@ -66,6 +67,7 @@ constexpr Named<RuleId> kRules[] = {
     {"top_k", RuleId::kTopK},
     {"likelihood", RuleId::kLikelihood},
     {"entropy_veto", RuleId::kEntropyVeto},
+    {"synthetic", RuleId::kSynthetic},
 };
 
 // Calls function(rule) with the struct of `id`.
@@ -110,6 +112,10 @@ SPECENS_HOST_DEVICE auto with_rule(RuleId id, Function&& function) {
       return function(Likelihood{});
     case RuleId::kEntropyVeto:
       return function(EntropyVeto{});
+#if !defined(__CUDACC__)  // where nobody chooses a rate by the depth
+    case RuleId::kSynthetic:
+      return function(Synthetic{});
+#endif
     default:
       return function(Rejection{});
   }

@@ -25,12 +25,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .. import arguments
 from ..refusal import Refusal, shown
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from .rules import Judgement, Situation
 
     Judge = Callable[..., Judgement]
@@ -59,7 +62,8 @@ class _Function:
 class Parameter(NamedTuple):
     """A finite number that a rule takes: its default, and the range [low, high] it must lie in.
 
-    open_low: whether low itself is out of range. whole: whether it is a count.
+    open_low: whether low itself is out of range. whole: whether it is a count. by_position: whether
+        it may be several numbers, one for each draft of a path.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Parameter(NamedTuple):
     high: float
     open_low: bool = False
     whole: bool = False
+    by_position: bool = False
 
     def check(self, rule: str, value: object) -> float:
         """The value as a float, or a Refusal that says the range."""
@@ -81,6 +86,19 @@ class Parameter(NamedTuple):
             expected = f"a {'whole ' * self.whole}number in {low}, {high} for {rule!r}"
             raise Refusal("acceptance", self.name, expected, shown(value))
         return number
+
+    def several(self, rule: str, value: object) -> "Tensor | tuple[float, ...] | None":
+        """A tensor, or numbers by position, as they are kept; None for what is one number."""
+        most = 2 if self.by_position else 1
+        if hasattr(value, "new_empty"):  # a tensor, without torch
+            tensor: Any = value
+            if tensor.is_nested or tensor.dim() > most or tensor.is_complex():
+                expected = "a number or a (B,) tensor" + " or (B, P)" * self.by_position
+                raise Refusal("acceptance", self.name, f"{expected} for {rule!r}", shown(value))
+            return cast("Tensor", tensor)
+        if not self.by_position or not isinstance(value, (list, tuple)) or not value:
+            return None
+        return tuple(self.check(rule, number) for number in value)
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,7 @@ class AcceptanceRule:
     block: whether a chain is judged as a whole; `judge` is then not asked.
     remembers: whether it depends on the tokens before, by `Situation.memory`.
     by_token: whether the masses that it keeps and leaves depend on the drafted token.
+    by_coin: whether a draft's coin decides alone, at temperature 0, too.
     """
 
     name: str
@@ -113,6 +132,12 @@ class AcceptanceRule:
     block: bool = False
     remembers: bool = False
     by_token: bool = False
+    by_coin: bool = False
+
+    @property
+    def by_position(self) -> bool:
+        """Whether its one parameter may be several numbers, one for each draft of a path."""
+        return any(parameter.by_position for parameter in self.parameters)
 
     @property
     def lossless(self) -> bool:
@@ -286,6 +311,15 @@ _RULES = (
         needs_draft=True,
         by_token=True,
     ),
+    # For benchmarks, whose drafts are then kept at a rate that does not depend on the models.
+    AcceptanceRule(
+        "synthetic",
+        _Function("rules", "synthetic"),
+        "none that a model has: a draft is kept at a rate that is given, whatever the target",
+        "vLLM 2026 (0.32), github.com/vllm-project/vllm; SGLang and TensorRT-LLM have it, too",
+        (Parameter("rate", 0.7, 0.0, 1.0, by_position=True),),
+        by_coin=True,
+    ),
 )
 ACCEPTANCE_RULES: Mapping[str, AcceptanceRule] = MappingProxyType({r.name: r for r in _RULES})
 
@@ -293,8 +327,15 @@ ACCEPTANCE_RULES: Mapping[str, AcceptanceRule] = MappingProxyType({r.name: r for
 class Acceptance:
     """A rule and its parameters, checked: `Acceptance("js", threshold=0.3)`.
 
+    A parameter may also be a (B,) tensor of numbers, one for each request, which is read at every
+    call; its values are not checked, and one beyond the range counts as the end of it. The rate of
+    `synthetic` may be several numbers, or a (B, P) tensor: one for each draft of a path, the last
+    one for those beyond. Only `verify` takes either.
+
     rule: the entry of `ACCEPTANCE_RULES`.
-    parameters: its numbers in the registry's order; those not given are the defaults.
+    numbers: its numbers in the registry's order; those not given are the defaults, and so are those
+        that are several.
+    given: by name, what is several numbers.
     """
 
     def __init__(self, name: str = "rejection", /, **parameters: Any) -> None:
@@ -305,10 +346,29 @@ class Acceptance:
             if given not in known:
                 expected = f"{', '.join(known) or 'no parameter'} for {name!r}"
                 raise Refusal("acceptance", given, expected, given)
-        self.parameters = tuple(
-            parameter.check(name, parameters.get(parameter.name, parameter.default))
-            for parameter in self.rule.parameters
-        )
+        self.given: dict[str, Tensor | tuple[float, ...]] = {}
+        numbers = []
+        for parameter in self.rule.parameters:
+            value = parameters.get(parameter.name, parameter.default)
+            several = parameter.several(name, value)
+            if several is not None:
+                self.given[parameter.name] = several
+                value = parameter.default
+            numbers.append(parameter.check(name, value))
+        self.numbers = tuple(numbers)
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """Its numbers in the registry's order; refused where one is several."""
+        for parameter in self.given:
+            raise Refusal("acceptance", parameter, "one number here", "several")
+        return self.numbers
+
+    def of_requests(self, device: "torch.device") -> "Tensor":
+        """(B or 1, P) float64: all parameters, of which some are several numbers."""
+        from .requests import of_requests
+
+        return of_requests(self, device)
 
     @staticmethod
     def of(given: "Acceptance | str") -> "Acceptance":
@@ -339,7 +399,9 @@ class Acceptance:
     def __repr__(self) -> str:
         """As it is written in Python."""
         names = [parameter.name for parameter in self.rule.parameters]
-        numbers = "".join(f", {n}={v:g}" for n, v in zip(names, self.parameters, strict=True))
+        values = {n: f"{v:g}" for n, v in zip(names, self.numbers, strict=True)}
+        values |= {name: shown(several) for name, several in self.given.items()}
+        numbers = "".join(f", {name}={value}" for name, value in values.items())
         return f"Acceptance({self.rule.name!r}{numbers})"
 
 

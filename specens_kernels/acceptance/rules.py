@@ -84,6 +84,11 @@ def lenient(at: Situation, lenience: float) -> Judgement:
     return Judgement(kept, (at.target - at.draft).clamp(min=0))
 
 
+def synthetic(at: Situation, rate: float) -> Judgement:
+    """kept = rate q: the coin decides alone. Replaced as `rejection` does."""
+    return Judgement(rate * at.draft, (at.target - at.draft).clamp(min=0))
+
+
 def greedy(at: Situation) -> Judgement:
     """The target as it is: `verify` has collapsed it."""
     return Judgement(at.target, torch.zeros_like(at.target))

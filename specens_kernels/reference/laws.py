@@ -312,6 +312,7 @@ def proposal_law(
     law: LawTensors,
     greedy: Tensor,
     lse: Tensor | None = None,
+    filtered: bool = True,
 ) -> tuple[Normalised, Tensor]:
     """The law of one member or draft alone, warped like the target, and the status bits.
 
@@ -319,13 +320,21 @@ def proposal_law(
         logits: (B, T, V) float. temperature: (B,) float.
         greedy: (B,) bool. Rows whose law ignores the temperature and the filters.
         lse: (B, T) float. Where it is known; the law then sums to what it sums to.
+        filtered: whether the law's filters apply.
     """
     value, status = clean(logits, law.vocab_size)
     temperature = bounded(temperature)
     known = given(lse, value, temperature, greedy)
     temperature = temperature.masked_fill(greedy, 1.0)[:, None, None]
-    scores = warp(value, temperature, *_filters(law, greedy))
+    filters = _filters(law, greedy) if filtered else (None, None, None)
+    scores = warp(value, temperature, *filters)
     return normalise_by(scores, known), torch.where(torch.isnan(known), status, 0)
+
+
+def given_law(probabilities: Tensor, vocab_size: int) -> Tensor:
+    """(..., V) float64: a draft's law as it is given; what is no probability counts as 0."""
+    values = probabilities[..., :vocab_size].double()
+    return torch.where((values > 0) & torch.isfinite(values), values, 0.0)
 
 
 def collapse(log_probs: Tensor) -> Tensor:

@@ -9,16 +9,24 @@ from torch import Tensor
 from ..law import LawTensors
 from .draw import PADDING, draw
 from .laws import EMPTY_LAW, TargetLaw, first_argmax, greedy_rows, proposal_law, target_law
+from .packed import refuse_outside, unpacked
 
 
 def sample(
-    logits: Sequence[Tensor], uniforms: Tensor, law: LawTensors, member: int
+    logits: Sequence[Tensor],
+    uniforms: Tensor,
+    law: LawTensors,
+    member: int,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens and log-probabilities of (B, T, 4) or (B, T, k, 4) uniforms; log-sum-exps, status.
 
     See `ops.sample`.
     """
     batch = len(uniforms)
+    if rows is not None:
+        refuse_outside("sample", "rows", rows, len(logits[0]))
+        logits = [unpacked(tensor, rows) for tensor in logits]
     if member >= 0:
         greedy = greedy_rows(law, batch)
         temperature = law.temperature.expand(batch, len(logits))[:, member]

@@ -15,7 +15,8 @@ from ..call import VerifyCall
 from ..law import LawTensors
 from ..tree import chain, children
 from .draw import PADDING, draw
-from .laws import collapse, first_argmax, greedy_rows, proposal_law, target_law
+from .laws import collapse, first_argmax, given_law, greedy_rows, proposal_law, target_law
+from .packed import padded
 
 # A residual of less mass than this, of a target of mass 1, is rounding: it is empty. After several
 # rejections, the target of mass 1 is the first.
@@ -64,6 +65,9 @@ class _Sequence(NamedTuple):
     rule: AcceptanceRule
     parameters: Sequence[float]
     draws: str
+    num_drafts: int | None  # where a draft PADDING is one to refuse
+    draft_filtered: bool
+    draft_space: str
 
     def target(self, row: int) -> _Target:
         here = slice(row, row + 1)
@@ -76,6 +80,13 @@ class _Sequence(NamedTuple):
         below = children(self.parents)[row]
         return [node for node in below if self.tokens[node - 1] != PADDING]
 
+    def refuses(self, row: int) -> bool:
+        """Whether a draft below is one to refuse, after which a token is drawn even if no bonus."""
+        if self.num_drafts is None:
+            return False
+        below = children(self.parents)[row]
+        return any(node <= self.num_drafts and self.tokens[node - 1] == PADDING for node in below)
+
     def is_a_tree(self) -> bool:
         """Whether every draft hangs off an earlier node, so that none is lost and none a cycle."""
         return all(
@@ -87,7 +98,7 @@ class _Sequence(NamedTuple):
     def step(self, row: int, memory: Tensor, bonus: bool) -> _Step | None:
         """Try the children of `row` in order; None if there is none to try and no bonus token."""
         children = self.children(row)
-        if not children and not bonus:
+        if not children and not bonus and not self.refuses(row):
             return None
         target = self.target(row)
         log_probs, status = target.log_probs, target.status
@@ -101,7 +112,8 @@ class _Sequence(NamedTuple):
             status |= bits
             token = torch.tensor(self.tokens[child - 1], device=mass.device)
             at = Situation(mass, draft, token, memory, len(candidates))
-            if self.keeps(child, at, judgement := self.judge(at), target):
+            judgement = self.judge(at, self.depth(row))
+            if self.keeps(child, at, judgement, target):
                 return _Step(child, None, log_probs, status)
             if self.rule.independent and child != candidates[-1]:
                 continue
@@ -111,12 +123,17 @@ class _Sequence(NamedTuple):
             mass = collapse(mass.log()).exp()
         return _Step(None, mass, log_probs, status | target.unread)
 
-    def judge(self, at: Situation) -> Judgement:
+    def judge(self, at: Situation, depth: int) -> Judgement:
+        if self.rule.by_position:
+            return self.rule.judge(at, self.parameters[min(depth, len(self.parameters) - 1)])
         return self.rule.judge(at, *self.parameters)
+
+    def depth(self, row: int) -> int:
+        return 0 if row == 0 else 1 + self.depth(self.parents[row])
 
     def keeps(self, child: int, at: Situation, judgement: Judgement, target: _Target) -> bool:
         token, coin = at.token, self.coins[child]
-        if not target.greedy:
+        if not target.greedy or self.rule.by_coin:
             return bool(coin * at.draft[token] < judgement.kept[token])
         if coin >= 1 or (judgement.vetoed is not None and bool(judgement.vetoed)):
             return False
@@ -154,6 +171,9 @@ class _Sequence(NamedTuple):
         lse = None
         if proposer == len(self.logits):
             assert self.draft_logits is not None
+            if self.draft_space == "probabilities":
+                law = given_law(self.draft_logits[0, row], self.law.vocab_size)
+                return self.without_earlier(law, child), 0
             logits, temperature = self.draft_logits, self.draft_temperature
             lse = self.draft_lse
         else:
@@ -168,13 +188,17 @@ class _Sequence(NamedTuple):
             self.law,
             at_zero,
             None if lse is None else lse[:, here],
+            self.draft_filtered,
         )
-        mass = alone.log_probs[0, 0].exp()
+        return self.without_earlier(alone.log_probs[0, 0].exp(), child), int(status)
+
+    def without_earlier(self, mass: Tensor, child: int) -> Tensor:
+        """The law that is left of a proposer's when siblings are drawn without replacement."""
         earlier = self.earlier(child)
         if earlier:
             mass[earlier] = 0.0
             mass = mass / mass.sum() if mass.sum() > 0 else mass
-        return mass, int(status)
+        return mass
 
     def earlier(self, child: int) -> list[int]:
         """The tokens that a child's proposer could not draw again."""
@@ -211,7 +235,7 @@ class _Sequence(NamedTuple):
             status |= bits
             drafts.append(draft)
         count, reach, kept, kept_reach = len(drafts), 1.0, 0, 1.0
-        if len(targets) == count and bonus:
+        if len(targets) == count and (bonus or self.refuses(count)):
             target = self.target(count)
             status |= target.status
             targets.append(target.log_probs)
@@ -280,6 +304,23 @@ def _at_batch(law: LawTensors, b: int) -> LawTensors:
     )
 
 
+def _existing(call: VerifyCall, b: int) -> list[int]:
+    """Tokens of a request's drafts, PADDING where there is none."""
+    tokens: list[int] = call.draft_tokens[b].tolist()
+    if call.num_drafts is None:
+        return tokens
+    end = min(max(int(call.num_drafts[b]), 0), len(tokens))
+    return tokens[:end] + [PADDING] * (len(tokens) - end)
+
+
+def _parameters(call: VerifyCall, b: int) -> Sequence[float]:
+    given = call.request_parameters
+    if given is None:
+        return call.parameters
+    numbers: list[float] = given[b if len(given) > 1 else 0].tolist()
+    return numbers
+
+
 def _at_row(law: LawTensors, row: int) -> LawTensors:
     weights = law.weights
     return law if weights.shape[1] == 1 else law._replace(weights=weights[:, row : row + 1])
@@ -287,6 +328,7 @@ def _at_row(law: LawTensors, row: int) -> LawTensors:
 
 def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, log-probabilities, accepted counts, path and status; see `ops.verify`."""
+    call = padded(call)
     law, numbers = call.law, call.uniforms
     batch, nodes = call.draft_tokens.shape
     device = call.draft_tokens.device
@@ -310,7 +352,7 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         here = slice(b, b + 1)
         sequence = _Sequence(
             logits=[tensor[here] for tensor in call.logits],
-            tokens=call.draft_tokens[b].tolist(),
+            tokens=_existing(call, b),
             parents=parents.expand(batch, nodes + 1)[b].tolist(),
             proposers=proposers.expand(batch, nodes)[b].tolist(),
             at_zero=at_zero[b],
@@ -321,8 +363,11 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             draft_lse=None if call.draft_lse is None else call.draft_lse[here],
             law=_at_batch(law, b),
             rule=ACCEPTANCE_RULES[call.acceptance],
-            parameters=call.parameters,
+            parameters=_parameters(call, b),
             draws=call.draws,
+            num_drafts=None if call.num_drafts is None else int(call.num_drafts[b]),
+            draft_filtered=call.draft_filtered,
+            draft_space=call.draft_space,
         )
         if not sequence.is_a_tree():
             status[b] = INVALID_DRAFT

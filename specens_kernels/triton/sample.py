@@ -43,9 +43,15 @@ def draw(law, work, numbers, batch_stride, row_stride, word, tokens, log_probs, 
 
 
 def sample(
-    logits: list[Tensor], numbers: Tensor, law: LawTensors, member: int
+    logits: list[Tensor],
+    numbers: Tensor,
+    law: LawTensors,
+    member: int,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.sample`."""
+    if places is not None:
+        raise Unsupported("triton", "rows", "None", "a tensor")
     if numbers.dim() == 4:
         raise Unsupported("triton", "count", "None", numbers.shape[2])
     arguments = law_arguments(logits, law, member)

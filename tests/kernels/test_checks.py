@@ -63,7 +63,7 @@ def raw_mix(logits: list[Tensor] | None = None, **changes: Any) -> Any:
 def raw_sample(numbers: Tensor | None = None, member: int = -1, **changes: Any) -> Any:
     logits = [floats(B, N + 1, V) for _ in range(2)]
     numbers = floats(B, N + 1, 4) if numbers is None else numbers
-    return OPS.sample(*flattened((logits, numbers, law_tensors(**changes), member)))
+    return OPS.sample(*flattened((logits, numbers, law_tensors(**changes), member, None)))
 
 
 def raw_verify(**changes: Any) -> Any:

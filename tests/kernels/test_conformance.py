@@ -22,10 +22,16 @@ from torch import Tensor
 from trees import random_problem
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, dispatch, flat
+from specens_kernels import ACCEPTANCE_RULES, ENSEMBLES, Acceptance, Law, cuda, dispatch, flat
 
 KERNELS = sorted(dispatch.MODULES)
 EVERY = pytest.mark.parametrize("backend", KERNELS, indirect=True)
+# Rules that a backend has no kernel of; each new one is named here.
+WITHOUT_A_KERNEL: dict[str, set[str]] = {
+    "native": set(),
+    "triton": {"synthetic"},
+    "cuda": {"synthetic"},
+}
 
 
 # How many, by what a kernel costs, an emulator's thread and an interpreter's operation.
@@ -163,19 +169,17 @@ def test_the_random_calls_see_a_wrong_parameter(backend: str) -> None:
 
 def rules_of(backend: str) -> dict[str, Any]:
     """The rules that have a kernel: those of the C++ code, where a backend has no other table."""
+    if backend == "cuda":
+        return cuda.RULES
     if backend != "triton":
         return flat.RULES
     rules: dict[str, Any] = import_module("specens_kernels.triton.rules").RULES
     return rules
 
 
-# Rules that run on the reference alone; each new one without kernels is named here.
-REFERENCE_ONLY: set[str] = set()
-
-
 @EVERY
 def test_every_rule_has_a_kernel(backend: str) -> None:
-    assert set(ACCEPTANCE_RULES) - set(rules_of(backend)) == REFERENCE_ONLY
+    assert set(ACCEPTANCE_RULES) - set(rules_of(backend)) == WITHOUT_A_KERNEL[backend]
 
 
 @EVERY
@@ -198,11 +202,19 @@ STRICT: dict[str, dict[str, float]] = {
     "top_k": {"k": 1},
     "likelihood": {"threshold": 0.5},
     "entropy_veto": {"target_entropy": 1, "draft_entropy": 1, "overlap": 0.25, "top_n": 4},
+    "synthetic": {"rate": 0.1},
 }
 
 
-@EVERY
-@pytest.mark.parametrize("rule", sorted(ACCEPTANCE_RULES))
+@pytest.mark.parametrize(
+    ("backend", "rule"),
+    [
+        (backend, rule)
+        for backend in KERNELS
+        for rule in sorted(set(ACCEPTANCE_RULES) - WITHOUT_A_KERNEL[backend])
+    ],
+    indirect=["backend"],
+)
 def test_what_is_left_of_a_rejected_draft_under_every_rule(backend: str, rule: str) -> None:
     dice = torch.Generator().manual_seed(11)
     target, noise = torch.randn(2, 10, 1, 1500, generator=dice).mul(2.5).unbind()
@@ -256,7 +268,7 @@ HARD_CALLS = list(product(HARD_ROWS, DRAFTED, TEMPERATURES))
 
 def hard_rules(backend: str, place: int) -> list[Acceptance]:
     """All of them with all their parameters; where a call takes a second, each at one place."""
-    names = sorted(ACCEPTANCE_RULES)
+    names = sorted(rules_of(backend))
     every = [Acceptance(name, **one) for name in names for one in rules.parameters(name)]
     every += [Acceptance(name, divergence=at) for name, at in BOUNDLESS]
     return every[place :: len(HARD_CALLS)] if backend == "triton" else every

@@ -19,7 +19,7 @@ from calls import REAL, SMALL, TILES, Call, call, is_near_a_threshold, on_card
 from torch import Tensor
 
 import specens_kernels
-from specens_kernels import ACCEPTANCE_RULES, Law, Stream, dispatch, sample, uniforms, verify
+from specens_kernels import Law, Stream, cuda, dispatch, sample, uniforms, verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +64,7 @@ def test_the_reference_s_tokens(backend: str, sizes: tuple[int, ...], first: int
 @pytest.mark.parametrize("sizes", [SMALL, TILES, REAL], ids=str)
 @pytest.mark.parametrize("first", range(0, 300, PORTION))
 def test_every_rule_s_tokens(backend: str, sizes: tuple[int, ...], first: int) -> None:
-    rules = sorted(ACCEPTANCE_RULES)
+    rules = sorted(cuda.RULES)
     for seed in range(first, first + PORTION):
         one = call(seed, sizes, rules)
         if not is_near_a_threshold(one):

@@ -93,6 +93,7 @@ def op_calls() -> list[Any]:
         "lse": torch.stack([member.logsumexp(-1) for member in logits], -1),
         "draft_lse": logits[0].logsumexp(-1),
     }
+    packed, rows = [member.flatten(0, 1) for member in logits], torch.tensor([[4, 1, 1], [0, 5, 2]])
     half = [member[:, :2] for member in logits]
     verifications = {
         "points": VerifyCall(logits, draft, numbers, bare),
@@ -121,6 +122,21 @@ def op_calls() -> list[Any]:
             parameters=[2.0, 0.2],
             memory=torch.zeros(2, dtype=torch.float64),
         ),
+        "packed": VerifyCall(
+            packed,
+            draft,
+            numbers,
+            law,
+            draft_logits=packed[0].softmax(-1),
+            rows=rows,
+            draft_rows=rows.int(),
+            num_drafts=torch.tensor([1, 2]),
+            draft_filtered=False,
+            draft_space="probabilities",
+            acceptance="synthetic",
+            parameters=[0.5],
+            request_parameters=torch.rand(2, 2, dtype=torch.float64),
+        ),
     }
     heads, words = torch.randn(2, 2, 3, 8), torch.ones(1, 3, 1, dtype=torch.int64)
     pages, depths = torch.zeros(2, 5, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32)
@@ -142,9 +158,10 @@ def op_calls() -> list[Any]:
         "uniforms": (specens.uniforms, (SEEDS, POSITIONS, 1, 0)),
         "mix": (specens.mix, (logits, law)),
         "mix bare": (specens.mix, (logits, bare)),
-        "sample": (specens.sample, (logits, numbers, law, -1)),
-        "sample member": (specens.sample, (logits, numbers, bare, 1)),
-        "sample many": (specens.sample, (logits, torch.rand(2, 3, 2, 4), law, -1)),
+        "sample": (specens.sample, (logits, numbers, law, -1, None)),
+        "sample member": (specens.sample, (logits, numbers, bare, 1, None)),
+        "sample many": (specens.sample, (logits, torch.rand(2, 3, 2, 4), law, -1, None)),
+        "sample packed": (specens.sample, (packed, numbers, law, -1, rows)),
     }
     calls |= {f"verify {name}": (specens.verify, (call,)) for name, call in verifications.items()}
     return [

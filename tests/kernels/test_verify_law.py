@@ -261,7 +261,7 @@ def in_float64(
                 draft_logits=call.draft_logits,
                 draft_temperature=None if temperature is None else torch.tensor([temperature]),
                 acceptance=chosen.rule.name,
-                parameters=chosen.parameters,
+                parameters=chosen.numbers,
                 bonus=case.bonus,
                 draws=case.draws,
             )

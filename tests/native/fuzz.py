@@ -200,7 +200,7 @@ def raw(seed: int) -> tuple[Any, list[Any], dict[str, str]]:
             numbers = one.arguments[1]
             if seed % 5 == 0:  # several draws of a row
                 numbers = numbers[:, :, None] / torch.arange(1, 4)[:, None]
-            given = (logits, numbers, parameters, -1 if member is None else member)
+            given = (logits, numbers, parameters, -1 if member is None else member, None)
         else:
             rule = Acceptance.of(one.options.pop("acceptance"))
             options = {

@@ -175,6 +175,10 @@ class Case:
     zeros: probability that a logit of the language is -inf.
     seed: of the language.
     draws: how siblings of one proposer are drawn, "with" or "without" replacement.
+    draft_filtered: whether drafts are drawn after the law's filters.
+    draft_space: of the draft logits; "probabilities" are those of their softmax, as it is.
+    refused: nodes whose draft is -1, among drafts that are counted.
+    num_drafts: nodes that exist, if they are counted.
     """
 
     name: str
@@ -185,12 +189,16 @@ class Case:
     points: dict[int, int] | None = None
     law: dict[str, Any] | None = None
     acceptance: str = "rejection"
-    parameters: dict[str, float] | None = None
+    parameters: dict[str, Any] | None = None
     draft_temperature: float | None = None
     bonus: bool = True
     zeros: float = 0.0
     seed: int = 0
     draws: str = "with"
+    draft_filtered: bool = True
+    draft_space: str = "logits"
+    refused: Tokens = ()
+    num_drafts: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -203,7 +211,16 @@ class Case:
         return self.weights(depth) if callable(self.weights) else self.weights
 
     def children(self, row: int) -> list[int]:
-        return [node for node, parent in enumerate(self.parents) if node > 0 and parent == row]
+        return [node for node in self.below(row) if node not in self.refused]
+
+    def below(self, row: int) -> list[int]:
+        """Nodes that hang off a row, also those to refuse."""
+        last = len(self.parents) - 1 if self.num_drafts is None else self.num_drafts
+        return [node for node in range(1, last + 1) if self.parents[node] == row]
+
+    def emits_at(self, row: int) -> bool:
+        """Whether a token is drawn where none of the row's children is kept."""
+        return self.bonus or len(self.below(row)) > 0
 
     def depth(self, node: int) -> int:
         return 0 if node == 0 else 1 + self.depth(self.parents[node])
@@ -270,7 +287,10 @@ class Case:
         if proposer == SEPARATE:
             temperature = temperature if self.draft_temperature is None else self.draft_temperature
             proposer = self.members  # one more model of the language
+            if self.draft_space == "probabilities":
+                return self.logits(proposer, prefix).softmax(-1)
         filters = {key: settings[key] for key in ("top_k", "top_p", "min_p") if key in settings}
+        filters = filters if self.draft_filtered else {}
         return filtered(self.logits(proposer, prefix), temperature, **filters).softmax(-1)
 
     def sibling(self, node: int, prefix: Tokens, tried: "Sequence[Tried]") -> Tensor:
@@ -322,7 +342,7 @@ def emitted_law(case: Case, answer: Callable[[Question], float]) -> JointLaw:
 
     def visit(row: int, emitted: Tokens, tried: tuple[Tried, ...], weight: float) -> None:
         children = case.children(row)
-        if children or case.bonus:
+        if case.emits_at(row):
             attempt(row, children, emitted, tried, weight)
         else:
             law[emitted] += weight
@@ -366,8 +386,14 @@ def predicted(case: Case, question: Question) -> float:
         definition = rules.DEFINITIONS[case.acceptance]
         parameters = case.parameters or {}
         memory = case.memory(prefix)
+        if definition.by_coin:
+            rates = parameters["rate"]
+            rates = rates if isinstance(rates, tuple) else (rates,)
+            parameters = {"rate": rates[min(len(prefix), len(rates) - 1)]}
         if case.greedy:
             laws = (case.bare_target(prefix).tolist(), case.bare_draft(child, prefix).tolist())
+            if definition.by_coin and definition.closed is not None:
+                return definition.closed(*laws, token, memory, **parameters)[0], mass
             if definition.vetoes(*laws, token, memory, **parameters):
                 left = case.bare_target(prefix).index_fill(0, torch.tensor(token), 0.0)
                 return 0.0, one_point(left.argmax(), case.vocab_size)
@@ -413,6 +439,7 @@ def call(case: Case, questions: Sequence[Question], resolution: float) -> Call:
     # What a question is not about must not matter, so it is filled with something arbitrary.
     dice = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, case.vocab_size, (count, nodes), generator=dice)
+    tokens[:, [node - 1 for node in case.refused]] = -1
     uniforms = torch.rand(count, nodes + 1, 4, generator=dice, dtype=torch.float64)
     uniforms = (uniforms / 2**-24).floor() * 2**-24
     logits = torch.zeros(case.members + separate, count, rows, case.vocab_size, dtype=torch.float64)

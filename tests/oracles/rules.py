@@ -29,6 +29,7 @@ class Definition(NamedTuple):
         by the laws at temperature 1.
     vetoes: whether a token is refused, at any temperature.
     law: (p, q, **parameters) -> the law that the rule claims to emit, where it claims one.
+    by_coin: whether `closed` says with which probability a token is kept at temperature 0, too.
     """
 
     closed: Callable[..., Kept] | None
@@ -36,6 +37,7 @@ class Definition(NamedTuple):
     trusts: Callable[..., bool] = never
     vetoes: Callable[..., bool] = never
     law: Callable[..., Numbers] | None = None
+    by_coin: bool = False
 
 
 def entropy(law: Numbers) -> float:
@@ -187,6 +189,10 @@ def lenient(p: Numbers, q: Numbers, x: int, memory: float, lenience: float) -> K
     return keep, [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
 
 
+def synthetic(p: Numbers, q: Numbers, x: int, memory: float, rate: float) -> Kept:
+    return rate, [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+
+
 def typical(p: Numbers, q: Numbers, x: int, memory: float, epsilon: float, delta: float) -> bool:
     return p[x] > min(epsilon, delta * math.exp(-entropy(p)))
 
@@ -274,4 +280,5 @@ DEFINITIONS: dict[str, Definition] = {
         ],
         vetoes=both_unsure,
     ),
+    "synthetic": Definition(synthetic, [{"rate": 0.3}, {"rate": 0.8}], by_coin=True),
 }

@@ -14,7 +14,7 @@ from specens.tuning.relaxation import relaxed
 from specens_kernels import ACCEPTANCE_RULES, Acceptance
 from specens_kernels.acceptance.rules import Situation
 
-REFUSED = ("rejection", "block", "k_seq", "greedy", "likelihood")
+REFUSED = ("rejection", "block", "k_seq", "greedy", "likelihood", "synthetic")
 EACH = pytest.mark.parametrize("name", [n for n in ACCEPTANCE_RULES if n not in REFUSED])
 SIZE, COUNT = 12, 24
 

@@ -8,10 +8,10 @@ def check_lossy(acceptance: Acceptance) -> Acceptance:
     """The rule itself.
 
     Raises:
-        Refusal: the rule is exact, or does not judge a token by itself.
+        Refusal: the rule is exact, does not judge a token by itself, or asks no model.
     """
     rule = acceptance.rule
-    if rule.lossless or rule.greedy or rule.block or rule.remembers:
+    if rule.lossless or rule.greedy or rule.block or rule.remembers or rule.by_coin:
         expected = "a lossy rule that judges each token by itself"
         raise Refusal("tune", "acceptance", expected, repr(rule.name))
     return acceptance
