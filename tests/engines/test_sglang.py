@@ -94,11 +94,13 @@ def by_hand(call: Call, b: int, single: float, acc: float) -> tuple[list[int], l
 
 
 @pytest.mark.parametrize(("single", "acc"), [(1.0, 1.0), (0.4, 1.0), (1.0, 0.5), (0.3, 0.0)])
-@pytest.mark.parametrize("nodes", [1, 2, 7, 24])
-def test_the_walk_is_the_documented_one(nodes: int, single: float, acc: float) -> None:
+@pytest.mark.parametrize(("nodes", "vocab_size"), [(1, 11), (2, 11), (7, 11), (24, 11), (7, 2500)])
+def test_the_walk_is_the_documented_one(
+    nodes: int, vocab_size: int, single: float, acc: float
+) -> None:
     torch.manual_seed(nodes)
     parents = random_parents(nodes, batch=40)
-    probs = torch.randn(40, nodes, 11).mul(3).softmax(-1)
+    probs = torch.randn(40, nodes, vocab_size).mul(3).softmax(-1)
     tokens = torch.randint(11, (40, nodes))
     call = Call(parents, tokens, probs, steps=min(nodes, 4))
     call.sample(threshold_single=single, threshold_acc=acc)
@@ -178,6 +180,9 @@ def test_a_coin_of_zero_accepts_what_has_no_mass() -> None:
 def test_where_no_sum_exceeds_the_coin_the_last_id_with_mass_is_drawn() -> None:
     assert chain_call([0.5, 0.5, 0.0], 2, 0.5, 1.0).texts() == [[1]]
     assert chain_call([0.0, 0.0, 0.0], 2, 0.5, 0.5).texts() == [[2]]
+    # The same in several blocks of the running sum.
+    for row, wanted in (([0.5, 0.5, *[0.0] * 3000], 1), ([0.0] * 3000, 2999)):
+        assert chain_call(row, 2, 0.5, 1.0).texts() == [[wanted]]
 
 
 def test_greedy_takes_the_first_child_that_is_predicted() -> None:

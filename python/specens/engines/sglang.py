@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specens.engines import flashinfer
 from specens_kernels import Refusal, layouts
@@ -22,6 +23,8 @@ from specens_kernels.storage import wrong
 
 _logger = logging.getLogger("specens")
 
+# Tokens of a running sum's first step.
+_BLOCK = 1024
 # What SGLang's kernel takes for a threshold that is smaller.
 _LEAST_THRESHOLD = 1e-9
 _INT64 = ("candidates", "retrive_index", "retrive_next_token", "retrive_next_sibling")
@@ -205,16 +208,39 @@ def _walk(parents: Tensor, accepted: Tensor, steps: int) -> _Walk:
 
 def _drawn(target_probs: Tensor, draft_probs: Tensor, walk: _Walk, coins: Tensor) -> Tensor:
     """(B,) int64. A token of what is left of the last node's row."""
-    rows = torch.arange(len(coins), device=coins.device), walk.last
-    less = draft_probs[rows].masked_fill(walk.full[:, None], 0)
-    left = (target_probs[rows] - less).clamp(min=0)
-    sums = left.cumsum(1, dtype=torch.float64)
-    vocab_size = left.shape[1]
-    token = torch.searchsorted(sums, coins[:, None].double() * sums[:, -1:], right=True)[:, 0]
-    ids = torch.arange(vocab_size, device=coins.device)
-    fallback = torch.where(left > 0, ids, -1).amax(1)
-    fallback = torch.where(fallback < 0, vocab_size - 1, fallback)
-    return torch.where(token < vocab_size, token, fallback)
+    batch, nodes, vocab_size = target_probs.shape
+    rows = torch.arange(batch, device=coins.device) * nodes + walk.last
+    left = target_probs.reshape(-1, vocab_size).index_select(0, rows)
+    less = draft_probs.view(-1, vocab_size).index_select(0, rows)
+    left.sub_(less.masked_fill_(walk.full[:, None], 0)).clamp_(min=0)
+    # The running sum of one row, in two steps: of blocks, and within the block that is met.
+    blocks = pad(left, (0, -vocab_size % _BLOCK)).view(batch, -1, _BLOCK)
+    heights = blocks.sum(-1, dtype=torch.float64)
+    sums = heights.cumsum(1)
+    threshold = coins[:, None].double() * sums[:, -1:]
+    block = torch.searchsorted(sums, threshold, right=True).clamp(max=sums.shape[1] - 1)
+    before = pad(sums, (1, 0)).gather(1, block)
+    own = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0]
+    within = torch.searchsorted(own.cumsum(1, dtype=torch.float64) + before, threshold, right=True)
+    # Within the block, sums are rounded in another order: what has no mass is not drawn for that.
+    within = torch.minimum(within, _last_with_mass(own).clamp(min=0)[:, None])
+    token = (block * _BLOCK + within)[:, 0]
+    fallback = _fallback(heights, blocks, vocab_size)
+    return torch.where((threshold < sums[:, -1:])[:, 0], token, fallback)
+
+
+def _fallback(heights: Tensor, blocks: Tensor, vocab_size: int) -> Tensor:
+    """(B,) int64. The last id with mass, or else the last id."""
+    block = _last_with_mass(heights)
+    place = block.clamp(min=0)[:, None, None].expand(-1, -1, _BLOCK)
+    within = _last_with_mass(blocks.gather(1, place)[:, 0])
+    return torch.where(block >= 0, block * _BLOCK + within, vocab_size - 1)
+
+
+def _last_with_mass(masses: Tensor) -> Tensor:
+    """(B,) int64. The last column with mass; -1 if none has any."""
+    columns = torch.arange(masses.shape[1], device=masses.device)
+    return torch.where(masses > 0, columns, -1).amax(1)
 
 
 def _write(
