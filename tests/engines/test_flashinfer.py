@@ -105,6 +105,18 @@ def test_parameters_may_differ_by_row() -> None:
     check_frequencies(tokens[1::2], filtered(3, 0.75))
 
 
+@pytest.mark.parametrize("top_k", [0, -1, 2**30])
+def test_counts_that_are_none(top_k: int) -> None:
+    """0 keeps the likeliest token, below 0 keeps all, as a count beyond the vocabulary does."""
+    law = filtered(1) if top_k == 0 else filtered()
+    tokens = flashinfer.top_k_sampling_from_probs(PROBS[None], top_k, ROWS, **NUMBERS)
+    check_frequencies(tokens, law)
+    counts = torch.tensor([top_k], dtype=torch.int32)
+    assert torch.equal(
+        tokens, flashinfer.top_k_sampling_from_probs(PROBS[None], counts, ROWS, **NUMBERS)
+    )
+
+
 def test_parameters_are_those_of_the_row_that_an_index_names() -> None:
     probs, indices = PROBS.repeat(2, 1), torch.tensor([1, 0] * 500, dtype=torch.int32)
     top_k = torch.tensor([1, 2])
@@ -217,7 +229,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: flashinfer.softmax(ONE, torch.ones(2)), "softmax: temperature: expected"),
     (lambda: flashinfer.softmax(ONE, True), "softmax: temperature: expected a number"),
     (lambda: flashinfer.sampling_from_probs(ONE.double()), "sampling_from_probs: probs: expected"),
-    (lambda: flashinfer.top_k_sampling_from_probs(ONE, 0), "top_k_sampling_from_probs: top_k: exp"),
+    (lambda: flashinfer.top_k_sampling_from_probs(ONE, 1.5), "top_k_sampling_from_probs: top_k: e"),
     (
         lambda: flashinfer.top_k_sampling_from_probs(ONE, torch.ones(1)),
         "top_k_sampling_from_probs: top_k: expected",

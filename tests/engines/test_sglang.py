@@ -260,28 +260,28 @@ class Registry:
     def register(self, target: str, hook: Any, hook_type: str) -> None:
         assert hook_type == "replace"
         module, _, name = target.rpartition(".")
-        assert hasattr(sys.modules[module], name)
+        # It would replace all that is None, in every module.
+        assert getattr(sys.modules[module], name) is not None
         self.hooks[target] = hook
+
+
+KERNELS, USER = "sglang.kernels.ops", "sglang.srt.speculative.eagle_utils"
+SAMPLES = "tree_speculative_sampling_target_only"
+RENORMALISE = ("top_k_renorm_prob", "top_p_renorm_prob")
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    """An SGLang on a machine without CUDA: module names and attributes, nothing behind them."""
-    speculative = "sglang.kernels.ops.speculative"
+    """The modules of SGLang 0.5.23 on a CPU, as far as the plug-in sees them."""
+    monkeypatch.setenv("SGLANG_PLUGINS", "other, specens")
     names = {
-        f"{speculative}.sampling": ["tree_speculative_sampling_target_only"],
-        f"{speculative}.tree": ["verify_tree_greedy"],
-        f"{speculative}.reject_sampling": ["chain_speculative_sampling_triton"],
-        "sglang.srt.speculative.eagle_utils": ["_verify_uses_greedy"],
-        "sgl_kernel": [
-            "tree_speculative_sampling_target_only",
-            "verify_tree_greedy",
-            "top_k_renorm_prob",
-            "top_p_renorm_prob",
-        ],
+        f"{KERNELS}.speculative.tree": {"verify_tree_greedy": print},
+        f"{KERNELS}.speculative.verify_sampling": {SAMPLES: None},
+        f"{KERNELS}.sampling.renorm": dict.fromkeys(RENORMALISE),
+        USER: {"_verify_uses_greedy": any, **dict.fromkeys((SAMPLES, *RENORMALISE))},
     }
     hooks = Registry()
-    modules = {name: SimpleNamespace(**dict.fromkeys(held)) for name, held in names.items()}
+    modules = {name: SimpleNamespace(**held) for name, held in names.items()}
     modules["sglang.srt.plugins.hook_registry"] = SimpleNamespace(
         HookRegistry=hooks, HookType=SimpleNamespace(REPLACE="replace")
     )
@@ -289,50 +289,63 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
         for parent in itertools.accumulate(name.split("."), "{}.{}".format):
             monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return hooks
 
 
-def test_the_plug_in_replaces_the_functions_where_it_is_asked_for(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SGLANG_PLUGINS", "other, specens")
+def test_without_cuda_the_gaps_are_filled_and_the_choice_is_replaced(registry: Registry) -> None:
     sglang.plug_in()
-    theirs = "sglang.kernels.ops.speculative"
-    for target, name in (
-        (f"{theirs}.sampling", "tree_speculative_sampling_target_only"),
-        (f"{theirs}.tree", "verify_tree_greedy"),
-        ("sgl_kernel", "tree_speculative_sampling_target_only"),
-        ("sgl_kernel", "verify_tree_greedy"),
-    ):
-        assert registry.hooks[f"{target}.{name}"] is getattr(sglang, name)
-    uses_greedy = registry.hooks["sglang.srt.speculative.eagle_utils._verify_uses_greedy"]
-    others = {"is_cpu": True, "is_hip": False, "is_xpu": False, "use_rejection_sampling": False}
-    assert not uses_greedy(is_all_greedy=False, **others)
-    assert uses_greedy(is_all_greedy=True, **others)
-    renormalised = registry.hooks["sgl_kernel.top_k_renorm_prob"]
-    assert renormalised(torch.tensor([[0.5, 0.25, 0.25]]), 1).tolist() == [[1, 0, 0]]
+    uses_greedy = registry.hooks.pop(f"{USER}._verify_uses_greedy")
+    assert registry.hooks == {
+        f"{KERNELS}.speculative.tree.verify_tree_greedy": sglang.verify_tree_greedy
+    }
+    here = {"is_cpu": True, "is_hip": False, "is_xpu": False}
+    assert not uses_greedy(is_all_greedy=False, use_rejection_sampling=False, **here)
+    assert uses_greedy(is_all_greedy=True, use_rejection_sampling=False, **here)
+    assert uses_greedy(is_all_greedy=False, use_rejection_sampling=True, **here)
+    samples = sglang.tree_speculative_sampling_target_only
+    for module in (f"{KERNELS}.speculative.verify_sampling", USER):
+        assert getattr(sys.modules[module], SAMPLES) is samples
+    for module in (f"{KERNELS}.sampling.renorm", USER):
+        for name in RENORMALISE:
+            law = getattr(sys.modules[module], name)(torch.tensor([[0.5, 0.25, 0.25]]), 0)
+            assert law.tolist() == [[1, 0, 0]]
+
+
+def test_on_cuda_the_two_functions_are_replaced(registry: Registry) -> None:
+    user, renorm = sys.modules[USER], sys.modules[f"{KERNELS}.sampling.renorm"]
+    for module in (user, sys.modules[f"{KERNELS}.speculative.verify_sampling"]):
+        setattr(module, SAMPLES, max)
+    for name in RENORMALISE:
+        setattr(user, name, min)
+        setattr(renorm, name, min)
+    sglang.plug_in()
+    assert registry.hooks == {
+        f"{KERNELS}.speculative.tree.verify_tree_greedy": sglang.verify_tree_greedy,
+        f"{KERNELS}.speculative.verify_sampling.{SAMPLES}": getattr(sglang, SAMPLES),
+    }
+    assert {getattr(module, name) for module in (user, renorm) for name in RENORMALISE} == {min}
 
 
 @pytest.mark.parametrize("plugins", [None, "", "other"])
-def test_the_plug_in_does_nothing_where_it_is_not(
+def test_the_plug_in_does_nothing_where_it_is_not_asked_for(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, plugins: str | None
 ) -> None:
-    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    monkeypatch.delenv("SGLANG_PLUGINS")
     if plugins is not None:
         monkeypatch.setenv("SGLANG_PLUGINS", plugins)
     sglang.plug_in()
     assert registry.hooks == {}
+    assert getattr(sys.modules[USER], SAMPLES) is None
 
 
-def test_an_unknown_sglang_keeps_its_choice_and_says_so(
+def test_an_unknown_sglang_stays_as_it_is_and_the_log_says_so(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("SGLANG_PLUGINS", "specens")
-    monkeypatch.delattr(sys.modules["sglang.srt.speculative.eagle_utils"], "_verify_uses_greedy")
+    monkeypatch.delattr(sys.modules[USER], "_verify_uses_greedy")
     sglang.plug_in()
-    assert not any("renorm" in target or "uses_greedy" in target for target in registry.hooks)
-    assert "no sglang.srt.speculative.eagle_utils._verify_uses_greedy" in caplog.text
+    assert registry.hooks == {}
+    assert getattr(sys.modules[USER], SAMPLES) is None
+    assert f"without {USER}._verify_uses_greedy, stays as it is" in caplog.text
 
 
 def test_the_entry_point_names_the_plug_in() -> None:

@@ -147,6 +147,7 @@ def top_k_top_p_sampling_from_logits(
     check_nan: bool = False,
     seed: Tensor | int | None = None,
     offset: Tensor | int | None = None,
+    top_k_max: int | None = None,
 ) -> Tensor:
     """Tokens of the softmax of logits, filtered as by `top_k_top_p_sampling_from_probs`."""
     op = "top_k_top_p_sampling_from_logits"
@@ -170,6 +171,7 @@ def top_k_top_p_sampling_from_probs(
     seed: Tensor | int | None = None,
     offset: Tensor | int | None = None,
     return_valid: bool = False,
+    top_k_max: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Tokens of the k likeliest of a nucleus.
 
@@ -178,7 +180,7 @@ def top_k_top_p_sampling_from_probs(
 
     Args:
         probs: (rows, V) float. Need not be normalised.
-        top_k: a count >= 1, or (rows,) int32 or int64. V or more is off.
+        top_k: a count, or (rows,) int32 or int64. V or more and below 0 are off, 0 is as 1.
         top_p: a mass in [0, 1], or (rows,) float. 1 is off; 0 keeps the likeliest.
         indices: (B,) int32 or int64. Row of `probs` of each token; None is each row once.
         filter_apply_order: "top_k_first", where the mass is that of the k likeliest, or "joint",
@@ -190,6 +192,7 @@ def top_k_top_p_sampling_from_probs(
             a generator, and other tokens need another offset or seed.
         offset: as `seed`; 0 to 2^40 - 1.
         return_valid: whether to return `valid`, too.
+        top_k_max: not looked at. FlashInfer may cut a tensor top_k at it.
     Returns:
         samples: (B,) int32, or of the dtype of `indices`.
         valid: (B,) bool. Whether the row had a law.
@@ -351,9 +354,13 @@ def _filtered(op: str, rows: int, filters: dict[str, Any], indices: Tensor | Non
     for name, value in filters.items():
         if isinstance(value, Tensor):
             _check_parameter(op, name, value, rows, floating=name != "top_k")
-            filters[name] = value if indices is None else value[indices]
-        elif name == "top_k" and not (isinstance(value, int) and value >= 1):
-            raise Refusal(op, name, "a count >= 1", shown(value))
+            value = value if indices is None else value[indices]
+            filters[name] = torch.where(value == 0, 1, value) if name == "top_k" else value
+        elif name == "top_k":
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise Refusal(op, name, "a count or (rows,) int32 or int64", shown(value))
+            # In a law 0 is off.
+            filters[name] = 1 if value == 0 else max(value, 0)
     return Law(**filters)
 
 

@@ -30,19 +30,15 @@ _LEAST_THRESHOLD = 1e-9
 _INT64 = ("candidates", "retrive_index", "retrive_next_token", "retrive_next_sibling")
 _INT32 = ("predicts", "accept_index", "accept_token_num")
 
-# Where SGLang looks for each function: its own kernels, or those of sgl-kernel.
+# Where SGLang 0.5.23 keeps each function; None stands there for a device that has none.
 PLACES = {
-    "tree_speculative_sampling_target_only": (
-        "sglang.kernels.ops.speculative.sampling",
-        "sgl_kernel",
-    ),
-    "verify_tree_greedy": ("sglang.kernels.ops.speculative.tree", "sgl_kernel"),
+    "verify_tree_greedy": "sglang.kernels.ops.speculative.tree",
+    "tree_speculative_sampling_target_only": "sglang.kernels.ops.speculative.verify_sampling",
+    "top_k_renorm_prob": "sglang.kernels.ops.sampling.renorm",
+    "top_p_renorm_prob": "sglang.kernels.ops.sampling.renorm",
 }
-# What sgl-kernel names, but has on CUDA alone.
-_RENORMALISED = {
-    "top_k_renorm_prob": flashinfer.top_k_renorm_probs,
-    "top_p_renorm_prob": flashinfer.top_p_renorm_probs,
-}
+# What calls them, and chooses between greedy and sampled by the device.
+_USER, _CHOICE = "sglang.srt.speculative.eagle_utils", "_verify_uses_greedy"
 
 
 def tree_speculative_sampling_target_only(
@@ -308,48 +304,53 @@ def plug_in() -> None:
     """Hand the functions to SGLang, if the environment's SGLANG_PLUGINS names "specens".
 
     The entry point of SGLang's group `sglang.srt.plugins`. SGLang runs every plug-in that is
-    installed where that variable is not set; this one then does nothing. Where there is no CUDA (a
-    CPU, ROCm, XPU) SGLang verifies greedily whatever the temperature, for want of a function that
-    samples: there `_verify_uses_greedy` is replaced, too, and requests that sample are sampled.
+    installed where that variable is not set; this one then does nothing. Where SGLang has no
+    function that samples (a CPU, XPU, ROCm), EAGLE's trees are verified greedily whatever the
+    temperature: there the gaps are filled and the choice is replaced, so that requests that sample
+    are sampled. In an SGLang that lacks one of the names nothing is touched, and the log says so.
     """
     asked = os.environ.get("SGLANG_PLUGINS", "").split(",")
     if "specens" not in (name.strip() for name in asked):
         return
-    hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
-    replacements = [
-        (place, name, globals()[name])
-        for name, places in PLACES.items()
-        for place in places
-        if _has(place, name)
-    ]
-    if not torch.cuda.is_available() or torch.version.hip is not None:
-        replacements += _for_devices_without()
-    for place, name, function in replacements:
-        hooks.HookRegistry.register(f"{place}.{name}", function, hooks.HookType.REPLACE)
-
-
-def _for_devices_without() -> list[tuple[str, str, Callable[..., Any]]]:
-    """What SGLang needs to sample where it has no CUDA, or nothing of it if something is amiss."""
-    names = "tree_speculative_sampling_target_only", *_RENORMALISED
-    missing = [f"sgl_kernel.{name}" for name in names if not _has("sgl_kernel", name)]
-    # What the branch that samples imports, though it is not called.
-    chain = "sglang.kernels.ops.speculative.reject_sampling", "chain_speculative_sampling_triton"
-    chooser = "sglang.srt.speculative.eagle_utils", "_verify_uses_greedy"
-    missing += [".".join(each) for each in (chain, chooser) if not _has(*each)]
+    wanted = [*((place, name) for name, place in PLACES.items()), (_USER, _CHOICE)]
+    missing = [f"{place}.{name}" for place, name in wanted if not _has(place, name)]
     if missing:
-        _logger.warning("specens: SGLang verifies greedily on this device: no %s", missing[0])
-        return []
-    renormalised = [("sgl_kernel", name, function) for name, function in _RENORMALISED.items()]
-    return [*renormalised, (*chooser, _uses_greedy)]
+        _logger.warning("specens: an unknown SGLang, without %s, stays as it is", missing[0])
+        return
+    ours: dict[str, Callable[..., Any]] = {
+        "verify_tree_greedy": verify_tree_greedy,
+        "tree_speculative_sampling_target_only": tree_speculative_sampling_target_only,
+        "top_k_renorm_prob": flashinfer.top_k_renorm_probs,
+        "top_p_renorm_prob": flashinfer.top_p_renorm_probs,
+    }
+    gaps = [name for name, place in PLACES.items() if getattr(_module(place), name) is None]
+    # Not by SGLang's registry, which replaces whatever is the same object anywhere: None, too.
+    for name in gaps:
+        setattr(_module(PLACES[name]), name, ours[name])
+        setattr(_module(_USER), name, ours[name])
+    hooks = _module("sglang.srt.plugins.hook_registry")
+    samples = "tree_speculative_sampling_target_only"
+    replaced = {f"{PLACES[name]}.{name}": ours[name] for name in ("verify_tree_greedy", samples)}
+    if samples in gaps:
+        del replaced[f"{PLACES[samples]}.{samples}"]
+        replaced[f"{_USER}.{_CHOICE}"] = _uses_greedy
+    for target, function in replaced.items():
+        hooks.HookRegistry.register(target, function, hooks.HookType.REPLACE)
 
 
-def _uses_greedy(*, is_all_greedy: bool, **_: bool) -> bool:
-    """Whether no request samples; the device does not matter."""
-    return is_all_greedy
+def _uses_greedy(
+    *, is_all_greedy: bool, is_cpu: bool, is_hip: bool, is_xpu: bool, use_rejection_sampling: bool
+) -> bool:
+    """Whether no request samples, or a function would that a CPU and XPU do not have."""
+    return is_all_greedy or ((is_cpu or is_xpu) and use_rejection_sampling)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
 
 
 def _has(module: str, name: str) -> bool:
     try:
-        return hasattr(importlib.import_module(module), name)
+        return hasattr(_module(module), name)
     except ImportError:
         return False
