@@ -222,6 +222,23 @@ def test_a_draft_that_is_the_target_is_always_kept() -> None:
     assert accepted.tolist() == emitted.tolist() == [2] * 200
 
 
+def test_a_draft_without_mass_is_kept_iff_the_target_has_some() -> None:
+    draft = torch.tensor([0.0, 0.0, 0.5, 0.5]).expand(100, 2, 4)
+    target = torch.tensor([0.5, 0.0, 0.25, 0.25]).expand(100, 3, 4)
+    ids = torch.tensor([[0, 1]]).expand(100, 2)
+    tokens, accepted, emitted = flashinfer.chain_speculative_sampling(draft, ids, target, **NUMBERS)
+    assert accepted.tolist() == emitted.tolist() == [1] * 100
+    # What the target has over the draft.
+    assert tokens.tolist() == [[0, 0, -1]] * 100
+
+
+def test_a_draft_that_is_none_ends_its_chain() -> None:
+    probs = PROBS.expand(4, 3, 7)
+    ids = torch.tensor([[0, -1]]).expand(4, 2)
+    _, accepted, emitted = flashinfer.chain_speculative_sampling(probs[:, :2], ids, probs)
+    assert accepted.tolist() == emitted.tolist() == [1] * 4
+
+
 ONE = PROBS[None]
 CHAIN = (torch.ones(1, 2, 7), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 3, 7))
 REFUSED: list[tuple[Callable[[], Any], str]] = [

@@ -19,6 +19,8 @@ from specens_kernels.storage import wrong
 _ORDERS = ("top_k_first", "joint")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _COUNTS = (torch.int32, torch.int64)
+# What stands for a draft's probability of 0.
+_LEAST_DRAFT = 1e-30
 # Rows of one call draw with positions so far apart: more than there are offsets of a seed.
 _ROW = 2**40
 
@@ -241,7 +243,8 @@ def chain_speculative_sampling(
 
     Args:
         draft_probs: (B, N, V) float. The laws that the drafts were drawn from.
-        draft_token_ids: (B, N) int32 or int64.
+        draft_token_ids: (B, N) int32 or int64. -1, which FlashInfer does not take, is none. One
+            that its own law has no mass for is kept iff the target has some, as there.
         target_probs: (B, N+1, V) float.
         maybe_output_accepted_token_num: (B,) int32 or int64, added to: drafts that pass their own
             test, whether or not an earlier one was rejected.
@@ -282,14 +285,15 @@ def chain_speculative_sampling(
         outputs.append(empty if given is None else given)
 
     numbers = _numbers(op, batch, count + 1, draft_token_ids.device, (generator, seed, offset))
+    ids = draft_token_ids.long().clamp(0, target_probs.shape[-1] - 1)[..., None]
+    drafts = draft_probs.float()
+    proposed, wanted = drafts.gather(2, ids), target_probs[:, :count].float().gather(2, ids)
+    # A draft that its own law has no mass for is kept there, if the target has some.
+    drafts = drafts.scatter(2, ids, proposed.clamp(min=_LEAST_DRAFT)).log()
     logits = target_probs.float().log()
-    drafts = draft_probs.float().log()
     verdict = verify([logits], draft_token_ids, numbers, Law(), draft_logits=drafts)
-    ids = draft_token_ids.long()[..., None]
-    proposed = draft_probs.float().gather(2, ids)[..., 0]
-    wanted = target_probs.float()[:, :count].gather(2, ids)[..., 0]
     emitted = verdict.num_accepted
-    passed = numbers[:, 1:, 0] * proposed < wanted
+    passed = (numbers[:, 1:, :1] * proposed < wanted)[..., 0] & (draft_token_ids >= 0)
     later = torch.arange(count, device=ids.device) >= emitted[:, None]
     outputs[0] += emitted + (passed & later).sum(1)
     outputs[1] += emitted
