@@ -12,7 +12,7 @@ ENGINES_VENV ?= build/engines-$(VLLM)
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-fast test-zoo test-trees test-engines test-native soak fuzz gpu-report on-card lint format docs bench lines
+.PHONY: help dev demo test test-fast test-zoo test-trees test-engines test-native soak fuzz gpu-report on-card wheel lint format docs bench lines
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -79,6 +79,10 @@ gpu-report: dev  ## Compile the GPU kernels: registers, spills, occupancy, again
 # Not `dev`: a machine that is lent with its own Python and no network.
 on-card:  ## Run what only a GPU can show, in nine minutes, without a network; DRY=1 rehearses it
 	$(PYTHON) benchmarks/on_card.py $(if $(DRY),--dry-run)
+
+# Installs torch and transformers in two environments outside of the repository.
+wheel: $(VENV)/.requirements  ## Build the wheel and the source distribution into dist/, and try both
+	$(BIN)/python recipes/wheel.py
 
 lint: dev  ## Check style and types; change nothing
 	$(BIN)/ruff check

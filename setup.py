@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the native module with CMake; everything else lives in pyproject.toml.
 
-Without a compiler the package installs without the module and runs on its reference kernels.
+Without a compiler the package installs without the module and runs on its reference kernels; such a
+wheel fits every platform.
 SPECENS_NATIVE=1 makes that an error; SPECENS_NATIVE=0 does not look for a compiler. Where there is
 nvcc, the module has CUDA kernels, too: SPECENS_CUDA=ON makes its absence an error, OFF ignores it.
 SPECENS_CUDA_ARCHITECTURES=90a-real builds for one device only.
@@ -16,6 +17,7 @@ from pathlib import Path
 from subprocess import CalledProcessError, run
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -64,5 +66,14 @@ class CMakeBuild(build_ext):
         run([cmake, "--build", build], check=True)
 
 
+class Wheel(bdist_wheel):
+    """Name a wheel by what is in it."""
+
+    def get_tag(self):
+        """Any platform's, unless the module was built."""
+        built = any(Path(self.bdist_dir).glob("**/_C.*.so"))
+        return super().get_tag() if built else ("py3", "none", "any")
+
+
 native = Extension("specens_kernels._C", sources=[], optional=NATIVE != "1")
-setup(ext_modules=[native], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[native], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})

@@ -65,7 +65,8 @@ def attend(
         arguments.number(softcap),
         reach,
     )
-    run = _attended if is_eager_call(named.values()) else torch.ops.specens.attend.default
+    ops = getattr(torch.ops, dispatch.NAMESPACE)
+    run = _attended if is_eager_call(named.values()) else ops.attend.default
     out, lse = run(*flat)
     return out, lse
 

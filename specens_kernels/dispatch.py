@@ -122,8 +122,10 @@ def _available(name: str) -> ModuleType:
     return MODULES[name]
 
 
+# A copy of the package under another name, as Hugging Face's `kernels` loads it, has its own ops.
+NAMESPACE = "specens" if __package__ == "specens_kernels" else str(__package__).replace(".", "_")
 _library: Any = torch.library.Library  # untyped
-_lib = _library("specens", "DEF")
+_lib = _library(NAMESPACE, "DEF")
 # Graphs that inductor captures by itself count all memory of a warm-up as theirs, and would find a
 # stream's workspace unaccounted for. A graph that the caller captures may hold the ops.
 _define = partial(_lib.define, tags=(torch.Tag.cudagraph_unsafe,))
@@ -286,10 +288,10 @@ def _register(
         runs = {device: _noting_writes(run) for device, run in runs.items()}
     _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _lib.impl(name, rebuilding(readable(checked)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"specens::{name}", rebuilding(checked_fake), lib=_lib)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", rebuilding(checked_fake), lib=_lib)
     for device, run in runs.items():
         _lib.impl(name, rebuilding(readable(run)), device.upper())
-    op: Callable[..., Any] = getattr(torch.ops.specens, name).default
+    op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     # Torch's own way is to expand one number, which leaves no rows.
 
     def of_zeros(*flat: Any) -> Any:
@@ -317,7 +319,7 @@ def register_written(schema: str, implementation: Any, fake: Any) -> None:
     name = schema.partition("(")[0]
     _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _lib.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"specens::{name}", fake, lib=_lib)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
 
 
 def _noting_writes(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `specens`: generate, tune, methods, demo, probe, bench and train.
+"""The command `specens`: generate, tune, methods, demo, probe, bench, train and export.
 
 A command parses, calls the library and shows what came back. What the library refuses becomes one
 line on standard error and exit code 2, and so does what the machine refuses, such as room on a
@@ -16,7 +16,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from specens.cli import bench, generate, options, show, streams, train_draft, train_head, tune
+from specens.cli import (
+    bench,
+    export,
+    generate,
+    options,
+    show,
+    streams,
+    train_draft,
+    train_head,
+    tune,
+)
 from specens_kernels import Refusal, __version__
 
 # The class is public in click, but typer has a copy of click that does not export it.
@@ -88,7 +98,7 @@ def _group(words: str, *commands: Callable[..., None]) -> typer.Typer:
         add_completion=False,
     )
     for command in commands:
-        group.command(cls=_Command)(command)
+        group.command(command.__name__, cls=_Command)(command)
     return group
 
 
@@ -114,6 +124,10 @@ app.add_typer(
         train_draft.draft,
     ),
     name="train",
+)
+app.add_typer(
+    _group("Write a folder that another library loads.", export.custom_generate, export.kernels),
+    name="export",
 )
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving engines whose verified law is the ensemble's: a package for each, imported late.
+"""What serving engines take of ours: a package or a module for each, named as the engine.
 
-No engine is a dependency. To add one, add its package and its part of docs/engines.md.
+`vllm` makes the ensemble the law of a vLLM engine; `sglang` and `flashinfer` are functions of those
+names, for any device. No engine is a dependency, and each is imported late. To add one, add its
+module and its part of the pages (docs/engines.md, docs/drop-ins.md).
 """
