@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from commands import complaint, environment, run
 
-from specens import export
+from specens import export, family
 from specens_kernels import Law, Stream, __version__, sample, uniforms
 
 pytestmark = pytest.mark.slow
@@ -106,10 +107,18 @@ assert torch.equal(texts, ours.generate(**inputs, max_new_tokens=12, do_sample=T
 greedy = code.generate(**inputs, **how, do_sample=False, assistant_model=draft)
 alone = code.generate(**inputs, max_new_tokens=12, do_sample=False)
 assert torch.equal(greedy, alone)
+
+# A repository of a model that has the loop beside it.
+bound = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "custom_generate" in bound.generate.func.__module__
+sampled = {"max_new_tokens": 12, "do_sample": True, **settings}
+assert torch.equal(texts, bound.generate(**inputs, members=[prose], **sampled))
+assert torch.equal(texts, bound.generate(inputs.input_ids, members=[prose], **sampled))
 """
 
 
 def test_transformers_loads_the_loop(tmp_path: Path) -> None:
+    shutil.copytree(family.path("code"), tmp_path / "loop")
     result = run("export", "custom_generate", tmp_path / "loop")
     assert result.exit_code == 0, result.output
     home = tmp_path / "loop" / "custom_generate"

@@ -12,13 +12,14 @@ from typing import Any
 from specens import SpeculativeDecoder
 
 
-def generate(model: Any, members: Any = (), **options: Any) -> Any:
+def generate(inputs: Any = None, *, model: Any, members: Any = (), **options: Any) -> Any:
     """Continue a prompt by the ensemble of a model and others.
 
     Every call makes a decoder, which runs each model in a few tiny forwards: for many calls, make
     one and hand it over, `custom_generate=decoder`.
 
     Args:
+        inputs: (B, S) int64. Prompts, left-padded; or input_ids= and attention_mask=.
         model: the first member. transformers hands it over.
         members: further causal LMs of the ensemble; none leaves the model's own law.
         options: what `SpeculativeDecoder` takes (weights, ensemble, schedule, draft, acceptance,
@@ -26,10 +27,13 @@ def generate(model: Any, members: Any = (), **options: Any) -> Any:
     Returns:
         What `SpeculativeDecoder.generate` returns.
     """
+    if options.get("custom_generate") is not None:
+        # A model that was loaded with this file has it for its `generate`, which decoders call.
+        return type(model).generate(model, inputs, **options)
     assistant = options.pop("assistant_model", None)
     if assistant is not None:
         options.setdefault("draft", assistant)
         options.setdefault("schedule", "speculative")
     names = signature(SpeculativeDecoder).parameters
     settings = {name: options.pop(name) for name in names if name in options}
-    return SpeculativeDecoder([model, *members], **settings).generate(**options)
+    return SpeculativeDecoder([model, *members], **settings).generate(inputs, **options)
