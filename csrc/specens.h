@@ -86,8 +86,8 @@ struct Ensemble {
   // Of each member's row over its temperature, (B, T, M); what is not finite is not known. Null
   // data: nothing is.
   Values<float> lse = {nullptr, 0, 0, 0};
-  // Where a row of the batch lies among packed ones, (B, T), whose batch stride is 0. Null data: rows
-  // lie as (B, T) says.
+  // Where a row of the batch lies among packed ones, (B, T), whose batch stride is 0. Null data:
+  // rows lie as (B, T) says.
   Integers rows = {nullptr, false, 0, 0};
 };
 
@@ -179,8 +179,8 @@ struct VerifyParams {
   EngineLayout layout = {};
 };
 
-// Packed rows that are looked at: of each row of the batch the first `columns`, or so many more than
-// its drafts are, if those are known.
+// Packed rows that are looked at: of each row of the batch the first `columns`, or so many more
+// than its drafts are, if those are known.
 struct RowsParams {
   Integers rows;
   Integers num_drafts;  // (B,); null data: all columns

@@ -20,6 +20,41 @@ DRAWS = ("with", "without")
 Slabs = Annotated[list[Tensor], "written"]
 
 
+class Layout(NamedTuple):
+    """What an engine's own buffers are like; `ops.verify` says what the fields mean.
+
+    rows, draft_rows: where rows lie; the logits then have no dimension of the batch.
+    draft_space: an entry of `SPACES`.
+    parameters: (B or 1, P) float64. The rule's numbers, in place of the call's; of a rule by
+        position, its rates.
+    out: what a backend may write the tokens to. It does not cross the dispatcher.
+    """
+
+    rows: Tensor | None = None
+    draft_rows: Tensor | None = None
+    num_drafts: Tensor | None = None
+    draft_filtered: bool = True
+    draft_space: str = "logits"
+    parameters: Tensor | None = None
+    out: Tensor | None = None
+
+    def refuse(self, backend: str) -> None:
+        """For backends that know padded rows alone: raise Unsupported for what else is asked."""
+        for name in ("rows", "draft_rows", "num_drafts"):
+            if getattr(self, name) is not None:
+                raise Unsupported(backend, name, "None", "a tensor")
+        if not self.draft_filtered:
+            raise Unsupported(backend, "draft_filtered", "True", False)
+        if self.draft_space != "logits":
+            raise Unsupported(backend, "draft_space", "'logits'", repr(self.draft_space))
+        if self.parameters is not None:
+            raise Unsupported(backend, "acceptance", "one number a parameter", "several")
+
+
+# Of most calls.
+PADDED = Layout()
+
+
 class VerifyCall(NamedTuple):
     """The arguments of `ops.verify`, which says what they mean.
 
@@ -27,11 +62,7 @@ class VerifyCall(NamedTuple):
         float32. memory: (B,) float64.
     acceptance, parameters: the rule's name, and its numbers in the registry's order.
     draws: an entry of `DRAWS`.
-    rows, draft_rows: where rows lie; the logits then have no dimension of the batch.
-    draft_space: an entry of `SPACES`.
-    request_parameters: (B or 1, P) float64. The rule's numbers, in place of `parameters`; of a rule
-        by position, its rates.
-    out: what a backend may write the tokens to. It does not cross the dispatcher.
+    layout: what is not padded and plain.
     """
 
     logits: list[Tensor]
@@ -49,34 +80,7 @@ class VerifyCall(NamedTuple):
     memory: Tensor | None = None
     bonus: bool = True
     draws: str = "with"
-    rows: Tensor | None = None
-    draft_rows: Tensor | None = None
-    num_drafts: Tensor | None = None
-    draft_filtered: bool = True
-    draft_space: str = "logits"
-    request_parameters: Tensor | None = None
-    out: Tensor | None = None
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether all of an engine's layout is left at its defaults."""
-        return self[15:] == _PADDED
-
-    def refuse_layout(self, backend: str) -> None:
-        """For backends that know the defaults alone: raise Unsupported for what else is asked."""
-        for name in ("rows", "draft_rows", "num_drafts"):
-            if getattr(self, name) is not None:
-                raise Unsupported(backend, name, "None", "a tensor")
-        if not self.draft_filtered:
-            raise Unsupported(backend, "draft_filtered", "True", False)
-        if self.draft_space != "logits":
-            raise Unsupported(backend, "draft_space", "'logits'", repr(self.draft_space))
-        if self.request_parameters is not None:
-            raise Unsupported(backend, "acceptance", "one number a parameter", "several")
-
-
-# The defaults of what an engine's layout is.
-_PADDED = (None, None, None, True, "logits", None, None)
+    layout: Layout = PADDED
 
 
 class AttentionCall(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import arguments
 from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
-from .call import DRAWS, VerifyCall
+from .call import DRAWS, PADDED, VerifyCall
 from .eager import is_eager_call
 from .ensembles import SPACES, Ensemble
 from .law import FLOATS, INTEGERS, SCOPES, Law, LawTensors
@@ -136,16 +136,16 @@ def check_verify(call: VerifyCall) -> None:
     batch, count = drafts.shape
     device = drafts.device
     rows = count + 1 if call.bonus else count
-    if call.rows is None:
+    if call.layout.rows is None:
         _check_members("verify", logits, law)
         if logits[0].shape[0] != batch or logits[0].shape[1] != rows or logits[0].device != device:
             raise wrong("verify", "logits[0]", f"(B={batch}, {rows}, V) on {device}", logits[0])
     else:
-        _check_places("rows", call.rows, batch, (rows,), device)
-        _check_packed_members("verify", logits, law, call.rows)
+        _check_places("rows", call.layout.rows, batch, (rows,), device)
+        _check_packed_members("verify", logits, law, call.layout.rows)
     _check_numbers("verify", call.uniforms, batch, count + 1, device)
     rule = _check_rule(call.acceptance, call.parameters)
-    if not call.is_padded:
+    if call.layout is not PADDED:
         _check_layout(call, rule, batch, count, device)
     if call.draws != "with":
         arguments.name("verify", "draws", call.draws, DRAWS)
@@ -161,7 +161,7 @@ def check_verify(call: VerifyCall) -> None:
     if call.proposers is not None:
         _check_nodes("proposers", call.proposers, batch, count, device)
     if call.draft_logits is not None:
-        if call.draft_rows is None:
+        if call.layout.draft_rows is None:
             _check_draft_logits(call.draft_logits, batch, count, law.vocab_size, device)
         else:
             _check_packed_draft(call.draft_logits, law.vocab_size, device)
@@ -176,7 +176,7 @@ def check_verify(call: VerifyCall) -> None:
     if call.draft_lse is not None:
         if call.draft_logits is None:
             raise Refusal("verify", "draft_lse", "None without draft_logits", "a tensor")
-        filters = law.filters if call.draft_filtered else ()
+        filters = law.filters if call.layout.draft_filtered else ()
         _check_lse("draft_lse", call.draft_lse, call.draft_logits.shape[:-1], filters, device)
 
 
@@ -225,26 +225,26 @@ def _check_layout(
     call: VerifyCall, rule: AcceptanceRule, batch: int, count: int, device: torch.device
 ) -> None:
     """What an engine's own buffers ask for, but the members' rows."""
-    drafts = call.num_drafts
+    drafts = call.layout.num_drafts
     if drafts is not None and (
         drafts.shape != (batch,) or drafts.dtype not in INTEGERS or drafts.device != device
     ):
         raise wrong("verify", "num_drafts", f"(B={batch},) int32 or int64 on {device}", drafts)
-    if call.draft_rows is not None:
+    if call.layout.draft_rows is not None:
         if call.draft_logits is None:
             raise Refusal("verify", "draft_rows", "None without draft_logits", "a tensor")
-        _check_places("draft_rows", call.draft_rows, batch, (count, count + 1), device)
-    arguments.name("verify", "draft_space", call.draft_space, SPACES)
-    if call.draft_space == "probabilities":
+        _check_places("draft_rows", call.layout.draft_rows, batch, (count, count + 1), device)
+    arguments.name("verify", "draft_space", call.layout.draft_space, SPACES)
+    if call.layout.draft_space == "probabilities":
         if call.draft_logits is None:
             raise Refusal("verify", "draft_logits", "the probabilities of draft_space", "None")
         for name in ("draft_temperature", "draft_lse"):
             if getattr(call, name) is not None:
                 raise Refusal("verify", name, "None for probabilities", "a tensor")
-    if call.request_parameters is not None:
-        _check_request_parameters(call.request_parameters, rule, batch, device)
-    if call.out is not None:
-        _check_out(call.out, call.draft_tokens, device)
+    if call.layout.parameters is not None:
+        _check_request_parameters(call.layout.parameters, rule, batch, device)
+    if call.layout.out is not None:
+        _check_out(call.layout.out, call.draft_tokens, device)
 
 
 def _check_request_parameters(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import flat
-from .call import AttentionCall, VerifyCall
+from .call import PADDED, AttentionCall, VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
 
@@ -81,14 +81,14 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         raise Unsupported("cuda", "parents", "None", "a tree")
     if call.proposers is not None and call.draft_logits is not None:
         raise Unsupported("cuda", "proposers", "None beside draft_logits", "a tensor")
-    call.refuse_layout("cuda")
+    if call.layout is not PADDED:
+        call.layout.refuse("cuda")
+        call = call._replace(layout=PADDED)  # tokens go to memory of their own
     if call.acceptance == "synthetic":
         raise Unsupported.unknown("cuda", "acceptance", call.acceptance, RULES)
     flat.refuse("cuda", call)
     _check(call.logits, call.law)
-    arguments, results = flat.flattened_verify(
-        call if call.out is None else call._replace(out=None)
-    )
+    arguments, results = flat.flattened_verify(call)
     _launch(module.cuda_verify, module.cuda_verify_workspace, arguments, call.draft_tokens.device)
     return results
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import arguments, cache_checks, checks, cuda, native, reference, triton
-from .call import AttentionCall, Slabs, VerifyCall
+from .call import PADDED, AttentionCall, Layout, Slabs, VerifyCall
 from .eager import is_eager_call
 from .law import LawTensors
 from .refusal import Refusal, Unsupported
@@ -149,7 +149,8 @@ _FIELDS: dict[Any, dict[str, Any]] = {
         for name, kind in get_type_hints(LawTensors).items()
         if name not in ("flat", "made")
     },
-    VerifyCall: {name: kind for name, kind in get_type_hints(VerifyCall).items() if name != "out"},
+    Layout: {name: kind for name, kind in get_type_hints(Layout).items() if name != "out"},
+    VerifyCall: get_type_hints(VerifyCall),
     AttentionCall: get_type_hints(AttentionCall),
 }
 
@@ -166,10 +167,10 @@ def flattened(arguments: Iterable[Any]) -> list[Any]:
     """Arguments of a backend's op as its schema has them."""
     flat: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, VerifyCall):
-            flat += flattened(argument[:-1])
-        elif isinstance(argument, AttentionCall):
+        if isinstance(argument, (VerifyCall, AttentionCall)):
             flat += flattened(argument)
+        elif isinstance(argument, Layout):
+            flat += argument[:-1]
         elif isinstance(argument, LawTensors):
             flat += argument.arguments
         else:
@@ -367,13 +368,13 @@ def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
     tensors: list[Tensor] = []
     for argument in arguments:
         kind = type(argument)
-        if argument is None or kind is str or kind is bool:
+        if argument is None or argument is PADDED or kind is str or kind is bool:
             continue
         if kind is Tensor or isinstance(argument, Tensor):
             tensors.append(argument)
         elif kind is list:  # of tensors, or of a rule's parameters
             tensors += argument if argument and isinstance(argument[0], Tensor) else []
-        elif kind is VerifyCall or kind is AttentionCall:
+        elif kind is VerifyCall or kind is AttentionCall or kind is Layout:
             tensors += _tensors(argument)
         elif kind is LawTensors and argument.flat is None:
             tensors += _tensors(argument[:5])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, empty, float32, int32, int64
 
-from .call import AttentionCall, VerifyCall
+from .call import PADDED, AttentionCall, VerifyCall
 from .law import LawTensors
 from .refusal import Refusal, Unsupported
 
@@ -96,7 +96,7 @@ def flattened_verify(
     temperature = law.temperature if call.draft_temperature is None else call.draft_temperature
     batch, nodes = call.draft_tokens.shape
     device = call.draft_tokens.device
-    tokens = call.out
+    tokens = call.layout.out
     if tokens is None:
         tokens = empty(batch, nodes + 1, dtype=int64, device=device)
     log_probs = empty(batch, nodes + 1, dtype=float32, device=device)
@@ -122,7 +122,7 @@ def flattened_verify(
     else:
         flat += _integers(call.parents)
         flat += call.acceptance == "k_seq", call.draws == "without"
-    if call.is_padded:
+    if call.layout is PADDED:
         flat.append(False)
     else:
         flat.append(True)
@@ -133,13 +133,13 @@ def flattened_verify(
 def _layout(call: VerifyCall) -> list[Any]:
     """What of a `verify` is not padded and plain."""
     flat: list[Any] = []
-    for rows in (call.rows, call.draft_rows):
+    for rows in (call.layout.rows, call.layout.draft_rows):
         flat += _NO_VALUES if rows is None else _integers(rows)
-    flat += _NO_VALUES if call.num_drafts is None else _per_request(call.num_drafts)
-    flat += call.draft_filtered, call.draft_space == "probabilities"
-    parameters = call.request_parameters
+    flat += _NO_VALUES if call.layout.num_drafts is None else _per_request(call.layout.num_drafts)
+    flat += call.layout.draft_filtered, call.layout.draft_space == "probabilities"
+    parameters = call.layout.parameters
     flat += (*_NO_VALUES, 0) if parameters is None else (*_per_row(parameters), parameters.shape[1])
-    out = call.out
+    out = call.layout.out
     flat += _NO_OUT if out is None else (out.data_ptr(), out.dtype == int64, out.stride(0))
     return flat
 

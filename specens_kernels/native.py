@@ -81,12 +81,12 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         raise _elsewhere(call.draft_tokens)
     flat.refuse("native", call)
     arguments, results = flat.flattened_verify(call)
-    if call.rows is not None:
-        rows, ends = call.rows, call.num_drafts
+    if call.layout.rows is not None:
+        rows, ends = call.layout.rows, call.layout.num_drafts
         count = len(call.logits[0])
         flat.refuse_outside("verify", "rows", rows, count, rows.shape[1], ends, call.bonus)
-    if call.draft_rows is not None and call.draft_logits is not None:
-        rows, ends = call.draft_rows, call.num_drafts
+    if call.layout.draft_rows is not None and call.draft_logits is not None:
+        rows, ends = call.layout.draft_rows, call.layout.num_drafts
         count, nodes = len(call.draft_logits), call.draft_tokens.shape[1]
         flat.refuse_outside("verify", "draft_rows", rows, count, nodes, ends)
     arguments.append(get_num_threads())

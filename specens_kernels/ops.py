@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from . import arguments, checks, dispatch, reference
 from .acceptance import Acceptance
 from .attended import attend as attend
-from .call import AttentionCall, VerifyCall
+from .call import PADDED, AttentionCall, Layout, VerifyCall
 from .law import Law
 from .refusal import Refusal, shown
 from .storage import is_tensor
@@ -303,14 +303,27 @@ def verify(
     for name, value in zip(_OPTIONAL, optional, strict=True):
         if value is not None and not is_tensor(value):
             raise Refusal("verify", name, "a tensor or None", shown(value))
-    for name, value in zip(_LAYOUT, (rows, draft_rows, num_drafts, out), strict=True):
-        if value is not None and not is_tensor(value):
-            raise Refusal("verify", name, "a tensor or None", shown(value))
+    chosen = Acceptance.of(acceptance)
+    layout = PADDED
+    if (
+        rows is not None
+        or draft_rows is not None
+        or num_drafts is not None
+        or out is not None
+        or draft_filtered is not True
+        or draft_space != "logits"
+        or chosen.given
+    ):
+        for name, value in zip(_LAYOUT, (rows, draft_rows, num_drafts, out), strict=True):
+            if value is not None and not is_tensor(value):
+                raise Refusal("verify", name, "a tensor or None", shown(value))
+        filtered = arguments.flag("verify", "draft_filtered", draft_filtered)
+        several = chosen.of_requests(draft_tokens.device) if chosen.given else None
+        layout = Layout(rows, draft_rows, num_drafts, filtered, draft_space, several, out)
     if draft_rows is not None and draft_logits is not None:
         draft_logits = checks.packed("draft_logits", draft_logits, 3)
         if draft_lse is not None:
             draft_lse = checks.packed("draft_lse", draft_lse, 2)
-    chosen = Acceptance.of(acceptance)
     call = VerifyCall(
         tensors,
         draft_tokens,
@@ -327,13 +340,7 @@ def verify(
         None if memory is None else checks.memory(memory),
         arguments.flag("verify", "bonus", bonus),
         draws,
-        rows,
-        draft_rows,
-        num_drafts,
-        arguments.flag("verify", "draft_filtered", draft_filtered),
-        draft_space,
-        chosen.of_requests(draft_tokens.device) if chosen.given else None,
-        out,
+        layout,
     )
     verdict = Verdict(*dispatch.call_verify(call))
     return verdict if out is None else verdict._replace(tokens=_written(out, verdict.tokens))

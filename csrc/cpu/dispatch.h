@@ -70,8 +70,8 @@ enum class Weighing { kCount, kRoughMass, kMass };
 enum class Cleaning {
   kNone,
   kNan,
-  kInfinite,  // +inf becomes 0, the rest -inf
-  kMask,      // values below the threshold become -inf, the rest 0
+  kInfinite,   // +inf becomes 0, the rest -inf
+  kMask,       // values below the threshold become -inf, the rest 0
   kLogarithm,  // probabilities become their logarithms, what is none -inf
 };
 

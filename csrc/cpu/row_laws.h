@@ -109,7 +109,7 @@ class RowLaws {
   std::unique_ptr<double[]> masses_;
 
   int64_t batch_ = 0, row_ = 0;
-  int64_t place_ = 0;  // of the row in the members' logits
+  int64_t place_ = 0;    // of the row in the members' logits
   bool greedy_ = false;  // all temperatures are 0
   Filter filter_;
   const RowLaw* target_ = nullptr;

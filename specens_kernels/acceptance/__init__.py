@@ -92,6 +92,8 @@ class Parameter(NamedTuple):
         most = 2 if self.by_position else 1
         if hasattr(value, "new_empty"):  # a tensor, without torch
             tensor: Any = value
+            if not tensor.is_nested and tensor.dim() == 0:
+                return None  # which is no number either
             if tensor.is_nested or tensor.dim() > most or tensor.is_complex():
                 expected = "a number or a (B,) tensor" + " or (B, P)" * self.by_position
                 raise Refusal("acceptance", self.name, f"{expected} for {rule!r}", shown(value))

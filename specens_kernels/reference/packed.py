@@ -27,8 +27,8 @@ def unpacked(packed: Tensor, rows: Tensor) -> Tensor:
 
 def padded(call: VerifyCall) -> VerifyCall:
     """The same call with (B, T, ...) rows."""
-    ends = call.num_drafts
-    rows, draft_rows = call.rows, call.draft_rows
+    ends = call.layout.num_drafts
+    rows, draft_rows = call.layout.rows, call.layout.draft_rows
     if rows is not None:
         looked_at = _first(rows, rows.shape[1], ends, int(call.bonus))
         refuse_outside("verify", "rows", rows, len(call.logits[0]), looked_at)

@@ -307,14 +307,14 @@ def _at_batch(law: LawTensors, b: int) -> LawTensors:
 def _existing(call: VerifyCall, b: int) -> list[int]:
     """Tokens of a request's drafts, PADDING where there is none."""
     tokens: list[int] = call.draft_tokens[b].tolist()
-    if call.num_drafts is None:
+    if call.layout.num_drafts is None:
         return tokens
-    end = min(max(int(call.num_drafts[b]), 0), len(tokens))
+    end = min(max(int(call.layout.num_drafts[b]), 0), len(tokens))
     return tokens[:end] + [PADDING] * (len(tokens) - end)
 
 
 def _parameters(call: VerifyCall, b: int) -> Sequence[float]:
-    given = call.request_parameters
+    given = call.layout.parameters
     if given is None:
         return call.parameters
     numbers: list[float] = given[b if len(given) > 1 else 0].tolist()
@@ -365,9 +365,9 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             rule=ACCEPTANCE_RULES[call.acceptance],
             parameters=_parameters(call, b),
             draws=call.draws,
-            num_drafts=None if call.num_drafts is None else int(call.num_drafts[b]),
-            draft_filtered=call.draft_filtered,
-            draft_space=call.draft_space,
+            num_drafts=None if call.layout.num_drafts is None else int(call.layout.num_drafts[b]),
+            draft_filtered=call.layout.draft_filtered,
+            draft_space=call.layout.draft_space,
         )
         if not sequence.is_a_tree():
             status[b] = INVALID_DRAFT

@@ -331,7 +331,7 @@ def emit(law, proposal, work, verdict):
 
 def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.verify`."""
-    call.refuse_layout("triton")
+    call.layout.refuse("triton")
     if call.parents is not None:
         raise Unsupported("triton", "parents", "None", "a tree")
     if call.proposers is not None and call.draft_logits is not None:

@@ -29,7 +29,7 @@ from specens_kernels import (
     uniforms,
     verify,
 )
-from specens_kernels.call import AttentionCall, VerifyCall
+from specens_kernels.call import AttentionCall, Layout, VerifyCall
 from specens_kernels.law import LawTensors
 
 LAW = Law((0.5, 0.5), temperature=0.7, top_k=5, top_p=0.9, min_p=0.01)
@@ -128,14 +128,16 @@ def op_calls() -> list[Any]:
             numbers,
             law,
             draft_logits=packed[0].softmax(-1),
-            rows=rows,
-            draft_rows=rows.int(),
-            num_drafts=torch.tensor([1, 2]),
-            draft_filtered=False,
-            draft_space="probabilities",
             acceptance="synthetic",
             parameters=[0.5],
-            request_parameters=torch.rand(2, 2, dtype=torch.float64),
+            layout=Layout(
+                rows,
+                rows.int(),
+                torch.tensor([1, 2]),
+                False,
+                "probabilities",
+                torch.rand(2, 2, dtype=torch.float64),
+            ),
         ),
     }
     heads, words = torch.randn(2, 2, 3, 8), torch.ones(1, 3, 1, dtype=torch.int64)

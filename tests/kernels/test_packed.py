@@ -19,7 +19,7 @@ from mutants import with_bug
 from torch import Tensor
 
 from specens_kernels import Acceptance, Law, reference, verify
-from specens_kernels.call import VerifyCall
+from specens_kernels.call import Layout, VerifyCall
 
 FINE, GRID = 2.0**-44, 2.0**-24
 HALVES = (0.5, 0.5)
@@ -212,6 +212,7 @@ def in_float64(case: Case, module: ModuleType = reference) -> Callable:
 
     def run(call: Call) -> tuple[Tensor, Tensor]:
         logits, options = engine_call(case, call)
+        layout = {name: options.pop(name) for name in Layout._fields if name in options}
         temperature = case.draft_temperature
         verdict = module.verify(
             VerifyCall(
@@ -222,9 +223,9 @@ def in_float64(case: Case, module: ModuleType = reference) -> Callable:
                 draft_temperature=None if temperature is None else torch.tensor([temperature]),
                 acceptance=chosen.rule.name,
                 parameters=chosen.numbers,
-                request_parameters=several,
                 bonus=case.bonus,
                 draws=case.draws,
+                layout=Layout(**layout, parameters=several),
                 **options,
             )
         )
