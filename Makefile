@@ -45,6 +45,7 @@ test-zoo: dev  ## Write with every architecture of transformers, and print what 
 
 test-trees: dev  ## Run the ops for trees on many random ones, and kernels with bugs: half an hour
 	$(BIN)/python tests/kernels/many_trees.py
+	OMP_NUM_THREADS=1 VERIFY_TREE_CASES=10000 $(BIN)/python -m pytest -q -s tests/kernels/test_verify_trees.py
 
 # vLLM asks for other releases than the ones above: it has an environment of its own.
 test-engines: dev  ## Run ensembles in vLLM; installs its CPU build, 3 GB, unless ENGINES_VENV has one
