@@ -22,7 +22,7 @@ from vllm_engines import Engines, options
 pytestmark = pytest.mark.slow
 TWO = {"code": 0.4, "prose": 0.6}
 OWN = {"code": 0.9, "prose": 0.1}
-PROMPT = "import os\n"
+PROMPT = "And the king said"
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SECONDS = 180
 # Runs in the Python that has vLLM, which brings OpenAI's client: a JSON line for each answer.

@@ -62,6 +62,7 @@ FAULTS = {fault.__name__: fault for fault in (unfiltered_drafts, unknown_vllm)}
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Build the engine, write its texts."""
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import StructuredOutputsParams
 
     def read(given: dict[str, Any]) -> SamplingParams:
@@ -77,7 +78,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     for prompts, parameters in job["calls"]:
         try:
             outputs = engine.generate(prompts, list(map(read, parameters)), use_tqdm=False)
-        except ValueError as refusal:
+        except VLLMClientError as refusal:
             if not job["keep"]:
                 raise
             answers.append(str(refusal))

@@ -143,7 +143,8 @@ class EnsembleRunner:
         """(B, N + 1) tokens: requests of one rule are verified together."""
         tokens, numbers, drafted = proposal
         kinds = [(rule.rule.name, *rule.numbers) for rule in rules]
-        emitted: Tensor = tokens.new_empty(len(tokens), tokens.shape[1] + 1)
+        shape = (len(tokens), tokens.shape[1] + 1)
+        emitted: Tensor = tokens.new_empty(shape, dtype=torch.int64)
         for kind in set(kinds):
             requests = [request for request, other in enumerate(kinds) if other == kind]
             of = slice(None) if len(requests) == len(kinds) else requests

@@ -62,7 +62,7 @@ class Worker(Base):  # type: ignore[misc]
 def relied_upon(runner: type) -> Iterator[tuple[Any, str, str]]:
     """What of vLLM runner.py and rows.py call, replace and read, for `differences`."""
     drafter, processors = SpecDecodeBaseProposer, "self logits sampling_metadata"
-    yield runner, "load_model", "self load_dummy_weights"
+    yield runner, "load_model", "... self load_dummy_weights"  # and more, where it is a GPU's
     yield runner, "sample_tokens", "self grammar_output"
     yield runner, "_sample", "self logits spec_decode_metadata"
     yield runner, "_get_spec_decode_draft_probs", "self spec_decode_metadata"
