@@ -4,6 +4,7 @@
 Speeds are not tested: they belong to a machine, these facts to the code.
 """
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -409,3 +410,11 @@ def test_bytes_of_the_ops_for_trees_are_counted(monkeypatch: pytest.MonkeyPatch)
     assert [(row["op"], row["launches"]) for row in rows] == [("attention", 2), ("compact", 1)]
     assert all(1.0 <= row["over_floor"] < 1.1 for row in rows)
     assert {each["verdict"] for each in trees.targets(rows)} == {"pass"}
+
+
+def test_engine_says_that_it_needs_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is in this environment")
+    assert bench("bench_engine").main(["--quick"]) == 2
+    error = capsys.readouterr().err
+    assert error == "bench_engine: vllm: expected an installed package, got none\n"

@@ -29,6 +29,7 @@ DRAFTERS: dict[str, tuple[Weights, dict[str, Any] | None]] = {
     "none": (THREE, None),
     "member_1": (THREE, draft_model(1)),
     "member_3": (THREE, draft_model(3)),
+    "member_5": (THREE, draft_model(5)),
     "proposes": (TWO, draft_model(3)),
     "ngram": (THREE, NGRAM),
 }
@@ -77,6 +78,7 @@ SAMPLED: dict[str, tuple[Weights | None, dict[str, Any] | None, dict[str, float]
     "filtered": (THREE, draft_model(3), {"temperature": 0.9, "top_k": 8}, THREE),
     "proposes": (TWO, draft_model(3), {"temperature": 0.9, "top_k": 8}, TWO),
     "min_p": (THREE, None, {"temperature": 0.9, "min_p": 0.1}, THREE),
+    "drafted_min_p": (THREE, draft_model(3), {"temperature": 0.9, "min_p": 0.1}, THREE),
     "target": (None, draft_model(3), {"temperature": 0.9, "top_k": 8}, {"code": 1.0}),
 }
 
@@ -107,7 +109,7 @@ def wrong_laws(law: Weights) -> list[Weights]:
     return [{"prose": 1.0}]
 
 
-@pytest.mark.parametrize("case", ["filtered", "target"])
+@pytest.mark.parametrize("case", ["filtered", "drafted_min_p", "target"])
 def test_drafts_that_obey_no_filter_are_seen(
     case: str, engines: Engines, members: dict[str, Any]
 ) -> None:
@@ -240,19 +242,51 @@ def test_a_bad_setting_stops_the_engine(key: str, given: dict[str, Any], engines
     assert error.startswith(f"Refusal: specens: {key}: expected ")
 
 
-@pytest.mark.parametrize(
-    ("key", "more"),
-    [
-        ("extra_args.weights", {"extra_args": {"specens": {"weights": [0.5, 0.6]}}}),
-        ("extra_args", {"extra_args": {"specens": {"acceptance": "js"}}}),
-        ("prompt_logprobs, logprob_token_ids", {"prompt_logprobs": 1}),
-    ],
-)
-def test_what_a_request_cannot_have_is_refused(
-    key: str, more: dict[str, Any], engines: Engines
+@pytest.mark.parametrize("processes", [False, True], ids=["one process", "several"])
+def test_what_a_request_cannot_have_is_refused_by_itself(
+    processes: bool, engines: Engines, members: dict[str, Any]
 ) -> None:
-    error = engines((PROMPTS[:1], [greedy(4, **more)]), **options(TWO))["error"]
-    assert error.startswith(f"Refusal: specens: {key}: expected ")
+    """The next request of the same engine is answered."""
+    wrong = {
+        "extra_args.weights": {"extra_args": {"specens": {"weights": [0.5, 0.6]}}},
+        "extra_args.acceptance": {"extra_args": {"specens": {"acceptance": "typcal"}}},
+        "extra_args": {"extra_args": {"specens": {"weight": [0.5, 0.5]}}},
+        "prompt_logprobs": {"prompt_logprobs": 1},
+    }
+    calls = [(PROMPTS[:1], [greedy(4, **more)]) for more in wrong.values()]
+    right = (PROMPTS[:1], [greedy(20)])
+    result = engines(*calls, right, processes=processes, keep=True, **options(TWO))
+    *refused, answers = result["answers"]
+    for key, error in zip(wrong, refused, strict=True):
+        assert f"specens: {key}: expected " in error
+    assert differing(answers[0], members, TWO) == 0
+
+
+def test_requests_of_other_rules_share_a_batch(engines: Engines, members: dict[str, Any]) -> None:
+    """One keeps nearly all drafts, one keeps only those of the law; greedy ones keep their text."""
+    warm = {"temperature": 0.5, "max_tokens": DEPTH, "ignore_eos": True}
+    relaxed = {"extra_args": {"specens": {"acceptance": "tv:threshold=1"}}}
+    weights, speculative = DRAFTERS["member_3"]
+    parameters = [warm, {**warm, **relaxed}, greedy(DEPTH), greedy(DEPTH, **relaxed)]
+    call = (PROMPTS[:1] * 4 * TEXTS, parameters * TEXTS)
+    (answers,) = written(engines(call, **options(weights, speculative, max_num_seqs=128)))
+    assert chi_square(answers[::4], members, weights, temperature=0.5) > CHANCE
+    assert chi_square(answers[1::4], members, weights, temperature=0.5) < CHANCE
+    assert not any(differing(answer, members, weights) for answer in answers[2:40:4])
+
+
+def test_the_bonus_token_may_be_the_targets(engines: Engines, members: dict[str, Any]) -> None:
+    """Without drafts each token is one: those of n-gram drafts that never come."""
+    never = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 9}
+    never["prompt_lookup_max"] = 9
+    given = options(THREE, never, settings={"bonus": "target"})
+    (answers,) = written(engines((PROMPTS, [greedy(12)] * 4), **given))
+    assert not any(differing(answer, members, {"code": 1.0}) for answer in answers)
+    weights, speculative = DRAFTERS["member_3"]
+    given = options(weights, speculative, settings={"bonus": "target"})
+    (answers,) = written(engines((PROMPTS, [greedy(40)] * 4), **given))
+    assert any(differing(answer, members, weights) for answer in answers)
+    assert any(differing(answer, members, {"code": 1.0}) for answer in answers)
 
 
 def test_what_the_page_shows_runs(
@@ -269,6 +303,22 @@ def test_what_the_page_shows_runs(
     (answers,) = written(engines((["import os\n"], [greedy(16)]), **options(TWO)))
     assert differing(answers[0], members, TWO) == 0
     assert answers[0]["text"].strip() in shown
+
+
+def test_the_runner_of_a_gpu_is_known(engines: Engines) -> None:
+    """Its functions take what ours hand on, though no card runs them here."""
+    program = (
+        "from vllm.v1.worker.gpu_model_runner import GPUModelRunner\n"
+        "from specens.engines.vllm.settings import differences\n"
+        "from specens.engines.vllm.worker import relied_upon\n"
+        "print(differences(relied_upon(GPUModelRunner)))"
+    )
+    command = [engines.python, "-c", program]
+    more = {"VLLM_LOGGING_LEVEL": "ERROR"}
+    shown = subprocess.run(
+        command, env=engines.environment | more, capture_output=True, check=True, text=True
+    ).stdout
+    assert shown.splitlines()[-1] == "[]"
 
 
 def test_an_unknown_vllm_is_left_alone_or_refused(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specens.engines import vllm as door
-from specens.engines.vllm.rows import Rows, changes_logits, law_of, random_numbers
+from specens.engines.vllm.rows import Rows, changes_logits, law_of, min_p_of, random_numbers
 from specens.engines.vllm.settings import Settings, differences
 from specens_kernels import Acceptance, Refusal
 
@@ -41,6 +41,7 @@ def test_settings_are_what_was_said() -> None:
 
 BAD_SETTINGS = {
     "additional_config": (None, "members", {"member": PAIR}),
+    "bonus": ({"bonus": "draft"}, {"bonus": None}),
     "members": (
         {"members": given}
         for given in (
@@ -80,9 +81,17 @@ def test_a_bad_setting_is_refused_by_its_key(key: str, given: Any) -> None:
 def test_a_requests_weights() -> None:
     settings = Settings.parse({"members": PAIR})
     for none in (None, {}, {"other": 1}):
-        assert settings.request_weights(none) == (0.3, 0.7)
-    for given in ({"weights": [1, 0]}, [1, 0]):
-        assert settings.request_weights({"specens": given}) == (1.0, 0.0)
+        assert settings.of_request(none).weights == (0.3, 0.7)
+    for given in ({"weights": [1, 0]}, [1, 0], '{"weights": [1, 0]}', "[1, 0]"):
+        assert settings.of_request({"specens": given}).weights == (1.0, 0.0)
+
+
+def test_a_requests_rule() -> None:
+    settings = Settings.parse({"members": PAIR, "acceptance": "typical"})
+    asked = settings.of_request({"specens": {"acceptance": "js:threshold=0.25"}})
+    assert (asked.acceptance.rule.name, asked.acceptance.numbers[0]) == ("js", 0.25)
+    assert asked.weights == settings.weights
+    assert settings.of_request({"specens": {}}).acceptance is settings.acceptance
 
 
 @pytest.mark.parametrize(
@@ -93,9 +102,10 @@ def test_a_requests_weights() -> None:
         "ab",
         [],
         [0.5, 0.6],
-        {},
+        "[1, 0",
         {"weight": [1, 0]},
-        {"weights": [1, 0], "acceptance": "js"},
+        {"weights": [1, 0], "acceptance": "jss"},
+        {"acceptance": 3},
         {"weights": [1]},
         {"weights": [0.5, 0.6]},
         {"weights": "ab"},
@@ -103,10 +113,10 @@ def test_a_requests_weights() -> None:
     ],
     ids=str,
 )
-def test_bad_weights_of_a_request_are_refused(given: Any) -> None:
+def test_bad_settings_of_a_request_are_refused(given: Any) -> None:
     settings = Settings.parse({"members": PAIR})
-    with pytest.raises(Refusal, match=r"^specens: extra_args(\.weights)?: expected .+, got .+"):
-        settings.request_weights({"specens": given})
+    with pytest.raises(Refusal, match=r"^specens: extra_args(\.\w+)?: expected .+, got .+"):
+        settings.of_request({"specens": given})
 
 
 def engine(**changes: Any) -> SimpleNamespace:
@@ -246,20 +256,25 @@ def metadata(**changes: Any) -> SimpleNamespace:
 
 
 def test_the_law_has_the_requests_parameters() -> None:
-    min_p = SimpleNamespace(min_p_count=1, min_p=torch.tensor([[0.1], [0.0], [0.0]]))
+    requests = [SimpleNamespace(min_p=0.1), SimpleNamespace(min_p=0.0)]
+    min_p = min_p_of(requests, torch.device("cpu"))
     given = metadata(
         top_k=torch.tensor([4, 9, 9], dtype=torch.int32),
         top_p=torch.tensor([0.9, 1.0, 1.0]),
-        logitsprocs=SimpleNamespace(argmax_invariant=[min_p], non_argmax_invariant=[]),
     )
-    law = law_of(given, 2, (0.5, 0.5), "product")
+    law = law_of(given, 2, (0.5, 0.5), "product", min_p)
     assert law.temperature.tolist() == [0.5, 0.0]
     assert law.top_k.tolist() == [4, 9]
     assert law.top_p.tolist() == pytest.approx([0.9, 1.0])
     assert law.min_p.tolist() == pytest.approx([0.1, 0.0])
     assert law.weights == (0.5, 0.5)
-    min_p.min_p_count = 0
     assert law_of(given, 2).min_p == 0
+    assert min_p_of(requests[1:], torch.device("cpu")) is None
+    weights = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    second = law_of(given, 2, weights, "mixture", min_p, [1])
+    assert second.weights.tolist() == [[1.0, 0.0]]
+    assert (second.temperature.tolist(), second.top_k.tolist()) == ([0.0], [9])
+    assert second.min_p.tolist() == [0.0]
     assert law_of(metadata(all_greedy=True, temperature=None), 2).temperature == 0
 
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class Engines:
 
     def __init__(self, python: str, folder: Path) -> None:
         self.python, self.folder, self.number = python, folder, 0
-        self.environment = os.environ | {"PYTHONPATH": PATH}
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join([PATH, installed(folder)])}
         self.server: subprocess.Popen[str] | None = None
 
     def __call__(
@@ -29,12 +30,18 @@ class Engines:
         *calls: tuple[list[str], list[dict[str, Any]]],
         fault: str | None = None,
         processes: bool = False,
+        keep: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
-        """What an engine writes, or the error that it raised, and its log."""
+        """What an engine writes, or the error that it raised, and its log.
+
+        keep: the engine goes on after a call that it refuses, whose answer is the error.
+        """
         self.number += 1
         job, result = (self.folder / f"{self.number}.{name}" for name in ("job", "answer"))
-        job.write_text(json.dumps({"options": options, "calls": calls, "fault": fault}))
+        job.write_text(
+            json.dumps({"options": options, "calls": calls, "fault": fault, "keep": keep})
+        )
         if processes:
             command = [self.python, str(SERVER), str(job), str(result)]
             subprocess.run(command, env=self.environment, capture_output=True, check=True)
@@ -69,6 +76,19 @@ class Engines:
         """End the server, which ends with its input."""
         if self.server is not None:
             self.server.communicate()
+
+
+def installed(folder: Path) -> str:
+    """A folder that says of the sources what their installation would: vLLM's plug-in."""
+    group = "vllm.general_plugins"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (plugin,) = re.findall(rf'^\[project.entry-points."{group}"\]\n(.+)$', project, re.MULTILINE)
+    info = folder / "installed" / "specens_kernels-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Name: specens-kernels\nVersion: 0\n", encoding="utf-8")
+    text = "[{}]\n{}\n".format(group, plugin.replace('"', ""))
+    (info / "entry_points.txt").write_text(text, encoding="utf-8")
+    return str(info.parent)
 
 
 def member_settings(weights: dict[str, float], drafter: dict[str, Any] | None) -> list[Any]:

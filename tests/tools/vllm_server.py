@@ -31,17 +31,15 @@ if __name__ == "__main__":
 
 def unfiltered_drafts() -> None:
     """Drafts obey the temperature, but no filter, as vLLM's own do."""
-    from specens.engines.vllm import runner
+    from specens.engines.vllm import drafter
     from specens_kernels import Law
 
-    known = runner.sample_from_logits.__globals__
-    drawn_by = known["law_of"]
+    drawn_by = drafter.law_of
 
-    def law_of(metadata: Any, batch: int, *ensemble: Any) -> Law:
-        law = drawn_by(metadata, batch, *ensemble)
-        return law if ensemble else Law(temperature=law.temperature)
+    def law_of(metadata: Any, batch: int, **filters: Any) -> Law:
+        return Law(temperature=drawn_by(metadata, batch, **filters).temperature)
 
-    known["law_of"] = law_of
+    drafter.law_of = law_of
 
 
 def unknown_vllm() -> None:
@@ -64,6 +62,7 @@ FAULTS = {fault.__name__: fault for fault in (unfiltered_drafts, unknown_vllm)}
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Build the engine, write its texts."""
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import StructuredOutputsParams
 
     def read(given: dict[str, Any]) -> SamplingParams:
@@ -77,7 +76,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     engine = LLM(**job["options"])
     answers = []
     for prompts, parameters in job["calls"]:
-        outputs = engine.generate(prompts, list(map(read, parameters)), use_tqdm=False)
+        try:
+            outputs = engine.generate(prompts, list(map(read, parameters)), use_tqdm=False)
+        except VLLMClientError as refusal:
+            if not job["keep"]:
+                raise
+            answers.append(str(refusal))
+            continue
         answers.append(
             [
                 {

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door that vLLM opens, which is imported with it: `worker_cls="specens.engines.vllm.Worker"`.
 
-`settings.py` says what may be set, `rows.py` turns vLLM's batch into what the ops take, `runner.py`
-decides tokens, `worker.py` puts it in and says what of vLLM it relies upon.
+`settings.py` says what may be set, `requests.py` has vLLM refuse requests that set another thing,
+`rows.py` turns vLLM's batch into what the ops take, `runner.py` decides tokens, `drafter.py` draws
+drafts, `worker.py` puts them in and says what of vLLM they rely upon.
 """
 
 from importlib.util import find_spec

@@ -22,6 +22,8 @@ class Rows:
         number = torch.tensor(counts, device=device)[:, None]
         within = torch.arange(self.drafts + 1, device=device)
         self._is_row = within <= number
+        # (B, N + 1): the row after a request's last draft, and what is behind it.
+        self.is_bonus = within >= number
         start = number.cumsum(0) - number
         # Where there is no draft, any row will do.
         self._draft_rows = (start + within[:-1]).clamp(max=max(sum(counts) - 1, 0))
@@ -50,15 +52,34 @@ class Rows:
         return torch.where(self._is_row[:, 1:], self.drafted(packed), PADDING)
 
 
-def law_of(metadata: Any, batch: int, weights: Any = (1.0,), ensemble: str = "mixture") -> Law:
-    """The sampling parameters of B requests, a `SamplingMetadata`, as a law."""
+def law_of(
+    metadata: Any,
+    batch: int,
+    weights: Any = (1.0,),
+    ensemble: str = "mixture",
+    min_p: Tensor | None = None,
+    of: Any = slice(None),
+) -> Law:
+    """The sampling parameters of B requests, a `SamplingMetadata`, as a law.
+
+    Args:
+        weights: of the members, and of each request or row of it where they are a tensor.
+        min_p: (B,). vLLM has none for a drafter's requests.
+        of: the requests that are meant, of the B.
+    """
+    if isinstance(weights, Tensor):
+        weights = weights[of]
     if metadata.all_greedy:
         return Law(weights, ensemble, 0.0)
-    filters = {"top_k": metadata.top_k, "top_p": metadata.top_p}
-    for processor in metadata.logitsprocs.argmax_invariant:
-        filters["min_p"] = processor.min_p.reshape(-1) if processor.min_p_count else None
-    given = {name: value[:batch] for name, value in filters.items() if value is not None}
-    return Law(weights, ensemble, metadata.temperature[:batch], **given)
+    filters = {"top_k": metadata.top_k, "top_p": metadata.top_p, "min_p": min_p}
+    given = {name: value[:batch][of] for name, value in filters.items() if value is not None}
+    return Law(weights, ensemble, metadata.temperature[:batch][of], **given)
+
+
+def min_p_of(parameters: Sequence[Any], device: torch.device) -> Tensor | None:
+    """(B,), or None where no request has one."""
+    values = [each.min_p for each in parameters]
+    return torch.tensor(values, device=device) if any(values) else None
 
 
 def random_numbers(metadata: Any, batch: int, rows: int, device: torch.device) -> Tensor:

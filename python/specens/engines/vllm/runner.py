@@ -2,10 +2,11 @@
 """vLLM's model runner (V1), whose tokens the ops decide: `sample` without drafts, else `verify`.
 
 One path for all: a target alone is an ensemble of one. Drafts are drawn under the law that judges
-them, and `verify` is handed the very logits they were drawn from. Drafts whose logits nobody kept
-are points to it, which is exact whoever drew them.
+them (drafter.py), and `verify` is handed the very logits they were drawn from. Drafts whose logits
+nobody kept are points to it, which is exact whoever drew them.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from specens_kernels import Law, Refusal, mix, sample, verify
 
-from .rows import Rows, changes_logits, law_of, random_numbers
+from .drafter import take_over
+from .rows import Rows, changes_logits, law_of, min_p_of, random_numbers
 from .settings import DRAFT, OP, TARGET, Settings
 
 
@@ -59,19 +61,6 @@ class Reading(nn.Module):
             return getattr(super().__getattr__("target"), name)
 
 
-def sample_from_logits(self: Any, logits: Tensor, metadata: Any) -> tuple[Tensor, Tensor | None]:
-    """A drafter's `_sample_from_logits` under the law that judges the drafts, filters included.
-
-    What is kept beside the tokens are bare logits; most probable tokens are points.
-    """
-    sampled = self._enable_probabilistic_draft_probs and not metadata.all_greedy
-    if not sampled or len(logits) != len(metadata.temperature):
-        return logits.argmax(-1), None
-    numbers = random_numbers(metadata, len(logits), 1, logits.device)
-    drawn = sample([logits[:, None]], numbers, law_of(metadata, len(logits)))
-    return drawn.tokens[:, 0], logits
-
-
 class EnsembleRunner:
     """What a V1 model runner does otherwise; `Worker` puts it before the platform's."""
 
@@ -84,7 +73,7 @@ class EnsembleRunner:
         # Of this drafter it is known that it keeps what `_sample_from_logits` returns.
         self._drafts_have_laws = drafter and self.speculative_config.method == "draft_model"
         if self._drafts_have_laws:
-            drafter._sample_from_logits = sample_from_logits.__get__(drafter)
+            take_over(self, drafter, is_member=DRAFT in self.specens.members)
         if self.specens.alone:
             return
         readers = []
@@ -108,40 +97,71 @@ class EnsembleRunner:
         self._grammar = grammar_output and state and (state.scheduler_output, grammar_output)
         return super().sample_tokens(grammar_output)  # type: ignore[misc]
 
+    def parameters(self: Any) -> list[Any]:
+        """The sampling parameters of the batch's requests."""
+        return [self.requests[name].sampling_params for name in self.input_batch.req_ids]
+
+    def _asked(self: Any) -> list[Settings]:
+        """The settings of the batch's requests, read once each."""
+        for state in map(self.requests.get, self.input_batch.req_ids):
+            if not hasattr(state, OP):
+                state.specens = self.specens.of_request(state.sampling_params.extra_args)
+        return [self.requests[name].specens for name in self.input_batch.req_ids]
+
     def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> Any:
         drafts, metadata = spec_decode_metadata, self.input_batch.sampling_metadata
         self.input_batch.update_async_output_token_ids()
         batch = self.input_batch.num_reqs
-        rows = Rows([0] * batch if drafts is None else drafts.num_draft_tokens, logits.device)
+        counts = [0] * batch if drafts is None else drafts.num_draft_tokens
+        rows = Rows(counts, logits.device)
         members = raw = [logits] if self.specens.alone else self._read(logits, metadata, drafts)
         if changes_logits(metadata):
             members = [self._processed(member, metadata, drafts) for member in members]
         padded = [rows.padded(member) for member in members]
-        law = law_of(metadata, batch, self._weights(), self.specens.ensemble)
+        parameters, asked = self.parameters(), self._asked()
+        weights = self._weights(asked, rows)
+        law = partial(law_of, metadata, batch, weights, self.specens.ensemble)
+        law = partial(law, min_p_of(parameters, logits.device))
         numbers = random_numbers(metadata, batch, rows.drafts + 1, logits.device)
         if drafts is None:
-            tokens = sample(padded, numbers, law).tokens
+            tokens = sample(padded, numbers, law()).tokens
         else:
             kept = self._drafts_have_laws and self._get_spec_decode_draft_probs(drafts)
-            tokens = verify(
-                padded,
-                rows.tokens(drafts.draft_token_ids),
-                numbers,
-                law,
-                draft_logits=rows.drafted(kept) if isinstance(kept, Tensor) else None,
-                acceptance=self.specens.acceptance,
-            ).tokens
+            drafted = rows.drafted(kept) if isinstance(kept, Tensor) else None
+            proposal = (rows.tokens(drafts.draft_token_ids), numbers, drafted)
+            tokens = self._verified(padded, proposal, law, [each.acceptance for each in asked])
         tokens, log_probs = tokens.to(torch.int32), None
         if metadata.max_num_logprobs is not None:
+            shown = law()
             if self.model_config.logprobs_mode == "raw_logprobs":
-                law, padded = Law(law.weights, law.ensemble), [rows.padded(each) for each in raw]
-            log_probs = self._logprobs(rows.packed(mix(padded, law)[0]), tokens, metadata, drafts)
+                shown, padded = Law(shown.weights, shown.ensemble), list(map(rows.padded, raw))
+            log_probs = rows.packed(mix(padded, shown)[0])
+            log_probs = self._logprobs(log_probs, tokens, metadata, drafts)
         return SamplerOutput(tokens, logprobs_tensors=log_probs)
+
+    def _verified(self, members: list[Tensor], proposal: Any, law: Any, rules: list[Any]) -> Tensor:
+        """(B, N + 1) tokens: requests of one rule are verified together."""
+        tokens, numbers, drafted = proposal
+        kinds = [(rule.rule.name, *rule.numbers) for rule in rules]
+        shape = (len(tokens), tokens.shape[1] + 1)
+        emitted: Tensor = tokens.new_empty(shape, dtype=torch.int64)
+        for kind in set(kinds):
+            requests = [request for request, other in enumerate(kinds) if other == kind]
+            of = slice(None) if len(requests) == len(kinds) else requests
+            emitted[of] = verify(
+                [member[of] for member in members],
+                tokens[of],
+                numbers[of],
+                law(of),
+                draft_logits=None if drafted is None else drafted[of],
+                acceptance=rules[requests[0]],
+            ).tokens
+        return emitted
 
     def _read(self: Any, logits: Tensor, metadata: Any, drafts: Any) -> list[Tensor]:
         """Each member's packed logits, in the order of the weights; a grammar masks all."""
         if self.num_prompt_logprobs or metadata.logprob_token_ids:
-            # vLLM computes them of the target alone.
+            # What a request asks for is looked at when it comes; this one came another way.
             raise Refusal(OP, "prompt_logprobs, logprob_token_ids", "None of an ensemble", "some")
         ends = self.query_start_loc.gpu[1 : self.input_batch.num_reqs + 1] - 1
         members: list[Tensor] = self.model.read(ends if drafts is None else drafts.logits_indices)
@@ -150,16 +170,19 @@ class EnsembleRunner:
         members.insert(self.specens.members.index(TARGET), logits)
         return members
 
-    def _weights(self: Any) -> Any:
-        """The engine's, or (B, M) where a request has its own."""
-        extras = [
-            self.requests[request].sampling_params.extra_args
-            for request in self.input_batch.req_ids
-        ]
-        if not any(extra and OP in extra for extra in extras):
-            return self.specens.weights
-        weights = [self.specens.request_weights(extra) for extra in extras]
-        return torch.tensor(weights, device=self.device)
+    def _weights(self: Any, asked: list[Settings], rows: Rows) -> Any:
+        """The engine's; (B, M) where a request has its own; (B, N + 1, M) where rows differ."""
+        settings = self.specens
+        every = [each.weights for each in asked]
+        if settings.bonus == TARGET and not settings.alone:
+            weights = torch.tensor(every, device=self.device)[:, None]
+            weights = weights.repeat(1, rows.drafts + 1, 1)
+            alone = [float(name == TARGET) for name in settings.members]
+            weights[rows.is_bonus] = torch.tensor(alone, device=self.device)
+            return weights
+        if all(weights == settings.weights for weights in every):
+            return settings.weights
+        return torch.tensor(every, device=self.device)
 
     def _processed(self: Any, logits: Tensor, metadata: Any, drafts: Any) -> Any:
         """Packed logits with penalties, biases and bans, by vLLM's own functions."""

@@ -6,9 +6,10 @@ say in `check_engine` what of vLLM it excludes.
 """
 
 import inspect
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specens_kernels import Acceptance, Law, Refusal
@@ -28,12 +29,15 @@ class Settings:
     weights: M numbers, as `Law` takes them.
     ensemble: "mixture" or "product".
     acceptance: the rule by which drafts are kept, such as "rejection" or "js:threshold=0.3".
+    bonus: whose law the token after a request's last draft has: the "ensemble"'s, or the "target"'s
+        alone, as DIVERSED was published (arXiv:2604.07622).
     """
 
     members: tuple[str, ...] = (TARGET,)
     weights: tuple[float, ...] = (1.0,)
     ensemble: str = "mixture"
     acceptance: Acceptance = field(default_factory=Acceptance)
+    bonus: str = "ensemble"
 
     @property
     def alone(self) -> bool:
@@ -45,7 +49,7 @@ class Settings:
         """The value of the key "specens"; raises a Refusal that names the key."""
         if not isinstance(given, Mapping):
             raise Refusal(OP, "additional_config", "a mapping of settings", shown(given))
-        known = ("members", "ensemble", "acceptance")
+        known = ("members", "ensemble", "acceptance", "bonus")
         for name in given:
             if name not in known:
                 raise Refusal.unknown(OP, "additional_config", name, known)
@@ -56,25 +60,51 @@ class Settings:
             Law(ensemble=settings.get("ensemble", "mixture"))
         with _named("acceptance"):
             settings["acceptance"] = Acceptance.of(given.get("acceptance", "rejection"))
+        if settings.get("bonus", "ensemble") not in ("ensemble", TARGET):
+            raise Refusal(OP, "bonus", f"'ensemble' or '{TARGET}'", shown(given["bonus"]))
         with _named("members"):
             law = Law(settings.get("weights", (1.0,)), settings.get("ensemble", "mixture"))
         return cls(**settings | {"weights": law.weights})
 
-    def request_weights(self, extra: Mapping[str, Any] | None) -> tuple[float, ...]:
-        """Of one request, by its `extra_args={"specens": {"weights": [...]}}`, over HTTP a list."""
+    def of_request(self, extra: Mapping[str, Any] | None) -> "Settings":
+        """Those of one request, by its `extra_args={"specens": {"weights": [...], ...}}`.
+
+        Over HTTP, where vLLM nests no mappings: a list, which is the weights, or JSON.
+        """
         if extra is None or OP not in extra:
-            return self.weights
-        given = extra[OP]
+            return self
+        given, known = extra[OP], ("weights", "acceptance")
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError:
+                raise Refusal(OP, "extra_args", "JSON", shown(given)) from None
         if isinstance(given, Sequence) and not isinstance(given, str):
-            given = {"weights": given}  # vLLM's protocol nests no mappings
-        if not isinstance(given, Mapping) or list(given) != ["weights"]:
-            raise Refusal(OP, "extra_args", '{"weights": [...]}', shown(given))
-        with _named("extra_args.weights"):
-            weights = tuple(Law(given["weights"], self.ensemble).weights)
-        if len(weights) != len(self.weights):
-            expected = f"{len(self.weights)} numbers, one for each member"
-            raise Refusal(OP, "extra_args.weights", expected, len(weights))
-        return weights
+            given = {"weights": given}
+        if not isinstance(given, Mapping):
+            raise Refusal(OP, "extra_args", "a mapping of settings", shown(given))
+        for name in given:
+            if name not in known:
+                raise Refusal.unknown(OP, "extra_args", name, known)
+        changes: dict[str, Any] = {}
+        if "acceptance" in given:
+            with _named("extra_args.acceptance"):
+                changes["acceptance"] = Acceptance.of(given["acceptance"])
+        if "weights" in given:
+            with _named("extra_args.weights"):
+                changes["weights"] = Law(given["weights"], self.ensemble).weights
+            if len(changes["weights"]) != len(self.weights):
+                expected = f"{len(self.weights)} numbers, one for each member"
+                raise Refusal(OP, "extra_args.weights", expected, len(changes["weights"]))
+        return replace(self, **changes)
+
+    def check_request(self, parameters: Any) -> None:
+        """Refuse a request, a `SamplingParams`, that this engine has another law for."""
+        self.of_request(parameters.extra_args)
+        for name in ("prompt_logprobs", "logprob_token_ids"):
+            # vLLM computes them of the target alone.
+            if not self.alone and getattr(parameters, name, None):
+                raise Refusal(OP, name, "None of an ensemble", shown(getattr(parameters, name)))
 
     def check_engine(self, config: Any) -> None:
         """Refuse a configuration of vLLM under which another law would be emitted."""

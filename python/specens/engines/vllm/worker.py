@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The platform's worker, whose model runner is ours.
 
-No module of vLLM is patched: the class of one object is replaced, and only where every function
-that is called or replaced takes the arguments that it is expected to take (`relied_upon`).
+The class of one object is replaced, the runner's, and only where every function that is called or
+replaced takes the arguments that it is expected to take (`relied_upon`).
 """
 
 import logging
@@ -18,6 +18,7 @@ from vllm.v1.structured_output import utils as grammar
 
 from specens_kernels import Refusal
 
+from .requests import admit
 from .runner import EnsembleRunner
 from .settings import OP, Settings, differences
 
@@ -25,6 +26,10 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Base
 else:
     from vllm.v1.worker.gpu_worker import Worker as Base
+
+
+# An engine of one process need not have vLLM's plug-ins loaded.
+admit()
 
 
 class Worker(Base):  # type: ignore[misc]
@@ -57,11 +62,14 @@ class Worker(Base):  # type: ignore[misc]
 def relied_upon(runner: type) -> Iterator[tuple[Any, str, str]]:
     """What of vLLM runner.py and rows.py call, replace and read, for `differences`."""
     drafter, processors = SpecDecodeBaseProposer, "self logits sampling_metadata"
-    yield runner, "load_model", "self load_dummy_weights"
+    yield runner, "load_model", "... self load_dummy_weights"  # and more, where it is a GPU's
     yield runner, "sample_tokens", "self grammar_output"
     yield runner, "_sample", "self logits spec_decode_metadata"
     yield runner, "_get_spec_decode_draft_probs", "self spec_decode_metadata"
     yield drafter, "_sample_from_logits", "self logits sampling_metadata"
+    tokens = "self target_token_ids next_token_ids target_positions target_hidden_states"
+    last = "token_indices_to_sample cad num_rejected_tokens_gpu"
+    yield drafter, "set_inputs_first_pass", f"{tokens} {last}"
     yield Sampler, "apply_logits_processors", f"{processors} predict_bonus_token"
     yield Sampler, "gather_logprobs", "logprobs num_logprobs token_ids"
     yield RejectionSampler, "apply_logits_processors", f"{processors} metadata"
