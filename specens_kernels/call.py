@@ -25,7 +25,7 @@ class Layout(NamedTuple):
 
     rows, draft_rows: where rows lie; the logits then have no dimension of the batch.
     draft_space: an entry of `SPACES`.
-    parameters: (B or 1, P) float64. The rule's numbers, in place of the call's; of a rule by
+    request_parameters: (B or 1, P) float64. The rule's numbers, in place of the call's; of a rule by
         position, its rates.
     out: what a backend may write the tokens to. It does not cross the dispatcher.
     """
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     num_drafts: Tensor | None = None
     draft_filtered: bool = True
     draft_space: str = "logits"
-    parameters: Tensor | None = None
+    request_parameters: Tensor | None = None
     out: Tensor | None = None
 
     def refuse(self, backend: str) -> None:
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
             raise Unsupported(backend, "draft_filtered", "True", False)
         if self.draft_space != "logits":
             raise Unsupported(backend, "draft_space", "'logits'", repr(self.draft_space))
-        if self.parameters is not None:
+        if self.request_parameters is not None:
             raise Unsupported(backend, "acceptance", "one number a parameter", "several")
 
 

@@ -241,8 +241,8 @@ def _check_layout(
         for name in ("draft_temperature", "draft_lse"):
             if getattr(call, name) is not None:
                 raise Refusal("verify", name, "None for probabilities", "a tensor")
-    if call.layout.parameters is not None:
-        _check_request_parameters(call.layout.parameters, rule, batch, device)
+    if call.layout.request_parameters is not None:
+        _check_request_parameters(call.layout.request_parameters, rule, batch, device)
     if call.layout.out is not None:
         _check_out(call.layout.out, call.draft_tokens, device)
 

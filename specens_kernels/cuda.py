@@ -84,7 +84,7 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if call.layout is not PADDED:
         call.layout.refuse("cuda")
         call = call._replace(layout=PADDED)  # tokens go to memory of their own
-    if call.acceptance == "synthetic":
+    if call.acceptance not in RULES:
         raise Unsupported.unknown("cuda", "acceptance", call.acceptance, RULES)
     flat.refuse("cuda", call)
     _check(call.logits, call.law)

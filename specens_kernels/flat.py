@@ -137,7 +137,7 @@ def _layout(call: VerifyCall) -> list[Any]:
         flat += _NO_VALUES if rows is None else _integers(rows)
     flat += _NO_VALUES if call.layout.num_drafts is None else _per_request(call.layout.num_drafts)
     flat += call.layout.draft_filtered, call.layout.draft_space == "probabilities"
-    parameters = call.layout.parameters
+    parameters = call.layout.request_parameters
     flat += (*_NO_VALUES, 0) if parameters is None else (*_per_row(parameters), parameters.shape[1])
     out = call.layout.out
     flat += _NO_OUT if out is None else (out.data_ptr(), out.dtype == int64, out.stride(0))

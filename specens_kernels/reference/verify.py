@@ -314,7 +314,7 @@ def _existing(call: VerifyCall, b: int) -> list[int]:
 
 
 def _parameters(call: VerifyCall, b: int) -> Sequence[float]:
-    given = call.layout.parameters
+    given = call.layout.request_parameters
     if given is None:
         return call.parameters
     numbers: list[float] = given[b if len(given) > 1 else 0].tolist()

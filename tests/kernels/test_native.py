@@ -18,11 +18,12 @@ import pytest
 import simt
 import torch
 from calls import DTYPES, REAL, SMALL, TILES, Call, call
+from engine_calls import engine_call
 from torch import Tensor
 from trees import check, paged, problem, random_problem
 
 import specens_kernels
-from specens_kernels import Law, attention, native, sample, verify
+from specens_kernels import ACCEPTANCE_RULES, Law, attention, native, sample, verify
 from specens_kernels.call import AttentionCall, VerifyCall
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=f"native: {native.REASON}")
@@ -86,6 +87,8 @@ def all_bits() -> Iterator[str]:
         yield bits(call(seed, SMALL + TILES))
     for seed in range(41_000, 41_010):
         yield bits(call(seed, REAL))
+    for seed in range(42_000, 42_060):
+        yield bits(engine_call(seed, SMALL + TILES, sorted(ACCEPTANCE_RULES)))
     for dtype in (torch.bfloat16, torch.float16):
         yield bits(every_bit_pattern(dtype))
     for seed in range(40):

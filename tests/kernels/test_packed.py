@@ -225,7 +225,7 @@ def in_float64(case: Case, module: ModuleType = reference) -> Callable:
                 parameters=chosen.numbers,
                 bonus=case.bonus,
                 draws=case.draws,
-                layout=Layout(**layout, parameters=several),
+                layout=Layout(**layout, request_parameters=several),
                 **options,
             )
         )

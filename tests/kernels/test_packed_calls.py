@@ -136,6 +136,22 @@ def allocated(function: Callable[[], object]) -> int:
     )
 
 
+@NATIVE
+def test_a_compiled_call_writes_the_same_tokens(backend: str) -> None:
+    """In a graph, which has the op without `out`, they are copied there."""
+    given, law = inputs(), Law((0.4, 0.6))
+    given.pop("law")
+
+    def turn(out: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        return verify(**given, law=law, draft_space="logits", out=out).tokens + 1
+
+    right = verify(**given, law=law).tokens
+    out = torch.zeros(B, N + 1, dtype=torch.int32)
+    found = torch.compile(turn, fullgraph=True, backend="eager")(out, given)
+    assert torch.equal(out.long(), right)
+    assert torch.equal(found.long(), right + 1)
+
+
 @BOTH
 def test_a_strided_view_of_slots_is_read_as_it_lies(backend: str) -> None:
     """Slots of more steps and wider rows than are asked for."""
