@@ -25,8 +25,8 @@ class Layout(NamedTuple):
 
     rows, draft_rows: where rows lie; the logits then have no dimension of the batch.
     draft_space: an entry of `SPACES`.
-    request_parameters: (B or 1, P) float64. The rule's numbers, in place of the call's; of a rule by
-        position, its rates.
+    request_parameters: (B or 1, P) float64. The rule's numbers, in place of the call's; of a rule
+        by position, its rates. Beyond their ranges they count as the ends of them.
     out: what a backend may write the tokens to. It does not cross the dispatcher.
     """
 

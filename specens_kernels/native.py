@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from torch import Tensor, get_num_threads
 
 from . import cache_checks, flat
+from .acceptance import ACCEPTANCE_RULES
+from .acceptance.requests import within_ranges
 from .call import AttentionCall, VerifyCall
 from .law import LawTensors
 from .refusal import Unsupported
@@ -80,6 +82,10 @@ def verify(call: VerifyCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not call.draft_tokens.is_cpu:
         raise _elsewhere(call.draft_tokens)
     flat.refuse("native", call)
+    parameters = call.layout.request_parameters
+    if parameters is not None:
+        parameters = within_ranges(ACCEPTANCE_RULES[call.acceptance], parameters)
+        call = call._replace(layout=call.layout._replace(request_parameters=parameters))
     arguments, results = flat.flattened_verify(call)
     if call.layout.rows is not None:
         rows, ends = call.layout.rows, call.layout.num_drafts

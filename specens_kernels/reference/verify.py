@@ -10,6 +10,7 @@ from torch import Tensor
 from ..acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from ..acceptance.blocks import block_step, block_threshold
 from ..acceptance.gates import remember
+from ..acceptance.requests import within_ranges
 from ..acceptance.rules import Judgement, Situation
 from ..call import VerifyCall
 from ..law import LawTensors
@@ -317,7 +318,8 @@ def _parameters(call: VerifyCall, b: int) -> Sequence[float]:
     given = call.layout.request_parameters
     if given is None:
         return call.parameters
-    numbers: list[float] = given[b if len(given) > 1 else 0].tolist()
+    own = given[b : b + 1] if len(given) > 1 else given
+    numbers: list[float] = within_ranges(ACCEPTANCE_RULES[call.acceptance], own)[0].tolist()
     return numbers
 
 

@@ -177,9 +177,10 @@ def raw(seed: int) -> tuple[Any, list[Any], dict[str, str]]:
     """An op, its arguments as they cross the dispatcher, and how which were spoilt."""
     import calls
     import draft_trees
+    import engine_calls
 
     from specens_kernels import ACCEPTANCE_RULES, Acceptance, checks, dispatch
-    from specens_kernels.call import VerifyCall
+    from specens_kernels.call import Layout, VerifyCall
 
     dice = random.Random(seed)
     if seed % 16 == 0:
@@ -189,6 +190,8 @@ def raw(seed: int) -> tuple[Any, list[Any], dict[str, str]]:
         sizes = calls.SMALL if seed % 4 else calls.TILES
         if seed % 3 == 0:
             one = draft_trees.tree_call(seed, sizes, sorted(ACCEPTANCE_RULES))
+        elif seed % 3 == 1:
+            one = engine_calls.engine_call(seed, sizes, sorted(ACCEPTANCE_RULES))
         else:
             one = calls.call(seed, sizes)
         name = one.op
@@ -211,6 +214,16 @@ def raw(seed: int) -> tuple[Any, list[Any], dict[str, str]]:
             rest = {key: value for key, value in one.options.items() if key not in options}
             if rest.get("draft_temperature") is not None:
                 rest["draft_temperature"] = checks.draft_temperature(rest["draft_temperature"])
+            layout = {name: rest.pop(name) for name in Layout._fields if name in rest}
+            if rule.numbers and seed % 2:
+                # Some beyond their range.
+                several = torch.tensor([rule.numbers] * len(one.arguments[1]), dtype=torch.float64)
+                several *= dice.choice([1.0, 1.0, 1.0, -1.0, 1e300, float("nan")])
+                layout["request_parameters"] = several
+            if "draft_rows" in layout:
+                rest["draft_logits"] = checks.packed("draft_logits", rest["draft_logits"], 3)
+                if rest.get("draft_lse") is not None:
+                    rest["draft_lse"] = checks.packed("draft_lse", rest["draft_lse"], 2)
             given = (
                 VerifyCall(
                     logits,
@@ -220,6 +233,7 @@ def raw(seed: int) -> tuple[Any, list[Any], dict[str, str]]:
                     parameters=rule.parameters,
                     **options,
                     **rest,
+                    layout=Layout(**layout),
                 ),
             )
         arguments = dispatch.flattened(given)
