@@ -309,8 +309,8 @@ def test_the_runner_of_a_gpu_is_known(engines: Engines) -> None:
     """Its functions take what ours hand on, though no card runs them here."""
     program = (
         "from vllm.v1.worker.gpu_model_runner import GPUModelRunner\n"
+        "from specens.engines.vllm.reliance import relied_upon\n"
         "from specens.engines.vllm.settings import differences\n"
-        "from specens.engines.vllm.worker import relied_upon\n"
         "print(differences(relied_upon(GPUModelRunner)))"
     )
     command = [engines.python, "-c", program]

@@ -3,7 +3,7 @@
 
 `settings.py` says what may be set, `requests.py` has vLLM refuse requests that set another thing,
 `rows.py` turns vLLM's batch into what the ops take, `runner.py` decides tokens, `drafter.py` draws
-drafts, `worker.py` puts them in and says what of vLLM they rely upon.
+drafts, `worker.py` puts them in, if vLLM is as `reliance.py` says.
 """
 
 from importlib.util import find_spec

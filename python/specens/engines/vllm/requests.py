@@ -51,6 +51,6 @@ def _decides(config: Any) -> bool:
     """Whether the worker will decide tokens, or leave it to vLLM, which forgets min-p."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from .worker import relied_upon
+    from .reliance import relied_upon
 
     return not config.use_v2_model_runner and not differences(relied_upon(GPUModelRunner))
