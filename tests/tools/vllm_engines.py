@@ -31,21 +31,25 @@ class Engines:
         fault: str | None = None,
         processes: bool = False,
         keep: bool = False,
+        v2: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
         """What an engine writes, or the error that it raised, and its log.
 
         keep: the engine goes on after a call that it refuses, whose answer is the error.
+        v2: by model runner V2.
         """
         self.number += 1
         job, result = (self.folder / f"{self.number}.{name}" for name in ("job", "answer"))
         job.write_text(
             json.dumps({"options": options, "calls": calls, "fault": fault, "keep": keep})
         )
-        if processes:
-            command = [self.python, str(SERVER), str(job), str(result)]
-            subprocess.run(command, env=self.environment, capture_output=True, check=True)
-            log = ""
+        if processes or v2:
+            command = [self.python, str(SERVER), str(job), str(result), *["v2"] * v2]
+            done = subprocess.run(
+                command, env=self.environment, capture_output=True, check=False, text=True
+            )
+            log = done.stdout + done.stderr
         else:
             self._serve(job, result)
             log = result.with_suffix(".log").read_text(encoding="utf-8", errors="replace")

@@ -3,6 +3,7 @@
 
     python vllm_server.py                    a job's file and its answer's file a line, on stdin
     python vllm_server.py JOB ANSWER         one job, in vLLM's default engine of several processes
+    python vllm_server.py JOB ANSWER v2      one job, by model runner V2, in Triton's interpreter
 
 vLLM takes ten seconds to import: it is imported once and each job is forked. To seed a bug, add it
 to `FAULTS`.
@@ -15,7 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-SINGLE = len(sys.argv) == 3
+SINGLE = len(sys.argv) >= 3
+IS_V2 = sys.argv[3:] == ["v2"]
 if __name__ == "__main__":
     os.environ.update(
         HF_HUB_OFFLINE="1",
@@ -23,7 +25,7 @@ if __name__ == "__main__":
         TOKENIZERS_PARALLELISM="false",
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_DO_NOT_TRACK="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="1" if SINGLE else "0",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1" if SINGLE and not IS_V2 else "0",
         VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1",
     )
@@ -142,6 +144,8 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    if IS_V2:
+        import vllm_interpreter  # noqa: F401
     if SINGLE:
         answer(Path(sys.argv[1]), Path(sys.argv[2]))
     else:

@@ -33,3 +33,19 @@ def relied_upon(runner: type) -> Iterator[tuple[Any, str, str]]:
     yield grammar, "apply_grammar_bitmask", "scheduler_output grammar_output input_batch logits"
     fields = "temperature top_k top_p all_greedy generators logitsprocs no_penalties"
     yield SamplingMetadata, "__init__", f"... {fields} max_num_logprobs logprob_token_ids"
+
+
+def relied_upon_of_v2(runner: type) -> Iterator[tuple[Any, str, str]]:
+    """The same of model runner V2, whose modules ask for Triton."""
+    from vllm.v1.worker.gpu import input_batch
+    from vllm.v1.worker.gpu.sample.output import SamplerOutput
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    yield runner, "load_model", "... self load_dummy_weights"
+    yield runner, "sample", "self hidden_states input_batch grammar_output"
+    places = "input_ids positions logits_indices expanded_idx_mapping expanded_local_pos"
+    yield rejection_sampler, "gather_draft_sampled", f"{places} prefill_len"
+    arguments = "num_sampled seq_lens cu_num_logits idx_mapping prefill_len"
+    yield input_batch, "get_num_sampled_and_rejected", arguments
+    fields = "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected"
+    yield SamplerOutput, "__init__", f"... {fields}"

@@ -35,7 +35,8 @@ def admit() -> None:
         if not ours or not hasattr(params, "min_p"):  # of a task that draws no tokens
             return known(self, params, supported_tasks)
         try:
-            Settings.parse(given.get(OP, {})).check_request(params)
+            settings = Settings.parse(given.get(OP, {}))
+            settings.check_request(params, config.use_v2_model_runner and not settings.alone)
         except Refusal as refusal:
             raise VLLMValidationError(str(refusal)) from None
         if params.min_p and config.speculative_config is not None and _decides(config):

@@ -18,6 +18,18 @@ from specens_kernels.refusal import shown
 OP = "specens"
 # The members that vLLM loads by itself: its model, and its draft model.
 TARGET, DRAFT = "target", "draft"
+# Of a request's parameters, what v2.py does not read yet, and what they are where nobody asks.
+_UNREAD = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": None,
+    "min_tokens": 0,
+    "allowed_token_ids": None,
+    "bad_words": None,
+    "logprobs": None,
+    "structured_outputs": None,
+}
 
 
 @dataclass(frozen=True)
@@ -98,9 +110,18 @@ class Settings:
                 raise Refusal(OP, "extra_args.weights", expected, len(changes["weights"]))
         return replace(self, **changes)
 
-    def check_request(self, parameters: Any) -> None:
-        """Refuse a request, a `SamplingParams`, that this engine has another law for."""
+    def check_request(self, parameters: Any, is_v2: bool = False) -> None:
+        """Refuse a request, a `SamplingParams`, that this engine has another law for.
+
+        is_v2: whether its model runner is V2.
+        """
         self.of_request(parameters.extra_args)
+        for name, none in _UNREAD.items() if is_v2 else ():
+            value = getattr(parameters, name, None)
+            if value and value != none:
+                raise Refusal(OP, name, f"{none} under model runner V2", shown(value))
+        if is_v2 and OP in (parameters.extra_args or {}):
+            raise Refusal(OP, "extra_args", "the engine's settings under model runner V2", "others")
         for name in ("prompt_logprobs", "logprob_token_ids"):
             # vLLM computes them of the target alone.
             if not self.alone and getattr(parameters, name, None):

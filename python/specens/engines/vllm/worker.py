@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 from specens_kernels import Refusal
 
-from .reliance import relied_upon
+from .reliance import relied_upon, relied_upon_of_v2
 from .requests import admit
 from .runner import EnsembleRunner
 from .settings import OP, Settings, differences
@@ -40,12 +40,18 @@ class Worker(Base):  # type: ignore[misc]
     def init_device(self) -> None:
         """Have the runner that vLLM has made decide by our ops, if it is one that we know."""
         super().init_device()
-        unknown = differences(relied_upon(type(self.model_runner)))
-        if self.use_v2_model_runner:
+        theirs: type = type(self.model_runner)
+        ours: type = EnsembleRunner
+        if not self.use_v2_model_runner:
+            unknown = differences(relied_upon(theirs))
+        elif self.specens.alone:
             unknown = ["model runner V2 (VLLM_USE_V2_MODEL_RUNNER=0 takes V1)"]
+        else:
+            from .v2 import EnsembleRunner as ours
+
+            unknown = differences(relied_upon_of_v2(theirs))
         if not unknown:
-            runner = type("Runner", (EnsembleRunner, type(self.model_runner)), {})
-            self.model_runner.__class__ = runner
+            self.model_runner.__class__ = type("Runner", (ours, theirs), {})
             self.model_runner.specens = self.specens
         elif not self.specens.alone:
             raise Refusal(OP, "members", "a vLLM that is known", ", ".join(unknown))
