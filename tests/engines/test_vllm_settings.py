@@ -10,7 +10,7 @@ import torch
 
 from specens.engines import vllm as door
 from specens.engines.vllm.rows import Rows, changes_logits, law_of, min_p_of, random_numbers
-from specens.engines.vllm.settings import Settings, differences
+from specens.engines.vllm.settings import _UNREAD, Settings, differences
 from specens_kernels import Acceptance, Refusal
 
 PAIR = [["target", 0.3], ["other", 0.7]]
@@ -134,6 +134,7 @@ def engine(**changes: Any) -> SimpleNamespace:
         "scheduler_config": SimpleNamespace(async_scheduling=False),
         "parallel_config": SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
         "lora_config": None,
+        "use_v2_model_runner": False,
     }
     for name, value in changes.items():
         part, _, field = name.partition("__")
@@ -142,6 +143,42 @@ def engine(**changes: Any) -> SimpleNamespace:
         else:
             parts[part] = value
     return SimpleNamespace(**parts)
+
+
+def test_v2_has_one_law_for_every_row() -> None:
+    settings = Settings.parse({"members": PAIR, "bonus": "target"})
+    settings.check_engine(engine())
+    with pytest.raises(Refusal, match=r"^specens: bonus: expected ensemble, got 'target'"):
+        settings.check_engine(engine(use_v2_model_runner=True))
+
+
+def request(**changes: Any) -> SimpleNamespace:
+    """What of vLLM's `SamplingParams` is looked at when a request comes."""
+    plain: dict[str, Any] = dict.fromkeys(_UNREAD | {"extra_args": None})
+    plain |= {"presence_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+    return SimpleNamespace(**plain | {"prompt_logprobs": None, "logprob_token_ids": None} | changes)
+
+
+@pytest.mark.parametrize("name", _UNREAD)
+def test_v2_refuses_what_it_does_not_read(name: str) -> None:
+    settings = Settings.parse({"members": PAIR})
+    settings.check_request(request(), is_v2=True)
+    asked = request(**{name: 2})
+    settings.check_request(asked)
+    with pytest.raises(
+        Refusal, match=rf"^specens: {name}: expected .+ under model runner V2, got 2"
+    ):
+        settings.check_request(asked, is_v2=True)
+
+
+def test_a_request_of_the_prompts_log_probabilities_is_refused() -> None:
+    settings = Settings.parse({"members": PAIR})
+    for name in ("prompt_logprobs", "logprob_token_ids"):
+        with pytest.raises(
+            Refusal, match=rf"^specens: {name}: expected None of an ensemble, got 2"
+        ):
+            settings.check_request(request(**{name: 2}))
+        Settings().check_request(request(**{name: 2}))
 
 
 ALWAYS = {

@@ -2,8 +2,9 @@
 """The door that vLLM opens, which is imported with it: `worker_cls="specens.engines.vllm.Worker"`.
 
 `settings.py` says what may be set, `requests.py` has vLLM refuse requests that set another thing,
-`rows.py` turns vLLM's batch into what the ops take, `runner.py` decides tokens, `drafter.py` draws
-drafts, `worker.py` puts them in, if vLLM is as `reliance.py` says.
+`members.py` loads further models, `rows.py` turns vLLM's batch into what the ops take, `runner.py`
+decides tokens, in model runner V2 `v2.py`, `drafter.py` draws drafts, `worker.py` puts them in, if
+vLLM is as `reliance.py` says.
 """
 
 from importlib.util import find_spec

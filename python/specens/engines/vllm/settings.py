@@ -141,6 +141,8 @@ class Settings:
                 "rejection_sample_method": (drafter.rejection_sample_method, "standard"),
                 "async_scheduling": (asynchronous, False),
             }
+        if config.use_v2_model_runner:
+            allowed["bonus"] = (self.bonus, "ensemble")
         if not self.alone:
             parallel = config.parallel_config
             allowed |= {
