@@ -21,9 +21,9 @@ from harness import WRONG, Spread
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specens.members import kernel
 from specens.members.slot import SlotMember
 from specens_kernels import native
+from specens_kernels.layers import Layers
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -79,10 +79,12 @@ def filled(model: Any, slots: int) -> SlotMember:
     return member
 
 
-def attending_to_nothing(query: Tensor, keys: Tensor, values: Tensor, **_: Any) -> Any:
+def attending_to_nothing(
+    self: Layers, query: Tensor, keys: Tensor, values: Tensor, **options: Any
+) -> Tensor:
     """The result's shape, without a look at keys and values."""
     batch, heads, nodes, _ = query.shape
-    return query.new_zeros((batch, nodes, heads, values.shape[-1])), None
+    return query.new_zeros((batch, nodes, heads, values.shape[-1]))
 
 
 def contestants(member: SlotMember, slots: int, nodes: int) -> dict[str, Callable[[], Tensor]]:
@@ -101,12 +103,12 @@ def contestants(member: SlotMember, slots: int, nodes: int) -> dict[str, Callabl
         return run
 
     def none() -> Tensor:
-        op, kernel.attention = kernel.attention, attending_to_nothing
+        attend, Layers.__call__ = Layers.__call__, attending_to_nothing
         member._kernel = True
         try:
             return forward()
         finally:
-            kernel.attention = op
+            Layers.__call__ = attend
 
     words = [slab.view(torch.int64) for slab in member.cache.slabs]
     return {
