@@ -26,7 +26,9 @@ COUNTS = {"native": 400}
 MANY = int(os.environ.get("VERIFY_TREE_CASES", "0"))
 PORTION = 50
 SIZES = (SMALL, SMALL, SMALL, TILES)
-TREE_RULES = sorted(set(ACCEPTANCE_RULES) - CHAINS_ONLY)
+# `synthetic` rejects by the coin alone: of dozens of siblings it leaves nothing but rounding, which
+# backends do not share. Few siblings are compared in test_packed_calls.py.
+TREE_RULES = sorted(set(ACCEPTANCE_RULES) - CHAINS_ONLY - {"synthetic"})
 
 
 def random_tree(seed: int, rules: Sequence[str] = TREE_RULES) -> Call:
